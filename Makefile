@@ -1,0 +1,53 @@
+# make demo    erase a concept from the pocket model in minutes, offline, on a CPU   (CONCEPT="neon style" for another)
+# make test    lint and tests
+# make table   measure the README's results table again
+# make pocket  train the pocket model again
+# make clean   remove the environment and the caches, never the results in runs/
+
+PYTHON ?= python3
+VENV ?= .venv
+CONCEPT ?= watermelon
+OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+export OMP_NUM_THREADS
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# All that `accelerate launch` would otherwise warn about when it finds no configuration file.
+LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+EMPTY :=
+RUN = runs/$(subst $(EMPTY) $(EMPTY),-,$(CONCEPT))
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint table pocket clean
+
+demo: $(VENV)/installed
+	$(LAUNCH) erase_sd/train.py --concept "$(CONCEPT)" --model pocket
+	@echo "Before and after: $(RUN)/before_after.png"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+table: $(VENV)/installed
+	$(BIN)/python -m erase_sd.pocket.table
+
+pocket: $(VENV)/installed-train
+	$(BIN)/python -m erase_sd.pocket.train
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+
+# The stamps keep the environment from being built twice; it is brought up to date when what it is made of changes.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): a few minutes, once."
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/installed-%: $(VENV)/installed
+	$(INSTALL) -e ".[$*]"
+	@touch $@

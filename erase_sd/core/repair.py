@@ -1,0 +1,160 @@
+"""Repair: retrain what is left without a step that brings the concept back (Wu & Harandi 2024, Algorithm 1).
+
+    g_f = grad L_f,   g_r = grad L_r,   c = max(lam, <g_r, g_f> / |g_f|^2),   theta <- theta - lr (g_r - c g_f)
+
+is the paper's loop: ascent and constraint share g_f, so g_o = grad(L_r - lam L_f) and the projection of Eq. 5 collapse
+to one coefficient. Other settings replace the objective, the constraint, the optimiser or the place of the projection.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from erase_sd.core.knobs import Repair
+from erase_sd.core.projection import coefficient, collapsed, dot, subtract_
+from erase_sd.core.task import Params, Task, gradient
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+DECAY = {"constant": lambda x: 1.0, "linear": lambda x: 1 - x, "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x))}
+
+
+class Gradients(NamedTuple):
+    """What one step knows: the step subtracts c g_f from g, and c >= own."""
+
+    g: Params
+    g_f: Params | None
+    own: float  # the part of c that belongs to the objective: lam where ascent and constraint share g_f, else 0
+    record: dict[str, float]
+
+
+def repair(task: Task, knobs: Repair, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
+    """Move task.trainable() in place for knobs.steps steps; yields (record, state) after each.
+
+    record: step, loss_r, loss_f (forget loss under ascent, else the constraint's; NaN when not computed), loss_o (the
+    objective), cos (of g_f to g_r, to g_o where they share nothing), c (multiple of g_f subtracted from the gradient;
+    from the update after preconditioning), bit (the projection acted), ceiling (it was exceeded), lr.
+    state: {"step": next step, "optimizer": {"<parameter>/<slot>": tensor}}. Its tensors are the optimiser's own: store
+    or clone them before the next step. With the weights it continues bit for bit like an uninterrupted run.
+    Raises FloatingPointError naming the step when a loss or gradient is not finite; the weights are those before it.
+    """
+    theta = task.trainable()
+    optimizer = OPTIMIZERS[knobs.optimizer](theta.values(), lr=knobs.lr, weight_decay=0.0, fused=True)
+    start = 0 if state is None else _restore(optimizer, theta, state)
+    for step in range(start, knobs.steps):
+        optimizer.param_groups[0]["lr"] = lr = learning_rate(knobs, step)
+        try:
+            record = _step(task, knobs, theta, optimizer, step)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"repair step {step}: {error}") from error
+        slots = {f"{name}/{slot}": x for name, p in theta.items() for slot, x in optimizer.state[p].items()}
+        yield {"step": step, **record, "lr": lr}, {"step": step + 1, "optimizer": slots}
+
+
+def learning_rate(knobs: Repair, step: int) -> float:
+    """Linear rise over warmup_steps, then decay towards 0 at knobs.steps; a function of the step alone."""
+    if step < knobs.warmup_steps:
+        return knobs.lr * (step + 1) / knobs.warmup_steps
+    return knobs.lr * DECAY[knobs.schedule]((step - knobs.warmup_steps) / (knobs.steps - knobs.warmup_steps))
+
+
+def _step(
+    task: Task, knobs: Repair, theta: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int
+) -> dict:
+    """One pass of the loop: gradients, projection, update."""
+    projection = knobs.projection if step >= knobs.project_from else "off"
+    batch = task.batch("repair", step)
+    if knobs.objective == "ascent" and knobs.constraint == "forget":
+        g, g_f, own, record = _shared(task, knobs, theta, batch)
+    else:
+        g, g_f, own, record = _separate(task, knobs, theta, batch, projecting=projection != "off")
+    c, cos, bit = own, math.nan, False
+    if g_f is not None:
+        dot_of, norm2_f = _inner(task, g, g_f), _inner(task, g_f, g_f)
+        cos = dot_of / (math.sqrt(norm2_f * _inner(task, g, g)) or math.nan)
+        if projection == "on":
+            c = collapsed(dot_of, norm2_f, own, knobs.margin, knobs.ridge)
+            bit = c > own
+        subtract_(g, g_f, c)
+    if knobs.max_grad_norm is not None:
+        _clip_(task, g, knobs.max_grad_norm)
+    before = {name: p.detach().clone() for name, p in theta.items()} if projection == "after-preconditioning" else {}
+    for name, p in theta.items():
+        p.grad = g[name].to(p.dtype)
+    optimizer.step()
+    optimizer.zero_grad()
+    if before:
+        u = before
+        subtract_(u, theta, 1.0)  # the update the optimiser made, as a descent direction
+        c = coefficient(_inner(task, u, g_f), norm2_f)
+        bit = c > 0
+        subtract_(theta, g_f, -c)  # theta - (u - c g_f), without another copy of either
+    return record | {"cos": cos, "c": c, "bit": bit}
+
+
+def _shared(task: Task, knobs: Repair, theta: dict[str, nn.Parameter], batch: Any) -> Gradients:
+    """Algorithm 1: two backward passes, one stored gradient; lam enters through c."""
+    L_f = task.forget(batch)
+    loss_f = _value(task, L_f, "forget")
+    lam, ceiling = _below_ceiling(knobs, loss_f)
+    g_f = gradient(task, L_f, theta)
+    L_r = task.retain(batch)
+    loss_r = _value(task, L_r, "retain")
+    record = {"loss_r": loss_r, "loss_f": loss_f, "loss_o": loss_r - lam * loss_f, "ceiling": ceiling}
+    return Gradients(gradient(task, L_r, theta), g_f, lam, record)
+
+
+def _separate(task: Task, knobs: Repair, theta: dict[str, nn.Parameter], batch: Any, projecting: bool) -> Gradients:
+    """Objective and constraint apart: a backward pass of the whole objective, one of the constraint if projecting."""
+    g_f, loss_f, lam, ceiling = None, math.nan, knobs.lam, False
+    if projecting:
+        L_f = task.forget(batch) if knobs.constraint == "forget" else task.contrast(batch)
+        loss_f = _value(task, L_f, knobs.constraint)
+        g_f = gradient(task, L_f, theta)
+    L_r = task.retain(batch)
+    loss_r = _value(task, L_r, "retain")
+    if knobs.objective == "ascent":
+        L = task.forget(batch)
+        loss_f = _value(task, L, "forget")
+        lam, ceiling = _below_ceiling(knobs, loss_f)
+        L_o = L_r - lam * L
+    else:
+        L_o = L_r + lam * task.redirect(batch)
+    record = {"loss_r": loss_r, "loss_f": loss_f, "loss_o": _value(task, L_o, knobs.objective), "ceiling": ceiling}
+    return Gradients(gradient(task, L_o, theta), g_f, 0.0, record)
+
+
+def _below_ceiling(knobs: Repair, loss_f: float) -> tuple[float, bool]:
+    """(lam, False), or (0, True) above the ceiling: ascent is unbounded, while the projection may stay on."""
+    over = knobs.forget_ceiling is not None and loss_f > knobs.forget_ceiling
+    return (0.0 if over else knobs.lam), over
+
+
+def _value(task: Task, loss: Tensor, name: str) -> float:
+    """The loss over the global batch, alike on every rank, so that all of them take the same decisions."""
+    value = float(task.mean(loss.detach()))
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the {name} loss is {value}")
+    return value
+
+
+def _inner(task: Task, a: Params, b: Params) -> float:
+    return float(task.total(dot(a, b)))
+
+
+def _clip_(task: Task, g: Params, max_norm: float) -> None:
+    """Scale g down to max_norm; the sign of <g, g_f> stays."""
+    norm = math.sqrt(_inner(task, g, g))
+    if norm > max_norm:
+        for x in g.values():
+            x.mul_(max_norm / norm)
+
+
+def _restore(optimizer: torch.optim.Optimizer, theta: dict[str, nn.Parameter], state: dict) -> int:
+    """Put a yielded state back; returns the step to go on with."""
+    for key, x in state["optimizer"].items():
+        name, _, slot = key.rpartition("/")
+        optimizer.state[theta[name]][slot] = x.to(theta[name].device, copy=True)
+    return state["step"]

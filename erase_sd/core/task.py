@@ -1,0 +1,82 @@
+"""What the algorithm asks of a model: batches, losses, a backward pass. Nothing here knows what the model does."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Params = dict[str, Tensor]
+"""One tensor per parameter name: weights, gradients, scores. Never concatenated."""
+
+
+class Task(Protocol):
+    """A model, its data and its losses. Every loss is a scalar tensor, the mean over the samples of this rank's slice.
+
+    (seed, purpose, step) determines the global batch and a rank only slices it, so that resuming needs no data state.
+    """
+
+    model: nn.Module
+    seed: int
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters theta that repair moves, by name, in a fixed order."""
+
+    def trimmable(self) -> dict[str, nn.Parameter]:
+        """The parameters that may be re-initialised, by name, in a fixed order; normalisation layers never are."""
+
+    def ranked(self) -> dict[str, nn.Parameter]:
+        """The parameters among which the top k is taken: the trimmable ones, or more (the released code ranks all)."""
+
+    def batch(self, purpose: str, step: int) -> Any:
+        """Batch number `step` of one purpose ("repair", "sensitivity", ...): forget and retain samples together."""
+
+    def forget(self, batch: Any) -> Tensor:
+        """L_f on the forget samples: the lower, the better the model remembers them."""
+
+    def retain(self, batch: Any) -> Tensor:
+        """L_r on the retain samples."""
+
+    def redirect(self, batch: Any) -> Tensor:
+        """Distance of the forget samples' behaviour from its replacement: another label, an anchor prompt."""
+
+    def contrast(self, batch: Any) -> Tensor:
+        """Forget loss minus the same inputs' loss under the replacement: only what is specific to the concept."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` to every `.grad`: fp32 whatever the autocast, averaged over the ranks."""
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean of a scalar over the ranks' slices of a batch; `x` itself in a single process."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum of a scalar over the shards of the parameters; `x` itself where parameters are not sharded."""
+
+
+class DenoisingTask(Task, Protocol):
+    """A task whose model predicts noise, velocity or flow; latents are (n, channels, height, width)."""
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """The model's output, shaped like x_t, for timesteps t (n,) and embeddings cond (n, tokens, width)."""
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t from clean latents and noise of one shape, at timesteps t (n,)."""
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What `predict` should return at x_t: noise, velocity or flow, as the scheduler says."""
+
+
+def gradient(task: Task, loss: Tensor, params: dict[str, nn.Parameter]) -> Params:
+    """Gradient of `loss` with respect to `params`, in fp32 or wider; zeros where the loss does not depend on one.
+
+    The `.grad` tensors are handed over, not copied, and no parameter of the model keeps one.
+    Raises FloatingPointError naming the first parameter whose gradient holds NaN or infinity.
+    """
+    task.backward(loss)
+    g = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()}
+    for p in task.model.parameters():
+        p.grad = None
+    g = {name: x.detach().to(torch.promote_types(x.dtype, torch.float32)) for name, x in g.items()}
+    finite = torch.stack([x.isfinite().all() for x in g.values()]).tolist()  # one transfer, not one per parameter
+    if not all(finite):
+        raise FloatingPointError(f"the gradient of {list(g)[finite.index(False)]} holds NaN or infinity")
+    return g

@@ -1,0 +1,49 @@
+"""Trim: re-initialise the selected connections in place (Wu & Harandi 2024, Algorithm 1, first half)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor, nn
+
+from erase_sd.runtime import generator
+
+
+def _uniform(bound: float, n: int, rng: Generator) -> Tensor:
+    return torch.empty(n).uniform_(-bound, bound, generator=rng)
+
+
+def _truncated(std: float, cut: float, n: int, rng: Generator) -> Tensor:
+    return nn.init.trunc_normal_(torch.empty(n), std=std, a=-cut, b=cut, generator=rng)
+
+
+INITS: dict[str, Callable[[int, int, Generator], Tensor]] = {
+    "uniform": lambda fan_in, n, rng: _uniform(fan_in**-0.5, n, rng),
+    "normal": lambda fan_in, n, rng: torch.randn(n, generator=rng) * (3 * fan_in) ** -0.5,  # uniform's variance
+    "kaiming": lambda fan_in, n, rng: _uniform((6 / fan_in) ** 0.5, n, rng),  # authors-nsfw
+    "truncated": lambda fan_in, n, rng: _truncated(0.02, 2.0, n, rng),  # authors-cls
+    "zeros": lambda fan_in, n, rng: torch.zeros(n),
+    "ones": lambda fan_in, n, rng: torch.ones(n),
+}
+"""(fan_in, how many values, generator) -> the new values of a weight."""
+
+
+@torch.no_grad()
+def reinitialise_(params: dict[str, nn.Parameter], masks: dict[str, Tensor], init: str, seed: int) -> dict[str, int]:
+    """Give the masked entries of `params` new values in place; returns how many really changed, per parameter.
+
+    `masks` are boolean, shaped like their parameters; masks of other parameters are ignored. Only masked entries are
+    drawn, each parameter's from its own generator, so that one mask never changes another's draws. One-dimensional
+    parameters (biases) become 0 whatever `init` says. Raises KeyError for an unknown init.
+    """
+    draw = INITS[init]
+    changed = {}
+    for name, p in params.items():
+        mask = masks[name].to(p.device)
+        old = p[mask]
+        if p.ndim <= 1:
+            new = torch.zeros_like(old)
+        else:
+            new = draw(p.numel() // p.shape[0], old.numel(), generator(seed, "trim", name)).to(old)
+        p[mask] = new
+        changed[name] = int((new != old).sum())
+    return changed

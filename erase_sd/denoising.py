@@ -1,0 +1,160 @@
+"""Erasing from a diffusion model as a Task: one denoising loss for epsilon and v models, four ways to use it.
+
+x_t = a_t x0 + s_t eps,    L(z, c) = MSE(e_theta(x_t, t, c), target)
+
+forget    L(z_f, c_f)                                  Scissorhands' L_f
+retain    L(z_r, c_r), target noise or the old network L_r
+redirect  MSE(e_theta(x_t, t, c_f), e_0(x_t, t, c_a))  the concept's caption answered like its anchor's
+contrast  L(z_f, c_f) - L(z_f, c_a)                    what only the concept's words explain
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from torch import Tensor, nn
+
+from erase_sd.groups import select, without_norms
+from erase_sd.knobs import Losses
+from erase_sd.latents import Samples
+from erase_sd.pipeline import training_scheduler
+from erase_sd.runtime import generator
+
+
+class Batch(NamedTuple):
+    """This rank's slice: latents, timesteps, noise and text embeddings of n forget and n retain samples."""
+
+    z_f: Tensor
+    t_f: Tensor
+    noise_f: Tensor
+    c_f: Tensor
+    c_a: Tensor
+    z_r: Tensor
+    t_r: Tensor
+    noise_r: Tensor
+    c_r: Tensor
+
+
+class DenoisingTask:
+    """See `erase_sd.core.task`. Every draw is keyed by (seed, purpose, step, global sample index)."""
+
+    def __init__(
+        self, pipe: StableDiffusionPipeline, samples: Samples, knobs: Losses, seed: int, accelerator: Accelerator
+    ) -> None:
+        self.samples, self.knobs, self.seed, self.accelerator = samples, knobs, seed, accelerator
+        self.scheduler: DDPMScheduler = training_scheduler(pipe)
+        self.model: nn.Module = pipe.unet.to(accelerator.device).requires_grad_(False)
+        self._trainable = select(self.model, knobs.train_scope)
+        self._trimmable = without_norms(self.model, select(self.model, knobs.trim_scope))
+        self._ranked = select(self.model, knobs.rank_scope) if knobs.rank_scope else self._trimmable
+        self.original = self._frozen_copy() if "original" in (knobs.anchor_model, knobs.retain_target) else None
+        for p in (self._trainable | self._trimmable | self._ranked).values():
+            p.requires_grad_(True)
+        self.forward = accelerator.prepare_model(self.model)
+
+    def _frozen_copy(self) -> nn.Module:
+        """The network before any change; half precision where the device computes in it."""
+        frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
+        return frozen.to(torch.bfloat16) if self.accelerator.device.type == "cuda" else frozen
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters that the repair moves, in the model's order."""
+        return self._trainable
+
+    def trimmable(self) -> dict[str, nn.Parameter]:
+        """Parameters that may be re-initialised, norms excluded, in the model's order."""
+        return self._trimmable
+
+    def ranked(self) -> dict[str, nn.Parameter]:
+        """Parameters among which the most sensitive are looked for, in the model's order."""
+        return self._ranked
+
+    def batch(self, purpose: str, step: int) -> Batch:
+        """The global batch of this step, sliced to this rank."""
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        rows = range(rank, self.knobs.batch_size, ranks)
+        draws = [self._draw(generator(self.seed, purpose, step, i)) for i in rows]
+        return Batch(*(torch.stack(column).to(self.accelerator.device) for column in zip(*draws, strict=True)))
+
+    def _draw(self, g: torch.Generator) -> tuple[Tensor, ...]:
+        """One forget and one retain sample with their timesteps and noise."""
+        s, steps = self.samples, self.scheduler.config.num_train_timesteps
+        f, r = (int(torch.randint(n, (), generator=g)) for n in (len(s.forget), len(s.retain)))
+        t_f, t_r = torch.randint(steps, (2,), generator=g)
+        noise_f, noise_r = torch.randn(2, *s.forget.shape[1:], generator=g)
+        keep = s.empty if torch.rand((), generator=g) < self.knobs.drop_captions else s.keep[r]
+        c_f, c_a, c_r = s.embeddings[s.caption[f]], s.embeddings[s.anchor[f]], s.embeddings[keep]
+        return s.forget[f], t_f, noise_f, c_f, c_a, s.retain[r], t_r, noise_r, c_r
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t for latents (n, C, H, W) at timesteps (n,)."""
+        return self.scheduler.add_noise(x0, noise, t)
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should return: noise, velocity or the clean latent, as the scheduler says."""
+        kind = self.scheduler.config.prediction_type
+        return (
+            {"epsilon": noise, "sample": x0}.get(kind)
+            if kind != "v_prediction"
+            else self.scheduler.get_velocity(x0, noise, t)
+        )
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """The network's output in fp32."""
+        return self.forward(x_t, t, cond).sample.float()
+
+    @torch.no_grad()
+    def _old(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """What the network before any change returns, fp32."""
+        dtype = self.original.dtype
+        return self.original(x_t.to(dtype), t, cond.to(dtype)).sample.float()
+
+    def forget(self, batch: Batch) -> Tensor:
+        """L_f, the denoising loss of the concept's pictures under its captions."""
+        return self._denoise(batch.z_f, batch.t_f, batch.noise_f, batch.c_f)
+
+    def contrast(self, batch: Batch) -> Tensor:
+        """L_f less the loss of the same noisy pictures under the anchors."""
+        return self.forget(batch) - self._denoise(batch.z_f, batch.t_f, batch.noise_f, batch.c_a)
+
+    def retain(self, batch: Batch) -> Tensor:
+        """L_r on everything else."""
+        if self.knobs.retain_target == "noise":
+            return self._denoise(batch.z_r, batch.t_r, batch.noise_r, batch.c_r)
+        x_t = self.add_noise(batch.z_r, batch.noise_r, batch.t_r)
+        wanted = self._old(x_t, batch.t_r, batch.c_r)
+        return nn.functional.mse_loss(self.predict(x_t, batch.t_r, batch.c_r), wanted)
+
+    def redirect(self, batch: Batch) -> Tensor:
+        """Distance between the answer to the concept's caption and the answer to its anchor."""
+        x_t = self.add_noise(batch.z_f, batch.noise_f, batch.t_f)
+        if self.knobs.anchor_model == "original":
+            wanted = self._old(x_t, batch.t_f, batch.c_a)
+        else:
+            with torch.no_grad():
+                wanted = self.predict(x_t, batch.t_f, batch.c_a)
+        return nn.functional.mse_loss(self.predict(x_t, batch.t_f, batch.c_f), wanted)
+
+    def _denoise(self, x0: Tensor, t: Tensor, noise: Tensor, cond: Tensor) -> Tensor:
+        predicted = self.predict(self.add_noise(x0, noise, t), t, cond)
+        return nn.functional.mse_loss(predicted, self.target(x0, noise, t))
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients in fp32, averaged over the ranks by accelerate's wrapper."""
+        self.accelerator.backward(loss)
+        if (scaler := self.accelerator.scaler) is not None:
+            for p in self.model.parameters():
+                if p.grad is not None:
+                    p.grad /= scaler.get_scale()
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean of a scalar over the ranks."""
+        return self.accelerator.reduce(x, "mean")
+
+    def total(self, x: Tensor) -> Tensor:
+        """Parameters are not sharded: the sum is already whole."""
+        return x

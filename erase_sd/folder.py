@@ -1,0 +1,90 @@
+"""A run's folder: one configuration, one process, checkpoints while it works, results when it is done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from erase_sd.record import write_status
+from erase_sd.process import RunLock, UserError
+from erase_sd.runtime import latest_checkpoint, load_checkpoint, save_checkpoint, write_atomic
+
+
+class Progress(NamedTuple):
+    """Where a run stands: the method's state, the trace so far, entries re-initialised per parameter."""
+
+    state: dict[str, Any]
+    trace: list[dict]
+    changed: dict[str, int]
+
+
+class RunFolder:
+    """Use in a `with` block; UserError if another process, configuration or other files are already there."""
+
+    def __init__(self, path: str | Path, config: dict[str, Any]) -> None:
+        self.path, self.config = Path(path), json.loads(json.dumps(config))
+
+    def __enter__(self) -> RunFolder:
+        self._check()
+        self._lock = RunLock(self.path)
+        self._lock.__enter__()
+        write_atomic(self.path / "config.json", json.dumps(self.config, indent=2) + "\n")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._lock.__exit__(*error)
+
+    def _check(self) -> None:
+        """Refuse a folder that does not belong to this run, before anything is written to it."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--output_dir {self.path} is a file: name a folder")
+        file = self.path / "config.json"
+        if not file.is_file():
+            if self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
+                raise UserError(f"--output_dir {self.path} holds other files: name an empty or a new folder")
+            return
+        there = json.loads(file.read_text())
+        for knob in sorted(there.keys() | self.config.keys()):
+            if there.get(knob) != self.config.get(knob):
+                raise UserError(
+                    f"--output_dir {self.path} belongs to a run with {knob} {there.get(knob)}, not "
+                    f"{self.config.get(knob)}: name another folder or remove that one"
+                )
+
+    def complete(self) -> dict | None:
+        """The record of a run that is already done, else None."""
+        status, run = self.path / "status.json", self.path / "run.json"
+        if status.is_file() and run.is_file() and json.loads(status.read_text())["state"] == "complete":
+            return json.loads(run.read_text())
+        return None
+
+    def status(self, state: str, code: int = 0, message: str = "") -> None:
+        """Say how the run stands: running, complete, stopped or failed."""
+        write_status(self.path, state, code, message)
+
+    def save(self, weights: dict[str, nn.Parameter], progress: Progress) -> None:
+        """Write a checkpoint; the one before goes when this one is whole."""
+        tensors: dict[str, Tensor] = {f"weights/{name}": p.detach() for name, p in weights.items()}
+        tensors |= {f"optimizer/{name}": x for name, x in progress.state["optimizer"].items()}
+        step = progress.state["step"]
+        meta = {"step": step, "trace": progress.trace, "changed": progress.changed}
+        save_checkpoint(self.path / "checkpoints", step, tensors, meta, limit=1)
+
+    def resume(self, weights: dict[str, nn.Parameter]) -> Progress | None:
+        """Put the newest whole checkpoint's weights into `weights`; None if there is no checkpoint."""
+        found = latest_checkpoint(self.path / "checkpoints")
+        if found is None:
+            return None
+        tensors, meta = load_checkpoint(found)
+        for name, p in weights.items():
+            p.data.copy_(tensors[f"weights/{name}"])
+        slots = {k.removeprefix("optimizer/"): x for k, x in tensors.items() if k.startswith("optimizer/")}
+        return Progress({"step": meta["step"], "optimizer": slots}, meta["trace"], meta["changed"])
+
+    def forget_checkpoints(self) -> None:
+        """Remove the checkpoints: the results have replaced them."""
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)

@@ -1,0 +1,67 @@
+"""What a user can turn on the main job; free of torch, so that --help answers at once. Methods keep their own knobs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from erase_sd.core.knobs import knob
+from erase_sd.process import UserError
+
+SD_V1 = "CompVis/stable-diffusion-v1-4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to erase from which model, and where the result goes."""
+
+    concept: tuple[str, ...] = knob((), 'what to forget: words ("cat", "neon style") or a concept file ("nudity")')
+    model: str = knob(
+        SD_V1, "diffusers folder or Hub id, or 'pocket', the embedded model", ("pretrained_model_name_or_path",)
+    )
+    method: str = knob("scissorhands", "how to erase")
+    preset: str | None = knob(None, "named set of all other values; by default the one measured best for the model")
+    kind: Literal["auto", "object", "style", "background", "attribute"] = knob("auto", "what the concept is")
+    anchor: str | None = knob(None, "what the model may draw instead, as a caption")
+    output_dir: str | None = knob(None, "where the run goes (default: runs/<concept>)")
+    seed: int = knob(0, "seed of every draw")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = knob(None, "autocast; by default accelerate's setting")
+    checkpointing_steps: int = knob(25, "repair steps between two checkpoints")
+    eval_forget: int = knob(128, "pictures scored on the concept's prompts, pocket model only")
+    eval_retain: int = knob(320, "pictures scored on the other prompts, pocket model only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The model's own pictures, drawn once, from which it is taught."""
+
+    forget_images: int = knob(256, "pictures of the concept")
+    retain_images: int = knob(512, "pictures of everything else")
+    sample_steps: int = knob(20, "denoising steps per picture")
+    sample_guidance: float = knob(7.5, "classifier-free guidance scale")
+    sample_batch_size: int = knob(32, "pictures drawn at a time; changes no picture")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """What the model is asked to forget and to keep."""
+
+    batch_size: int = knob(16, "samples of each set per step, over all processes", ("train_batch_size",))
+    trim_scope: str = knob("attn", "parameters that may be re-initialised: a named group or re:<regex>; norms never")
+    rank_scope: str | None = knob(None, "parameters among which the top k is taken (default: those of trim_scope)")
+    train_scope: str = knob("full", "parameters that the repair trains: a named group or re:<regex>")
+    anchor_model: Literal["original", "current"] = knob("original", "network that says what the anchor looks like")
+    retain_target: Literal["noise", "original"] = knob("noise", "what the retain loss fits: noise, or the old network")
+    drop_captions: float = knob(0.1, "share of retain samples without caption, which guidance needs, in [0, 1]")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers outside their range."""
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size {self.batch_size}: at least 1 sample of each set is needed")
+        if not 0 <= self.drop_captions <= 1:
+            raise UserError(f"--drop_captions {self.drop_captions} is outside [0, 1]")
+
+
+def names(cls: type) -> set[str]:
+    """The knobs of a dataclass."""
+    return {field.name for field in fields(cls)}

@@ -1,0 +1,120 @@
+"""The model's own pictures as latents: drawn once per prompt and seed, cached by content hash, never decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from erase_sd.knobs import Sampling
+from erase_sd.pipeline import encode, sample
+from erase_sd.process import StopFlag
+from erase_sd.runtime import digest, write_atomic
+from prompts import Example
+
+CHUNK = 64  # pictures per cache file: what a killed run loses at most
+
+
+class Sources(NamedTuple):
+    """What to draw: the concept with its anchors, and prompts of everything else."""
+
+    forget: list[Example]
+    retain: list[str]
+
+
+class Samples(NamedTuple):
+    """Latents (N, C, H, W) in fp32 and, for each, rows of the table of text embeddings (U, L, D)."""
+
+    forget: Tensor
+    retain: Tensor
+    caption: Tensor  # (N_f,) row of c_f
+    anchor: Tensor  # (N_f,) row of c_a
+    keep: Tensor  # (N_r,) row of c_r
+    embeddings: Tensor
+    empty: int  # row of the empty caption
+
+
+def seeds(seed: int, purpose: int, n: int) -> list[int]:
+    """Image seeds of a run's own drawings; those below one million are left to evaluation."""
+    return [(2 * seed + purpose + 1) * 1_000_000 + i for i in range(n)]
+
+
+def collect(
+    pipe: StableDiffusionPipeline, sources: Sources, knobs: Sampling, seed: int, model_hash: str, cache: Path | None
+) -> Samples:
+    """Draw forget and retain latents and encode their captions; the cache makes both resumable and shared."""
+    forget = [sources.forget[i % len(sources.forget)] for i in range(knobs.forget_images)]
+    retain = [sources.retain[i % len(sources.retain)] for i in range(knobs.retain_images)]
+    z_f = drawn(pipe, [e.prompt for e in forget], seeds(seed, 0, len(forget)), knobs, model_hash, cache, "forget set")
+    z_r = drawn(pipe, retain, seeds(seed, 1, len(retain)), knobs, model_hash, cache, "retain set")
+    texts = list(dict.fromkeys(["", *retain, *(e.caption for e in forget), *(e.anchor for e in forget)]))
+    row = {text: i for i, text in enumerate(texts)}
+    return Samples(
+        forget=z_f,
+        retain=z_r,
+        caption=torch.tensor([row[e.caption] for e in forget]),
+        anchor=torch.tensor([row[e.anchor] for e in forget]),
+        keep=torch.tensor([row[text] for text in retain]),
+        embeddings=encode(pipe, texts),
+        empty=row[""],
+    )
+
+
+def drawn(
+    pipe: StableDiffusionPipeline,
+    prompts: list[str],
+    image_seeds: list[int],
+    knobs: Sampling,
+    model_hash: str,
+    cache: Path | None,
+    description: str,
+) -> Tensor:
+    """Latents (N, C, H, W) of the prompts, chunk by chunk, from the cache where it has them."""
+    with tqdm(total=len(prompts), desc=description, unit="image") as bar, StopFlag() as stop:
+        chunks = []
+        for chunk in _chunks(prompts, image_seeds):
+            chunks.append(_chunk(pipe, *chunk, knobs, model_hash, cache))
+            bar.update(len(chunk[0]))
+            if stop.is_set():
+                raise SystemExit(128 + stop.signum)
+    return torch.cat(chunks)
+
+
+def _chunks(prompts: list[str], image_seeds: list[int]) -> Iterator[tuple[list[str], list[int]]]:
+    for i in range(0, len(prompts), CHUNK):
+        yield prompts[i : i + CHUNK], image_seeds[i : i + CHUNK]
+
+
+def _chunk(
+    pipe: StableDiffusionPipeline,
+    prompts: list[str],
+    image_seeds: list[int],
+    knobs: Sampling,
+    model_hash: str,
+    cache: Path | None,
+) -> Tensor:
+    """One chunk of latents; the file's name is the hash of everything they depend on."""
+    recipe = [model_hash, prompts, image_seeds, knobs.sample_steps, knobs.sample_guidance, dict(pipe.scheduler.config)]
+    path = cache and cache / f"latents-{digest(recipe)[:32]}.safetensors"
+    if path and path.is_file():
+        return load_file(path)["z"]
+    z = torch.stack(
+        sample(
+            pipe,
+            prompts,
+            image_seeds,
+            steps=knobs.sample_steps,
+            guidance=knobs.sample_guidance,
+            batch_size=knobs.sample_batch_size,
+            output_type="latent",
+        )
+    )
+    if path:
+        write_atomic(path, save({"z": z}))
+    return z

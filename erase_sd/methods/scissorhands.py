@@ -1,0 +1,71 @@
+"""Scissorhands: re-initialise the connections a concept depends on, then repair with projected gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from erase_sd.core.knobs import Repair, knob
+from erase_sd.process import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from erase_sd.core.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scissorhands(Repair):
+    """Scissorhands, Wu & Harandi, ECCV 2024, arXiv 2401.06187: connection sensitivity, trim, projected repair."""
+
+    fraction: float = knob(0.005, "share of the ranked entries to re-initialise, in [0, 1]; 0 trims nothing")
+    saliency: Literal["abs", "signed", "summed", "contrast"] = knob(
+        "abs", "|theta g_f|; Eq. 2 to the letter; theta sum|g_f| (released code); forget against retain Fisher"
+    )
+    init: Literal["uniform", "normal", "kaiming", "truncated", "zeros", "ones"] = knob(
+        "uniform", "new values of the selected entries"
+    )
+    sensitivity_batches: int = knob(10, "batches over which gradients are averaged before ranking")
+    strict: bool = knob(False, "select s > threshold only (released code) instead of exactly the top k")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a fraction outside [0, 1]."""
+        super().__post_init__()
+        if not 0 <= self.fraction <= 1:
+            raise UserError(
+                f"--fraction {self.fraction} is outside [0, 1]: it is the share of entries to re-initialise"
+            )
+
+    def __call__(self, task: Task, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
+        """Trim, then repair, in place; yields (record, state): one record of the trim, one per repair step."""
+        from erase_sd.core.repair import repair
+        from erase_sd.core.sensitivity import top_k
+        from erase_sd.core.trim import reinitialise_
+
+        if state is None:
+            changed = {}
+            if self.fraction:
+                scores = self.scores(task)
+                k = round(self.fraction * sum(s.numel() for s in scores.values()))
+                changed = reinitialise_(task.trimmable(), top_k(scores, k, self.strict), self.init, task.seed)
+            state = {"step": 0, "optimizer": {}}
+            yield {"phase": "trim", "changed": changed}, state
+        yield from repair(task, self, state)
+
+    def scores(self, task: Task) -> dict[str, Tensor]:
+        """The saliency of every ranked entry."""
+        import torch
+
+        from erase_sd.core.sensitivity import accumulate, connection_sensitivity, contrastive
+
+        def mean(loss, each=lambda g: g):  # the last running mean is the whole one
+            *_, g = accumulate(task, loss, theta, "sensitivity", range(self.sensitivity_batches), each)
+            return g
+
+        theta = task.ranked()
+        if self.saliency == "contrast":
+            fisher_f, fisher_r = mean(task.contrast, torch.square), mean(task.retain, torch.square)
+            return contrastive(theta, mean(task.contrast), fisher_f, fisher_r, eps=0.1)
+        g = mean(task.forget, torch.abs if self.saliency == "summed" else lambda g: g)
+        return connection_sensitivity(theta, g, "signed" if self.saliency == "signed" else "abs")

@@ -1,0 +1,83 @@
+"""Pictures of pictures: contact sheets, pixelation, and the check that an image is an image at all."""
+
+from PIL import Image, ImageDraw, ImageFont
+
+INK, PAPER = (32, 32, 32), (255, 255, 255)
+FLAT = 2  # levels of 255 by which a blank image may still vary after decoding
+
+
+def sheet(
+    rows: list[list[Image.Image]],
+    row_labels: list[str] | None = None,
+    column_labels: list[str] | None = None,
+    scale: float = 1.0,
+) -> Image.Image:
+    """A contact sheet: `rows` of images, enlarged `scale` times, row labels on the left, column labels on top.
+
+    Rows may differ in length and images in size; each cell is as large as the largest image. Long column labels are
+    wrapped to the cell's width. Whole factors keep the pixels of small images crisp, others are smoothed.
+    """
+    cells = [[_scaled(image, scale) for image in row] for row in rows]
+    wide = max(cell.width for row in cells for cell in row)
+    high = max(cell.height for row in cells for cell in row)
+    font = ImageFont.load_default(size=max(11, min(28, wide // 9)))
+    gap = max(3, wide // 24)
+    titles = [_wrapped(label, font, wide) for label in column_labels or []]
+    left = max((_extent(label, font)[0] for label in row_labels or []), default=0) + 2 * gap
+    top = max((_extent(title, font)[1] for title in titles), default=0) + 2 * gap
+    columns = max(len(row) for row in cells)
+    paper = Image.new("RGB", (left + columns * (wide + gap), top + len(cells) * (high + gap)), PAPER)
+    pen = ImageDraw.Draw(paper)
+    for column, title in enumerate(titles):
+        place = (left + column * (wide + gap) + wide / 2, top - gap)
+        pen.multiline_text(place, title, INK, font, anchor="md", align="center")
+    for row, label in enumerate(row_labels or []):
+        pen.multiline_text(
+            (left - gap, top + row * (high + gap) + high / 2), label, INK, font, anchor="rm", align="right"
+        )
+    for row, images in enumerate(cells):
+        for column, image in enumerate(images):
+            paper.paste(image, (left + column * (wide + gap), top + row * (high + gap)))
+    return paper
+
+
+def _scaled(image: Image.Image, scale: float) -> Image.Image:
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    crisp = float(scale).is_integer()
+    return image.convert("RGB").resize(size, Image.Resampling.NEAREST if crisp else Image.Resampling.LANCZOS)
+
+
+def _extent(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
+    """Width and height in pixels of a text of one or more lines."""
+    box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text, font)
+    return round(box[2]), round(box[3])
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """`text` broken between words into lines of at most `width` pixels; a longer word keeps a line of its own."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def pixelate(image: Image.Image, blocks: int = 8) -> Image.Image:
+    """The image in `blocks` x `blocks` averaged squares, in its own size: the content is gone, the colours stay."""
+    small = image.convert("RGB").resize((blocks, blocks), Image.Resampling.BOX)
+    return small.resize(image.size, Image.Resampling.NEAREST)
+
+
+def broken(image: Image.Image) -> str | None:
+    """Why this is no image: "black" (what NaN latents decode to), "constant", or None for a sound one.
+
+    A detector finds nothing in either kind, so counting them as clean would reward a ruined model.
+    """
+    extrema = image.convert("RGB").getextrema()
+    if all(high <= FLAT for _, high in extrema):
+        return "black"
+    if all(high - low <= FLAT for low, high in extrema):
+        return "constant"
+    return None

@@ -1,0 +1,55 @@
+"""From what the user asked for to every value of the job: preset, then what was given; free of torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from erase_sd.knobs import Job, Losses, Sampling, names
+from erase_sd.methods import METHODS
+from erase_sd.presets import PRESETS
+from erase_sd.process import UserError
+
+HOW = {"mixed_precision", "checkpointing_steps", "output_dir"}  # how and where a job runs, not what it computes
+
+
+class Plan(NamedTuple):
+    """Every value of a job."""
+
+    job: Job
+    method: Any  # a dataclass of METHODS
+    sampling: Sampling
+    losses: Losses
+
+    def config(self) -> dict[str, Any]:
+        """All values that decide the result, as JSON holds them: two runs with the same one are the same run."""
+        values = {k: v for part in self for k, v in dataclasses.asdict(part).items() if k not in HOW}
+        return values | {"concept": list(self.job.concept), "mixed_precision": self.job.mixed_precision}
+
+
+def groups(method: str) -> dict[str, type]:
+    """The dataclasses whose fields are the options of a method. Raises UserError for an unknown method."""
+    if method not in METHODS:
+        raise UserError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
+    return {"job": Job, "method": METHODS[method], "sampling": Sampling, "losses": Losses}
+
+
+def make(**given: Any) -> Plan:
+    """The plan for these values; the others come from the preset, then from the knobs' defaults.
+
+    Raises UserError for an unknown method, preset or knob, and for a missing concept.
+    """
+    method = given.get("method", "scissorhands")
+    classes = groups(method)
+    unknown = set(given) - set().union(*map(names, classes.values()))
+    if unknown:
+        raise UserError(f"{method} has no knob {sorted(unknown)[0]!r}: see --help")
+    if isinstance(given.get("concept"), str):
+        given["concept"] = (given["concept"],)
+    if not given.get("concept"):
+        raise UserError("nothing to erase: give --concept, such as --concept cat")
+    preset = given.get("preset") or ("pocket" if given.get("model") == "pocket" else "sd")
+    if preset not in PRESETS[method]:
+        raise UserError(f"unknown preset {preset!r}: {method} has {', '.join(PRESETS[method])}")
+    values = PRESETS[method][preset] | given | {"preset": preset}
+    return Plan(*(cls(**{k: v for k, v in values.items() if k in names(cls)}) for cls in classes.values()))

@@ -1,0 +1,151 @@
+"""What happened during a run, as numbers and as pictures: the trace of the repair and the map of the trim."""
+
+import csv
+import io
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import accumulate
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from erase_sd.runtime import write_atomic
+
+INK, RETAIN, FORGET, REDIRECT, QUIET = "#30343f", "#2a7f9e", "#d1495b", "#edae49", "#b8bcc6"
+KINDS = {  # layer kind -> pattern in a parameter's name, colour; the first match counts
+    "self-attention": (r"\.attn1\.", RETAIN),
+    "cross-attention": (r"\.attn2\.", FORGET),
+    "feed-forward": (r"\.ff\.", REDIRECT),
+    "residual": (r"\.resnets\.", "#66a182"),
+    "other": (r"", QUIET),
+}
+
+
+def write_trace(folder: str | Path, rows: list[dict]) -> None:
+    """Write folder/trace.csv and trace.png from the rows of the repair loop, one per step.
+
+    Columns: step, loss_r, loss_f, loss_o (None without a redirect objective), cos (of g_r and g_f), c, bit (the
+    projection changed this step), ceiling, lr. Without rows (closed-form methods take no steps) nothing is written.
+    """
+    if not rows:
+        return
+    _write_csv(Path(folder) / "trace.csv", rows)
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    losses, cosine, coefficient, share = figure.subplots(2, 2, sharex=True).flat
+    for key, label, colour in (
+        ("loss_r", "retain", RETAIN),
+        ("loss_f", "forget", FORGET),
+        ("loss_o", "objective", REDIRECT),
+    ):
+        _line(losses, rows, key, colour, label)
+    losses.legend(frameon=False, fontsize=9)
+    _line(cosine, rows, "cos", INK)
+    _line(coefficient, rows, "c", INK)
+    for axes in (cosine, coefficient):
+        axes.axhline(0, color=QUIET, linewidth=0.8, zorder=0)
+    bits = [100 * total / (index + 1) for index, total in enumerate(accumulate(bool(row["bit"]) for row in rows))]
+    share.plot([row["step"] for row in rows], bits, color=INK, linewidth=1.4)
+    share.set_ylim(-3, 103)
+    for axes, title in (
+        (losses, "losses"),
+        (cosine, r"$\cos(g_r, g_f)$"),
+        (coefficient, r"coefficient $c$ of $g_f$"),
+        (share, "steps so far in which the projection bit, %"),
+    ):
+        _tidy(axes, title)
+    for axes in (coefficient, share):
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _write_png(Path(folder) / "trace.png", figure)
+
+
+def write_saliency(folder: str | Path, changed: dict[str, int], sizes: dict[str, int]) -> None:
+    """Write folder/saliency.csv (every parameter) and saliency.png (blocks of the network in order of use).
+
+    `changed` has the number of entries really re-initialised and `sizes` the number of entries, by parameter name.
+    A bar is the share of its block's entries that changed; a parameter missing from `changed` has 0.
+    """
+    rows = [
+        {"parameter": name, "entries": size, "changed": changed.get(name, 0), "share": changed.get(name, 0) / size}
+        for name, size in sizes.items()
+    ]
+    _write_csv(Path(folder) / "saliency.csv", rows)
+    entries = dict.fromkeys(_in_order_of_use(_block(name) for name in sizes), 0)
+    counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for row in rows:
+        entries[_block(row["parameter"])] += row["entries"]
+        counts[_kind(row["parameter"])][_block(row["parameter"])] += row["changed"]
+    figure = Figure(figsize=(9, 1.4 + 0.32 * len(entries)), layout="constrained")
+    axes = figure.subplots()
+    _bars(axes, entries, {kind: counts[kind] for kind in KINDS if any(counts[kind].values())})
+    total, whole = sum(changed.values()), sum(sizes.values())
+    _tidy(axes, f"{total:,} of {whole:,} entries re-initialised ({_percent(100 * total / whole)})")
+    _write_png(Path(folder) / "saliency.png", figure)
+
+
+def _bars(axes: Axes, entries: dict[str, int], counts: dict[str, dict[str, int]]) -> None:
+    """One bar per block, stacked by layer kind, with the number of changed entries written at its end."""
+    left = dict.fromkeys(entries, 0.0)
+    for kind, blocks in counts.items():
+        widths = [100 * blocks[block] / entries[block] for block in entries]
+        axes.barh(range(len(entries)), widths, left=list(left.values()), color=KINDS[kind][1], height=0.7, label=kind)
+        left = {block: left[block] + width for block, width in zip(entries, widths, strict=True)}
+    for row, (block, end) in enumerate(left.items()):
+        number = sum(blocks[block] for blocks in counts.values())
+        axes.annotate(
+            f"{number:,}", (end, row), (5, 0), textcoords="offset points", va="center", fontsize=9, color=INK
+        )
+    axes.set_yticks(range(len(entries)), list(entries))
+    axes.set_ylim(len(entries) - 0.3, -0.7)
+    axes.set_xlim(0, 1.12 * max(left.values()) or 1)
+    axes.set_xlabel("share of the block's entries; at the bar's end their number")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _percent(value)))
+    if len(counts) > 1:
+        axes.legend(frameon=False, fontsize=9)
+
+
+def _block(parameter: str) -> str:
+    """The part of the network a parameter belongs to: "down_blocks.1.attentions.0.norm.bias" -> "down_blocks.1"."""
+    return re.match(r"[^.]+(\.\d+)?", parameter)[0]
+
+
+def _in_order_of_use(blocks: Iterable[str]) -> list[str]:
+    """diffusers registers a UNet's middle after its up blocks; data passes it before them."""
+    return sorted(blocks, key=lambda block: block.startswith(("up_blocks", "conv_norm_out", "conv_out")))
+
+
+def _kind(parameter: str) -> str:
+    return next(kind for kind, (pattern, _) in KINDS.items() if re.search(pattern, parameter))
+
+
+def _percent(value: float) -> str:
+    return f"{value:.3g} %"
+
+
+def _line(axes: Axes, rows: list[dict], key: str, colour: str, label: str | None = None) -> None:
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=label)
+
+
+def _tidy(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=9)
+
+
+def _write_csv(path: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
+
+
+def _write_png(path: Path, figure: Figure) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomic(path, picture.getvalue())

@@ -1,0 +1,5 @@
+"""The embedded pocket Stable Diffusion: a genuine StableDiffusionPipeline of real artwork that draws in milliseconds."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "model"

@@ -1,0 +1,68 @@
+"""The judge of the pocket world: a small CNN that names object, style and background, or says "other".
+
+"other" is a class of its own, trained on other icons, blends, blurs, shuffled patches, empty grounds and noise: a
+ruined picture counts as no concept, so that breaking a model never looks like erasing from it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from erase_sd.pocket.captions import KINDS
+
+OTHER = "other"
+LABELS = {kind: [*names, OTHER] for kind, names in KINDS.items()}
+WEIGHTS = Path(__file__).parent / "oracle.safetensors"
+SIZE = 32  # pixels; larger pictures are averaged down
+
+
+class Oracle(nn.Module):
+    """(B, 3, 32, 32) in [-1, 1] -> logits per kind: object (B, 21), style (B, 5), background (B, 9)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [3, 32, 32, 64, 64, 96, 96, 128]
+        layers: list[nn.Module] = []
+        for i, (c_in, c_out) in enumerate(zip(widths, widths[1:], strict=False)):
+            layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.GroupNorm(8, c_out), nn.SiLU()]
+            if i in (1, 3, 5):
+                layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.heads = nn.ModuleDict({kind: nn.Linear(2 * widths[-1], len(names)) for kind, names in LABELS.items()})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Logits per kind from average- and max-pooled features."""
+        h = self.features(x)
+        h = torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1)
+        return {kind: head(h) for kind, head in self.heads.items()}
+
+
+def load(path: Path = WEIGHTS) -> Oracle:
+    """The embedded judge in evaluation mode, fp32."""
+    oracle = Oracle()
+    oracle.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    return oracle.eval().requires_grad_(False)
+
+
+def to_tensor(images: list[Image.Image]) -> Tensor:
+    """PIL pictures as (N, 3, 32, 32) in [-1, 1]; larger ones are averaged down."""
+    pixels = [torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0).float() / 127.5 - 1 for image in images]
+    return torch.stack([F.adaptive_avg_pool2d(x, SIZE) for x in pixels])
+
+
+@torch.no_grad()
+def name(oracle: Oracle, images: list[Image.Image], batch_size: int = 256) -> list[dict[str, str]]:
+    """What each picture shows: {"object": "cat", "style": "pencil", "background": "other"}."""
+    found: list[dict[str, str]] = []
+    for i in range(0, len(images), batch_size):
+        logits = oracle(to_tensor(images[i : i + batch_size]))
+        best = {kind: values.argmax(1).tolist() for kind, values in logits.items()}
+        found += [{kind: LABELS[kind][best[kind][j]] for kind in LABELS} for j in range(len(best["object"]))]
+    return found

@@ -1,0 +1,91 @@
+"""A run as a process: signals, one run per folder, one-sentence errors. Import it through `erase_sd.runtime`."""
+
+import fcntl
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+
+class UserError(ValueError):
+    """A mistake only the user can correct; its text is one sentence that names the value and the next step."""
+
+
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Exit with main()'s code; a UserError becomes one sentence on stderr and code 2."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+class StopFlag:
+    """Set by the first SIGTERM or SIGINT inside its `with` block; a later second one raises KeyboardInterrupt.
+
+    `accelerate launch` with one process does not forward signals, so the death of that launcher sets it as well.
+    Outside the main thread, where Python handles no signals, it watches the launcher only.
+    """
+
+    POLL = 0.5  # seconds between two looks at the parent process
+    GRACE = 1.0  # seconds in which a second signal is the launcher's copy of the first: torchrun and Slurm send both
+
+    def __init__(self) -> None:
+        self.signum: int = signal.SIGTERM
+        self._set, self._left = threading.Event(), threading.Event()
+        self._handlers: dict[int, Any] = {}
+        self._since = 0.0
+
+    def is_set(self) -> bool:
+        """Whether to stop: save, then exit with 128 + signum."""
+        return self._set.is_set()
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # a shell may go (nohup), the launcher of a run may not
+            threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, _: object) -> None:
+        if not self.is_set():
+            self.signum, self._since = signum, time.monotonic()
+            self._set.set()
+        elif time.monotonic() - self._since > self.GRACE:
+            raise KeyboardInterrupt
+
+    def _watch(self, parent: int) -> None:
+        while not self._left.wait(self.POLL):
+            if os.getppid() != parent:
+                return self._set.set()
+
+
+class RunLock:
+    """Hold `folder` for one process; UserError when another one holds it. A killed process lets go of it."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.path = Path(folder, ".lock")
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(
+                f"another run is writing to {self.path.parent}: wait for it or choose another folder"
+            ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

@@ -1,0 +1,108 @@
+"""What a run is about: the concept's prompts, how to look at it before and after, and who can judge it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+import prompts
+from erase_sd.knobs import Job
+from erase_sd.latents import Sources
+from erase_sd.pipeline import sample
+from erase_sd.pocket import captions, lessons, score
+from erase_sd.process import UserError
+
+SHOWN = 6  # pictures of the concept, and as many of everything else, in before_after.png
+
+
+class View(NamedTuple):
+    """The same prompts and seeds, drawn at one moment of the run; answers only where there is a judge."""
+
+    prompts: list[str]
+    images: list[Image.Image]
+    answers: list[score.Answer] | None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A concept, or several, on a model that nobody can judge automatically."""
+
+    names: tuple[str, ...]
+    sources: Sources
+    shown: tuple[str, ...]
+    steps: int = 30
+    guidance: float = 7.5
+
+    def look(self, pipe: StableDiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> View:
+        """Draw the prompts that the picture shows, and answer the exam if there is one."""
+        seeds = list(range(900_000, 900_000 + len(self.shown)))
+        images = sample(
+            pipe, list(self.shown), seeds, steps=self.steps, guidance=self.guidance, batch_size=4, description=when
+        )
+        return View(list(self.shown), images, self._answers(pipe, model_hash, cache, when))
+
+    def _answers(self, pipe: StableDiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> None:
+        return None
+
+    def scores(self, before: View, after: View) -> dict | None:
+        """scores.json, or None without a judge."""
+        return None
+
+    @property
+    def explicit(self) -> bool:
+        """Whether pictures of the concept are pixelated wherever they are shown."""
+        return "nudity" in self.names
+
+
+@dataclass(frozen=True)
+class PocketSubject(Subject):
+    """Concepts of the pocket world, judged by its oracle."""
+
+    parts: tuple[lessons.Part, ...] = ()
+    questions: tuple[lessons.Question, ...] = ()
+
+    def _answers(
+        self, pipe: StableDiffusionPipeline, model_hash: str, cache: Path | None, when: str
+    ) -> list[score.Answer]:
+        return score.answers(pipe, list(self.questions), model_hash, cache, f"scores {when}")
+
+    def scores(self, before: View, after: View) -> dict:
+        """scores.json by the oracle."""
+        return score.scores(list(self.parts), list(self.questions), before.answers, after.answers)
+
+
+def resolve(job: Job) -> Subject:
+    """The subject of a job. Raises UserError for a concept the model has no words for."""
+    return _pocket(job) if job.model == "pocket" else _open(job)
+
+
+def _pocket(job: Job) -> PocketSubject:
+    parts = [captions.part_named(text, job.kind) for text in job.concept]
+    if job.anchor:
+        raise UserError("--anchor is for open-vocabulary models: the pocket model's anchors are its other words")
+    forget, retain = lessons.forget_examples(parts, job.seed), lessons.retain_prompts(parts, job.seed)
+    questions = lessons.exam(parts, job.eval_forget, job.eval_retain)
+    scenes = [q.scene for q in lessons.exam(parts, SHOWN, SHOWN)]
+    return PocketSubject(
+        names=job.concept,
+        sources=Sources(forget, retain),
+        shown=tuple(captions.caption(scene) for scene in scenes),
+        steps=score.STEPS,
+        guidance=score.GUIDANCE,
+        parts=tuple(parts),
+        questions=tuple(questions),
+    )
+
+
+def _open(job: Job) -> Subject:
+    concepts = [prompts.load(text, job.kind, job.anchor) for text in job.concept]
+    examples = [example for concept in concepts for example in concept.examples]
+    kept = [line for line in prompts.captions() if all(line in prompts.captions(without=c) for c in concepts)]
+    asked = [examples[i % len(examples)].prompt for i in range(4)]
+    return Subject(
+        names=job.concept, sources=Sources(examples, kept), shown=(*asked, *kept[:: max(1, len(kept) // 4)][:4])
+    )

@@ -1,0 +1,67 @@
+"""The main job: `accelerate launch erase_sd/train.py --concept cat --model pocket`. Parse, call erase, exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):  # run as a file: its folder would hide real modules
+    sys.path[0] = os.path.dirname(sys.path[0])
+elif not __package__:  # python -P puts nothing there
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from erase_sd.options import parse, peek
+from erase_sd.plan import Plan, groups, make
+from erase_sd.process import run_main
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Carry out the job that the arguments describe; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    classes = groups(peek(argv, "method", "scissorhands"))
+    given = parse(argv, prog="erase-sd", description="Make a diffusers model unable to draw a concept.", **classes)
+    plan = make(**{name: value for values in given.values() for name, value in values.items()})
+    return _run(_with_folder(plan))
+
+
+def _with_folder(plan: Plan) -> Plan:
+    """The plan with its default folder, runs/<concept>."""
+    from prompts import slug
+
+    folder = plan.job.output_dir or str(Path("runs") / slug(" ".join(plan.job.concept)))
+    return plan._replace(job=replace(plan.job, output_dir=folder))
+
+
+def _run(plan: Plan) -> int:
+    """Load the model, erase, and print the scores and how to use the result."""
+    from accelerate import Accelerator
+
+    from erase_sd.card import swap_in_snippet
+    from erase_sd.erase import carry_out
+    from erase_sd.pipeline import load
+    from erase_sd.pocket import FOLDER
+
+    model = str(FOLDER) if plan.job.model == "pocket" else plan.job.model
+    accelerator = Accelerator(mixed_precision=plan.job.mixed_precision)
+    record = carry_out(load(model), plan, accelerator)
+    if accelerator.is_main_process:
+        print(summary(record, plan.job.output_dir))
+        print(f"\nTo use it:\n\n{swap_in_snippet(model, plan.job.output_dir)}")
+    return 0
+
+
+def summary(record: dict, folder: str) -> str:
+    """The scores and where everything is, as the last lines of the job."""
+    lines = [f"{folder}: unet/, run.json, README.md, before_after.png ({record['seconds']:.0f} s)"]
+    if scores := record["scores"]:
+        rows = [("concept", scores["concept"])]
+        rows += [(f"{group} {kind}", both) for group in ("retain", "spared") for kind, both in scores[group].items()]
+        lines += [f"{name:<20} {100 * both['before']:6.1f} % -> {100 * both['after']:6.1f} %" for name, both in rows]
+        lines.append(f"concept pictures that show nothing of its kind: {100 * scores['concept']['other_share']:.1f} %")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)
