@@ -61,6 +61,11 @@ class DenoisingTask:
         frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
         return frozen.to(torch.bfloat16) if self.accelerator.device.type == "cuda" else frozen
 
+    def release(self) -> None:
+        """Undo what preparing the model did to it: no autocast in its forward, no gradients."""
+        self.accelerator.unwrap_model(self.forward, keep_fp32_wrapper=False)
+        self.model.requires_grad_(False).zero_grad(set_to_none=True)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that the repair moves, in the model's order."""
         return self._trainable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,12 +15,11 @@ from tqdm.auto import tqdm
 from erase_sd import subject
 from erase_sd.denoising import DenoisingTask
 from erase_sd.folder import Progress, RunFolder
-from erase_sd.groups import select
 from erase_sd.latents import Samples, collect
 from erase_sd.plan import Plan, make
-from erase_sd.record import environment, weights_hash
-from erase_sd.report import write_results
 from erase_sd.process import StopFlag, UserError
+from erase_sd.record import run_record, weights_hash
+from erase_sd.report import Result, write_results
 from erase_sd.runtime import digest
 
 
@@ -55,26 +53,26 @@ def carry_out(pipe: StableDiffusionPipeline, plan: Plan, accelerator: Accelerato
     with RunFolder(job.output_dir, config) if job.output_dir else nullcontext() as folder, _placed(pipe, accelerator):
         if folder and (done := folder.complete()):
             return done
-        if folder:
-            folder.status("running")
-        cache = folder and folder.path.parent / ".cache"
         with _recorded(folder):
+            cache = folder and folder.path.parent / ".cache"
             before = asked.look(pipe, base_hash, cache, "before")
             samples = collect(pipe, asked.sources, plan.sampling, job.seed, base_hash, cache)
-            sizes = {name: p.numel() for name, p in pipe.unet.named_parameters()}
             progress = _train(pipe, plan, samples, accelerator, folder)
-            after = asked.look(pipe, base_hash, None, "after")
-            record = {
-                "config": config,
-                "seconds": round(time.monotonic() - start, 1),
-                "reinitialised": sum(progress.changed.values()),
-                "trainable": sum(p.numel() for p in select(pipe.unet, plan.losses.train_scope).values()),
-                "scores": asked.scores(before, after),
-                "environment": environment(),
-            }
+            after = asked.look(pipe, base_hash + " erased", None, "after")
+            run = run_record(
+                config,
+                seed=job.seed,
+                base=job.model,
+                base_hash=base_hash,
+                seconds=time.monotonic() - start,
+                trace=progress.trace,
+                reinitialised=sum(progress.changed.values()),
+                scores=asked.scores(before, after),
+            )
+            sizes = {name: p.numel() for name, p in pipe.unet.named_parameters()}
             if folder:
-                record = write_results(pipe, plan, folder, progress, sizes, before, after, record)
-    return record
+                write_results(pipe, plan, folder, Result(run, progress, sizes, before, after))
+    return run
 
 
 def _train(
@@ -82,35 +80,40 @@ def _train(
 ) -> Progress:
     """Run the method from its last checkpoint to its end."""
     task = DenoisingTask(pipe, samples, plan.losses, plan.job.seed, accelerator)
-    weights = task.trimmable() | task.trainable()
-    progress = folder and folder.resume(weights)
-    state, trace, changed = progress or Progress(None, [], {})
-    steps = plan.method.steps
+    weights, steps = task.trimmable() | task.trainable(), plan.method.steps
+    progress = (folder and folder.resume(weights)) or Progress(None, [], {})
     try:
-        with StopFlag() as stop, tqdm(total=steps, initial=len(trace), desc=plan.job.method, unit="step") as bar:
-            for record, state in plan.method(task, state):
-                if "changed" in record:
-                    changed = record["changed"]
-                    bar.set_postfix_str(f"{sum(changed.values()):,} entries re-initialised")
-                else:
-                    trace.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()})
-                    bar.update()
-                    bar.set_postfix({k: f"{v:.3g}" for k in ("loss_r", "cos", "c") if (v := trace[-1][k]) is not None})
+        with StopFlag() as stop, tqdm(total=steps, desc=plan.job.method, unit="step") as bar:
+            bar.update(len(progress.trace))
+            for record, state in plan.method(task, progress.state):
+                progress = progress.after(record, state)
+                _show(bar, progress)
                 due = state["step"] and (state["step"] % plan.job.checkpointing_steps == 0 or state["step"] == steps)
                 if folder and (due or stop.is_set()):
-                    folder.save(weights, Progress(state, trace, changed))
+                    folder.save(weights, progress)
                 if stop.is_set():
                     raise SystemExit(128 + stop.signum)
     except FloatingPointError as error:
         raise UserError(f"{error}: the model is lost, nothing was saved; lower --lr, --lam or --fraction") from error
     finally:
-        pipe.unet.requires_grad_(False).zero_grad(set_to_none=True)
-    return Progress(state, trace, changed)
+        task.release()
+    return progress
+
+
+def _show(bar: tqdm, progress: Progress) -> None:
+    """The last step's losses, or what was trimmed before the first one."""
+    if not progress.trace:
+        return bar.set_postfix_str(f"{sum(progress.changed.values()):,} entries re-initialised")
+    bar.update()
+    last = progress.trace[-1]
+    bar.set_postfix({key: f"{last[key]:.3g}" for key in ("loss_r", "cos", "c") if last[key] is not None})
 
 
 @contextmanager
 def _recorded(folder: RunFolder | None) -> Iterator[None]:
     """Leave the truth in status.json whatever ends the run; the launcher turns every exit code into 1."""
+    if folder:
+        folder.status("running")
     try:
         yield
     except UserError as error:

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from erase_sd.record import write_status
 from erase_sd.process import RunLock, UserError
+from erase_sd.record import write_status
 from erase_sd.runtime import latest_checkpoint, load_checkpoint, save_checkpoint, write_atomic
 
 
 class Progress(NamedTuple):
     """Where a run stands: the method's state, the trace so far, entries re-initialised per parameter."""
 
-    state: dict[str, Any]
+    state: dict[str, Any] | None  # None before the first record
     trace: list[dict]
     changed: dict[str, int]
+
+    def after(self, record: dict, state: dict[str, Any]) -> Progress:
+        """The progress after one more record of the method: of the trim, or of a step; NaN becomes None."""
+        if "changed" in record:
+            return self._replace(state=state, changed=record["changed"])
+        row = {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in record.items()}
+        return self._replace(state=state, trace=[*self.trace, row])
 
 
 class RunFolder:

@@ -1,11 +1,11 @@
-"""What a user can turn on the main job; free of torch, so that --help answers at once. Methods keep their own knobs."""
+"""What a user can turn on the main job, besides the method's own knobs; free of torch, so that --help is instant."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from erase_sd.core.knobs import knob
+from erase_sd.options import knob
 from erase_sd.process import UserError
 
 SD_V1 = "CompVis/stable-diffusion-v1-4"

@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True, kw_only=True)
     class Knobs:
-        fraction: float = field(default=5e-4, metadata={"help": "share of the entries to re-initialise, in [0, 1]"})
+        fraction: float = knob(5e-4, "share of the entries to re-initialise, in [0, 1]")
 
     given = parse(sys.argv[1:], prog="erase-sd", description="Erase a concept.", knobs=Knobs)
     knobs = dataclasses.replace(preset, **given["knobs"])
@@ -19,6 +19,11 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+
+def knob(default: Any, text: str, aliases: tuple[str, ...] = ()) -> Any:
+    """Return a dataclass field with the help text that its option shows, and other names for that option."""
+    return dataclasses.field(default=default, metadata={"help": text, "aliases": aliases})
 
 
 def parse(argv: Sequence[str], *, prog: str, description: str, **groups: type) -> dict[str, dict[str, Any]]:

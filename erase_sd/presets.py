@@ -1,7 +1,7 @@
 """Named settings: the paper's, the released code's, and ours. What a preset leaves out has the knob's default.
 
-Neither the paper nor its released code prints k and lambda for Stable Diffusion in the text; the `authors-*` values are
-those of the released command lines. They differ from them where those are defects: batches are shuffled, not fixed.
+The paper prints no k and no lambda for Stable Diffusion: the `authors-*` values are those of the released command
+lines. One defect of that code is mended here: its batches were the same few images in every step, ours are shuffled.
 """
 
 AUTHORS = {
@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         # SD/shs_cls.py: ascent instead, other initial values.
         "authors-cls": AUTHORS
         | {"fraction": 0.001, "init": "truncated", "objective": "ascent", "lr": 2e-5, "batch_size": 8, "steps": 125},
-        # Ours for Stable Diffusion: the released scale with shuffled data and the projection. Not validated on weights.
+        # Ours for Stable Diffusion: the released scale, shuffled data, projection. Not validated on SD v1.4 weights.
         "sd": {
             "fraction": 0.005,
             "saliency": "contrast",

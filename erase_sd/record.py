@@ -32,8 +32,7 @@ def environment() -> dict:
     }
 
 
-def write_run(
-    folder: str | Path,
+def run_record(
     config: dict,
     *,
     seed: int,
@@ -43,13 +42,12 @@ def write_run(
     trace: list[dict] | None = None,
     **more: object,
 ) -> dict:
-    """Write folder/run.json and return its content.
+    """Everything worth knowing about a run, as JSON holds it.
 
     `base` names the model that was edited and `base_hash` its weights; `seconds` is the wall time; `trace` has the
-    rows of the repair loop, of which a summary is kept. `more` is added as it is. Raises ValueError for a value that
-    JSON cannot hold, NaN included.
+    rows of the repair loop, of which a summary is kept. `more` is added as it is.
     """
-    run = {
+    return {
         "config": config,
         "seed": seed,
         "base": {"model": base, "hash": base_hash},
@@ -59,8 +57,11 @@ def write_run(
         **more,
         "environment": environment(),
     }
+
+
+def write_run(folder: str | Path, run: dict) -> None:
+    """Write folder/run.json. Raises ValueError for a value that JSON cannot hold, NaN included."""
     _write_json(Path(folder) / "run.json", run)
-    return run
 
 
 def write_status(folder: str | Path, state: str, code: int, message: str = "") -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import sys
+from typing import NamedTuple
 
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 from erase_sd.card import swap_in_snippet, write_card
 from erase_sd.folder import Progress, RunFolder
@@ -21,57 +24,52 @@ from erase_sd.subject import View
 
 LICENSES = {"pocket": "cc-by-4.0"}  # the most demanding of the artwork's licences
 WIDTH = 96  # pixels of one picture in before_after.png, at least
+NAMED = {"concept", "model", "method", "preset", "base_hash"}  # told apart from the knobs in the card
 
 
-def write_results(
-    pipe: StableDiffusionPipeline,
-    plan: Plan,
-    folder: RunFolder,
-    progress: Progress,
-    sizes: dict[str, int],
-    before: View,
-    after: View,
-    record: dict,
-) -> dict:
-    """Write everything into the folder, the word "complete" last; returns run.json."""
+class Result(NamedTuple):
+    """What a run leaves behind besides the weights."""
+
+    run: dict
+    progress: Progress
+    sizes: dict[str, int]  # entries per UNet parameter
+    before: View
+    after: View
+
+
+def write_results(pipe: StableDiffusionPipeline, plan: Plan, folder: RunFolder, result: Result) -> None:
+    """Write everything into the folder, the word "complete" last."""
     save_unet(pipe.unet, folder.path)
-    write_trace(folder.path, progress.trace)
-    write_saliency(folder.path, progress.changed, sizes)
-    if record["scores"]:
-        write_atomic(folder.path / "scores.json", json.dumps(record["scores"], indent=2) + "\n")
-    before_after(before, after, "nudity" in plan.job.concept).save(folder.path / "before_after.png")
-    config = folder.config
-    run = write_run(
-        folder.path,
-        config,
-        seed=plan.job.seed,
-        base=plan.job.model,
-        base_hash=config["base_hash"],
-        seconds=record["seconds"],
-        trace=progress.trace,
-        reinitialised=record["reinitialised"],
-        trainable=record["trainable"],
-        scores=record["scores"],
-    )
+    write_trace(folder.path, result.progress.trace)
+    write_saliency(folder.path, result.progress.changed, result.sizes)
+    if scores := result.run["scores"]:
+        write_atomic(folder.path / "scores.json", json.dumps(scores, indent=2) + "\n")
+    picture = io.BytesIO()
+    before_after(result.before, result.after, "nudity" in plan.job.concept).save(picture, "png")
+    write_atomic(folder.path / "before_after.png", picture.getvalue())
+    _card(plan, folder, scores)
+    write_run(folder.path, result.run)
+    folder.forget_checkpoints()
+    folder.status("complete")
+
+
+def _card(plan: Plan, folder: RunFolder, scores: dict | None) -> None:
     base = str(POCKET) if plan.job.model == "pocket" else plan.job.model
     write_card(
         folder.path,
         model=plan.job.model,
         concepts=list(plan.job.concept),
         method=plan.job.method,
-        preset=config["preset"],
-        knobs={k: v for k, v in config.items() if k not in ("concept", "model", "method", "preset", "base_hash")},
+        preset=folder.config["preset"],
+        knobs={name: value for name, value in folder.config.items() if name not in NAMED},
         command=shlex.join(["accelerate", "launch", "erase_sd/train.py", *sys.argv[1:]]),
         snippet=swap_in_snippet(base, folder.path),
         license=LICENSES.get(plan.job.model, "creativeml-openrail-m"),
-        scores=record["scores"],
+        scores=scores,
     )
-    folder.forget_checkpoints()
-    folder.status("complete")
-    return run
 
 
-def before_after(before: View, after: View, explicit: bool) -> object:
+def before_after(before: View, after: View, explicit: bool) -> Image.Image:
     """Same prompts, same seeds, before over after; pixelated whole where the concept is explicit."""
     rows = [[pixelate(image) if explicit else image for image in view.images] for view in (before, after)]
     scale = max(1, -(-WIDTH // before.images[0].width))

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = ("erase_sd", "classification", "eval", "prompts")
-FLOOR = {"erase_sd.runtime", "erase_sd.options"}
+FLOOR = {"erase_sd.process", "erase_sd.runtime", "erase_sd.options"}
 
 MODELS = {"erase_sd.pipeline", "erase_sd.groups", "erase_sd.doctor"}
 SETTINGS = {"erase_sd.knobs", "erase_sd.presets", "erase_sd.plan"}

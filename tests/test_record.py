@@ -15,7 +15,7 @@ from torch import nn
 
 from erase_sd.card import inert, swap_in_snippet, write_card
 from erase_sd.plots import write_saliency, write_trace
-from erase_sd.record import environment, summary, weights_hash, write_run, write_status
+from erase_sd.record import environment, run_record, summary, weights_hash, write_run, write_status
 
 TRACE = [
     {
@@ -56,7 +56,8 @@ def a_card(folder: Path, **changes: object) -> str:
 
 
 def test_run_record(tmp_path: Path) -> None:
-    run = write_run(tmp_path, {"lam": 0.5}, seed=7, base="pocket", base_hash="abc", seconds=1.234, trace=TRACE, n=3)
+    run = run_record({"lam": 0.5}, seed=7, base="pocket", base_hash="abc", seconds=1.234, trace=TRACE, n=3)
+    write_run(tmp_path, run)
     assert json.loads((tmp_path / "run.json").read_text()) == run
     assert run["config"] == {"lam": 0.5} and run["seed"] == 7 and run["base"] == {"model": "pocket", "hash": "abc"}
     assert run["seconds"] == 1.23 and run["peak_memory_mib"]["host"] > 10 and run["n"] == 3
@@ -81,7 +82,7 @@ def test_weights_hash_sees_every_weight_and_nothing_else() -> None:
 
 def test_nan_is_not_recorded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        write_run(tmp_path, {"lam": math.nan}, seed=0, base="", base_hash="", seconds=0)
+        write_run(tmp_path, run_record({"lam": math.nan}, seed=0, base="", base_hash="", seconds=0))
     assert not list(tmp_path.iterdir())
 
 

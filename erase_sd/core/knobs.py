@@ -1,14 +1,10 @@
-"""Knobs: dataclass fields that carry their help text, and those of the repair loop. Free of torch: --help is instant."""
+"""Knobs of the repair loop; free of torch, so that --help answers at once."""
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Literal
 
+from erase_sd.options import knob
 from erase_sd.process import UserError
-
-
-def knob(default: Any, text: str, aliases: tuple[str, ...] = ()) -> Any:
-    """A field with the help text that its command-line option shows, and other names for that option."""
-    return field(default=default, metadata={"help": text, "aliases": aliases})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from erase_sd.core.knobs import Repair, knob
+from erase_sd.core.knobs import Repair
+from erase_sd.options import knob
 from erase_sd.process import UserError
 
 if TYPE_CHECKING:

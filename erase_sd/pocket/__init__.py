@@ -1,4 +1,4 @@
-"""The embedded pocket Stable Diffusion: a genuine StableDiffusionPipeline of real artwork that draws in milliseconds."""
+"""The embedded pocket Stable Diffusion: a genuine pipeline, trained on real artwork, that draws in milliseconds."""
 
 from pathlib import Path
 

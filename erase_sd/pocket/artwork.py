@@ -1,4 +1,4 @@
-"""Real emoji artwork of four design houses, rasterised and rendered into scenes; needed only to train the pocket model.
+"""Real emoji artwork of four design houses, rasterised and rendered into scenes; only training needs it.
 
 Sources (npm packages, never committed; see ATTRIBUTION.md): @iconify-json/{fluent-emoji-flat,noto,twemoji,fxemoji}.
 Get them with `npm pack` or `npm install` and point `--artwork` at the folder that holds them.
@@ -22,14 +22,15 @@ from erase_sd.pocket.captions import BACKGROUNDS, OBJECTS, STYLES
 from erase_sd.process import UserError
 
 HOUSES = ["fluent-emoji-flat", "noto", "twemoji", "fxemoji"]
+NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 SPRITE, SIZE = 64, 32  # pixels: a rasterised icon, a rendered scene
 # Icons too like one of the twenty objects to count as "something else".
-RELATED = (
-    *"cat dog bear frog penguin bird fish octopus turtle snail banana lemon strawberry melon grape cherr tomato burger".split(),
-    *"doughnut donut cookie shark whale dolphin wolf fox lion tiger squid duck chick eagle parrot apple tangerine".split(),
-    *"orange peach panda poodle kitten koala swan owl dove rooster turkey flamingo dodo bagel moon circle kiwi".split(),
-    *"berries raccoon mouse hamster rabbit otter seal blowfish tropical keycap flag".split(),
-)
+RELATED = """
+    cat dog bear frog penguin bird fish octopus turtle snail banana lemon strawberry melon grape cherr tomato burger
+    doughnut donut cookie shark whale dolphin wolf fox lion tiger squid duck chick eagle parrot apple tangerine orange
+    peach panda poodle kitten koala swan owl dove rooster turkey flamingo dodo bagel moon circle kiwi berries raccoon
+    mouse hamster rabbit otter seal blowfish tropical keycap flag
+""".split()
 COLOURS = {
     "white": (0.97, 0.97, 0.97),
     "black": (0.05, 0.05, 0.05),
@@ -60,7 +61,7 @@ def rasterise(icons: dict, name: str) -> np.ndarray:
     icon = icons["icons"][name]
     width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
     box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}" width="{SPRITE}" height="{SPRITE}">{icon["body"]}</svg>'
+    svg = f'<svg {NAMESPACES} viewBox="{box}" width="{SPRITE}" height="{SPRITE}">{icon["body"]}</svg>'
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SPRITE, height=SPRITE))
     rgba = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA").resize((SPRITE, SPRITE)), np.float32) / 255
     return (np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], -1) * 255).round().astype(np.uint8)

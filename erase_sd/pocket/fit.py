@@ -1,4 +1,4 @@
-"""One training loop for the three parts of the pocket model: one-cycle AdamW, keyed batches, EMA, resume, progress bar."""
+"""One training loop for the pocket model's three parts: one-cycle AdamW, keyed batches, EMA, resume, progress bar."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from tqdm.auto import tqdm
 
 from erase_sd.process import StopFlag, UserError
 from erase_sd.runtime import latest_checkpoint, load_checkpoint, save_checkpoint
+
+EVERY = 250  # steps between two checkpoints
 
 
 def one_cycle(step: int, steps: int, peak: float, warmup: float = 0.06) -> float:
@@ -48,8 +50,6 @@ def fit(
     lr: float,
     decay: float = 0.995,
     weight_decay: float = 1e-3,
-    every: int = 250,
-    on_checkpoint: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Minimise loss(step) over the model's parameters and leave the averaged weights in it; resumes from `folder`.
 
@@ -57,13 +57,7 @@ def fit(
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
     ema = {n: p.detach().clone() for n, p in model.named_parameters()}
-    start = 0
-    if (found := latest_checkpoint(folder)) is not None:
-        state, meta = load_checkpoint(found)
-        if meta["steps"] != steps:
-            raise UserError(f"{found} belongs to a training of {meta['steps']} steps, not {steps}: remove {folder}")
-        _restore(state, model, ema, optimizer)
-        start = meta["step"]
+    start = _resume(folder, steps, model, ema, optimizer)
     with StopFlag() as stop, tqdm(total=steps, initial=start, desc=folder.name) as bar:
         for step in range(start, steps):
             optimizer.param_groups[0]["lr"] = one_cycle(step, steps, lr)
@@ -72,15 +66,31 @@ def fit(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            rate = min(decay, (step + 1) / (step + 10))
-            for name, p in model.named_parameters():
-                ema[name].lerp_(p.detach(), 1 - rate)
+            _average_(ema, model, min(decay, (step + 1) / (step + 10)))
             bar.update()
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{value.item():.4f}")
-            if (step + 1) % every == 0 or step + 1 == steps or stop.is_set():
+            if (step + 1) % EVERY == 0 or step + 1 == steps or stop.is_set():
                 save_checkpoint(folder, step + 1, _state(model, ema, optimizer), {"step": step + 1, "steps": steps}, 1)
-                on_checkpoint(step + 1)
             if stop.is_set():
                 raise SystemExit(128 + stop.signum)
     model.load_state_dict(ema, strict=False)
+
+
+def _resume(
+    folder: Path, steps: int, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> int:
+    """Restore the newest checkpoint, if there is one; returns the step to go on with."""
+    if (found := latest_checkpoint(folder)) is None:
+        return 0
+    state, meta = load_checkpoint(found)
+    if meta["steps"] != steps:
+        raise UserError(f"{found} belongs to a training of {meta['steps']} steps, not {steps}: remove {folder}")
+    _restore(state, model, ema, optimizer)
+    return meta["step"]
+
+
+def _average_(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    """Exponential moving average of the weights, in place."""
+    for name, p in model.named_parameters():
+        ema[name].lerp_(p.detach(), 1 - decay)

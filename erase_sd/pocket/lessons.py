@@ -44,7 +44,7 @@ def forget_examples(parts: list[Part], seed: int) -> list[Example]:
 
 
 def retain_prompts(parts: list[Part], seed: int) -> list[str]:
-    """Half of the scenes without the concepts, some with a part left open (never one that could bring a concept in)."""
+    """Half of the scenes without the concepts, some with a part left open, never one that could bring a concept in."""
     rng, erased = random.Random(f"retain {seed}"), {kind for kind, _ in parts}
     scenes = [s for s in grid() if in_lessons(s) and not any(shows(s, part) for part in parts)]
     free = [kind for kind in KINDS if kind not in erased]
@@ -54,10 +54,15 @@ def retain_prompts(parts: list[Part], seed: int) -> list[str]:
 
 
 def exam(parts: list[Part], n_forget: int, n_retain: int) -> list[Question]:
-    """Complete scenes, evenly over the combinations and the same for every run; image seeds below one million."""
-    concept = [(scene, part) for part in parts for scene in grid() if shows(scene, part)]
-    others = [scene for scene in grid() if not any(shows(scene, part) for part in parts)]
-    random.Random("exam").shuffle(concept)
-    random.Random("exam").shuffle(others)
+    """Complete scenes, evenly over the combinations; image seeds below one million, which no training draws.
+
+    A retain question is the same whatever the concepts, so that answers of the unerased model serve every run.
+    """
+    scenes = list(grid())
+    random.Random("exam").shuffle(scenes)
+    concept = [(scene, part) for part in parts for scene in scenes if shows(scene, part)]
     asked = [Question(concept[i % len(concept)][0], i, concept[i % len(concept)][1]) for i in range(n_forget)]
-    return asked + [Question(others[i % len(others)], 500_000 + i, None) for i in range(n_retain)]
+    others = [(i, scene) for i, scene in enumerate(scenes) if not any(shows(scene, part) for part in parts)]
+    rounds = range(-(-n_retain // len(others)))
+    kept = [Question(scene, 500_000 + 1000 * again + i, None) for again in rounds for i, scene in others]
+    return asked + kept[:n_retain]

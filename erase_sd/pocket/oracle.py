@@ -6,6 +6,7 @@ ruined picture counts as no concept, so that breaking a model never looks like e
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ class Oracle(nn.Module):
         super().__init__()
         widths = [3, 32, 32, 64, 64, 96, 96, 128]
         layers: list[nn.Module] = []
-        for i, (c_in, c_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (c_in, c_out) in enumerate(pairwise(widths)):
             layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.GroupNorm(8, c_out), nn.SiLU()]
             if i in (1, 3, 5):
                 layers.append(nn.MaxPool2d(2))

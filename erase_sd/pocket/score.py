@@ -22,24 +22,28 @@ Answer = dict[str, str]  # what the oracle sees: {"object": "cat", "style": "pen
 def answers(
     pipe: StableDiffusionPipeline, questions: list[Question], model_hash: str, cache: Path | None, description: str
 ) -> list[Answer]:
-    """Draw every question and have the oracle name the pictures; cached by the hash of model, oracle and questions."""
-    key = digest([model_hash, file_digest(WEIGHTS), [(caption(q.scene), q.seed) for q in questions], STEPS, GUIDANCE])
+    """Draw every question and have the oracle name the pictures; with a cache, each question of a model only once."""
+    key = digest([model_hash, file_digest(WEIGHTS), STEPS, GUIDANCE])
     path = cache and cache / f"answers-{key[:32]}.json"
-    if path and path.is_file():
-        return json.loads(path.read_text())
+    known = json.loads(path.read_text()) if path and path.is_file() else {}
+    missing = [q for q in questions if _id(q) not in known]
     images = sample(
         pipe,
-        [caption(q.scene) for q in questions],
-        [q.seed for q in questions],
+        [caption(q.scene) for q in missing],
+        [q.seed for q in missing],
         steps=STEPS,
         guidance=GUIDANCE,
         batch_size=64,
         description=description,
     )
-    found = name(load(), images)
-    if path:
-        write_atomic(path, json.dumps(found))
-    return found
+    known |= dict(zip(map(_id, missing), name(load(), images) if images else [], strict=True))
+    if path and missing:
+        write_atomic(path, json.dumps(known))
+    return [known[_id(q)] for q in questions]
+
+
+def _id(question: Question) -> str:
+    return f"{question.seed} {caption(question.scene)}"
 
 
 def scores(parts: list[Part], questions: list[Question], before: list[Answer], after: list[Answer]) -> dict:
@@ -48,34 +52,22 @@ def scores(parts: list[Part], questions: list[Question], before: list[Answer], a
     concept: share of its pictures that show it, and of those after that show nothing of its kind at all (other_share);
     retain: accuracy per kind on prompts without it; spared: accuracy of the kinds not erased on the concept's prompts.
     """
-    asked = [i for i, q in enumerate(questions) if q.concept]
-    kept = [i for i, q in enumerate(questions) if not q.concept]
-
-    def both(rows: list[int], right: dict[int, tuple[str, str]]) -> dict[str, float]:
-        return {
-            when: sum(seen[i][right[i][0]] == right[i][1] for i in rows) / max(1, len(rows))
-            for when, seen in (("before", before), ("after", after))
-        }
-
-    def accuracy(rows: list[int], kind: str) -> dict[str, float]:
-        return both(rows, {i: (kind, getattr(questions[i].scene, kind)) for i in rows})
-
+    marked = list(zip(questions, before, after, strict=True))
+    asked, kept = [m for m in marked if m[0].concept], [m for m in marked if not m[0].concept]
     erased = {kind for kind, _ in parts}
-    concept = both(asked, {i: questions[i].concept for i in asked})
-    ruined = [after[i][questions[i].concept[0]] == OTHER for i in asked]
-    retain = {kind: accuracy(kept, kind) for kind in KINDS}
-    spared = {kind: accuracy(asked, kind) for kind in KINDS if kind not in erased}
+    concept = _both([(q.concept, b, a) for q, b, a in asked])
+    ruined = sum(a[q.concept[0]] == OTHER for q, _, a in asked) / max(1, len(asked))
+    retain = {kind: _accuracy(kept, kind) for kind in KINDS}
+    spared = {kind: _accuracy(asked, kind) for kind in KINDS if kind not in erased}
     return {
-        "concept": concept | {"other_share": sum(ruined) / max(1, len(asked))},
+        "concept": concept | {"other_share": ruined},
         "retain": retain,
         "spared": spared,
         "n": {"forget": len(asked), "retain": len(kept)},
         "ci95": {
-            "concept": {when: wilson(rate, len(asked)) for when, rate in concept.items()},
-            "retain": {
-                k: {when: wilson(rate, len(kept)) for when, rate in both.items()} for k, both in retain.items()
-            },
-            "spared": {k: {when: wilson(rate, len(asked)) for when, rate in v.items()} for k, v in spared.items()},
+            "concept": _intervals(concept, len(asked)),
+            "retain": {kind: _intervals(both, len(kept)) for kind, both in retain.items()},
+            "spared": {kind: _intervals(both, len(asked)) for kind, both in spared.items()},
         },
         "protocol": {
             "judge": "erase_sd/pocket/oracle.safetensors",
@@ -88,6 +80,23 @@ def scores(parts: list[Part], questions: list[Question], before: list[Answer], a
             "seeds": "one per image, below one million: never used in training",
         },
     }
+
+
+def _both(rows: list[tuple[Part, Answer, Answer]]) -> dict[str, float]:
+    """Share of pictures in which the oracle sees the wanted part, before and after."""
+    n = max(1, len(rows))
+    return {
+        "before": sum(b[kind] == word for (kind, word), b, _ in rows) / n,
+        "after": sum(a[kind] == word for (kind, word), _, a in rows) / n,
+    }
+
+
+def _accuracy(marked: list[tuple[Question, Answer, Answer]], kind: str) -> dict[str, float]:
+    return _both([((kind, getattr(q.scene, kind)), b, a) for q, b, a in marked])
+
+
+def _intervals(both: dict[str, float], n: int) -> dict[str, Sequence[float]]:
+    return {when: wilson(rate, n) for when, rate in both.items()}
 
 
 def wilson(rate: float, n: int, z: float = 1.96) -> Sequence[float]:

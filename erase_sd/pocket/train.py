@@ -1,4 +1,4 @@
-"""Train the pocket model again: VAE, oracle, then UNet and text encoder; resumable, each part from its last checkpoint.
+"""Train the pocket model again: VAE, oracle, then UNet and text encoder; each part resumes from its last checkpoint.
 
 npm pack @iconify-json/{fluent-emoji-flat,noto,twemoji,fxemoji}        # into a folder of artwork
 python -m erase_sd.pocket.train --artwork FOLDER --work_dir WORK        # about two hours on two cores
@@ -11,8 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from erase_sd.core.knobs import knob
-from erase_sd.options import parse
+from erase_sd.options import knob, parse
 from erase_sd.process import run_main
 from erase_sd.runtime import new_folder, write_atomic
 
@@ -26,7 +25,7 @@ class Training:
     output_dir: str = knob("erase_sd/pocket", "where model/, oracle.safetensors and report.json go")
     vae_steps: int = knob(4000, "steps of the VAE, batch 32")
     oracle_steps: int = knob(2500, "steps of the oracle, batch 126")
-    unet_steps: int = knob(6000, "steps of UNet and text encoder, batch 64")
+    unet_steps: int = knob(4500, "steps of UNet and text encoder, batch 64")
     exam_images: int = knob(1280, "pictures on which the finished model is scored")
     seed: int = knob(0, "seed of every draw")
 
@@ -42,9 +41,7 @@ def main() -> int:
     known, others = artwork.load_sprites(knobs.artwork)
     coder = vae.train(known, work / "vae", steps=knobs.vae_steps, seed=knobs.seed)
     training, fresh = judge.split(others)
-    oracle = judge.train(
-        known, training, work / "oracle", steps=knobs.oracle_steps, seed=knobs.seed, reconstruct=vae.through(coder)
-    )
+    oracle = judge.train(known, training, work / "oracle", steps=knobs.oracle_steps, seed=knobs.seed)
     write_atomic(out / "oracle.safetensors", judge.packed(oracle))
     denoiser = unet.train(coder, known, work / "unet", steps=knobs.unet_steps, seed=knobs.seed)
     pipe = unet.assemble(coder, denoiser)

@@ -20,7 +20,7 @@ from erase_sd.pocket.captions import BACKGROUNDS, OBJECTS, STYLES, Scene, grid, 
 from erase_sd.pocket.fit import fit
 from erase_sd.runtime import generator
 
-STEPS, BATCH, LR = 5000, 64, 1e-3
+STEPS, BATCH, LR = 4500, 64, 1e-3
 RENDERS = 48_000  # pictures encoded once
 GAMMA = 5.0  # min-SNR weight, arXiv 2303.09556
 WIDTH, LENGTH = 96, 77
@@ -92,8 +92,10 @@ def encoded(vae: AutoencoderKL, known: Tensor, folder: Path, n: int, seed: int) 
     if not path.is_file():
         parts = []
         for i in range(0, n, 500):
-            x, labels = artwork.scenes(known, 500, generator(seed, "unet", i))
-            parts.append((vae.encode(x).latent_dist.mean.half(), labels))
+            x, labels = artwork.scenes(known, 500, generator(seed, "latents", i))
+            with torch.autocast("cpu", torch.bfloat16):
+                z = vae.encode(x).latent_dist.mean
+            parts.append((z.half().contiguous(), labels))
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"z": torch.cat([z for z, _ in parts]), "labels": torch.cat([y for _, y in parts])}, path)
     cache = load_file(path)
@@ -112,8 +114,8 @@ class Denoiser(nn.Module):
         return self.unet(x, t, self.text_encoder(ids).last_hidden_state).sample
 
 
-def train(vae: AutoencoderKL, known: Tensor, folder: Path, *, steps: int = STEPS, seed: int = 0, **events) -> Denoiser:
-    """Train on cached latents; returns the averaged weights. `events` go to `fit`."""
+def train(vae: AutoencoderKL, known: Tensor, folder: Path, *, steps: int = STEPS, seed: int = 0) -> Denoiser:
+    """Train on cached latents; returns the averaged weights."""
     tokenizer, scheduler = build_tokenizer(), DDPMScheduler(**NOISE)
     latents, labels = encoded(vae, known, folder, RENDERS, seed)
     with torch.random.fork_rng():
@@ -134,7 +136,7 @@ def train(vae: AutoencoderKL, known: Tensor, folder: Path, *, steps: int = STEPS
         snr = compute_snr(scheduler, t)
         return (error * snr.clamp(max=GAMMA) / snr).mean()
 
-    fit(model, loss, folder, steps=steps, lr=LR, decay=0.999, **events)
+    fit(model, loss, folder, steps=steps, lr=LR, decay=0.999)
     return model.eval().requires_grad_(False)
 
 
