@@ -1,12 +1,13 @@
 # make demo    erase a concept from the pocket model in minutes, offline, on a CPU   (CONCEPT="neon style" for another)
 # make test    lint and tests
 # make table   measure the README's results table again
-# make pocket  train the pocket model again
+# make pocket  fetch the artwork (npm) and train the pocket model again, about two hours
 # make clean   remove the environment and the caches, never the results in runs/
 
 PYTHON ?= python3
 VENV ?= .venv
 CONCEPT ?= watermelon
+ARTWORK ?= artwork
 OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 export OMP_NUM_THREADS
 
@@ -34,8 +35,13 @@ lint: $(VENV)/installed-test
 table: $(VENV)/installed
 	$(BIN)/python -m erase_sd.pocket.table
 
-pocket: $(VENV)/installed-train
-	$(BIN)/python -m erase_sd.pocket.train
+pocket: $(VENV)/installed-train $(ARTWORK)
+	$(BIN)/python -m erase_sd.pocket.train --artwork $(ARTWORK)
+
+$(ARTWORK):
+	mkdir -p $@
+	cd $@ && npm pack --silent @iconify-json/fluent-emoji-flat@1.2.6 @iconify-json/noto@1.2.9 \
+		@iconify-json/twemoji@1.2.5 @iconify-json/fxemoji@1.2.2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

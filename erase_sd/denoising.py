@@ -24,6 +24,8 @@ from erase_sd.latents import Samples
 from erase_sd.pipeline import training_scheduler
 from erase_sd.runtime import generator
 
+WRAPPED = ("forward", "_original_forward")  # what accelerate sets on a model to autocast it
+
 
 class Batch(NamedTuple):
     """This rank's slice: latents, timesteps, noise and text embeddings of n forget and n retain samples."""
@@ -54,6 +56,7 @@ class DenoisingTask:
         self.original = self._frozen_copy() if "original" in (knobs.anchor_model, knobs.retain_target) else None
         for p in (self._trainable | self._trimmable | self._ranked).values():
             p.requires_grad_(True)
+        self._unwrapped = {name: self.model.__dict__[name] for name in WRAPPED if name in self.model.__dict__}
         self.forward = accelerator.prepare_model(self.model)
 
     def _frozen_copy(self) -> nn.Module:
@@ -63,7 +66,9 @@ class DenoisingTask:
 
     def release(self) -> None:
         """Undo what preparing the model did to it: no autocast in its forward, no gradients."""
-        self.accelerator.unwrap_model(self.forward, keep_fp32_wrapper=False)
+        for name in WRAPPED:
+            self.model.__dict__.pop(name, None)
+        self.model.__dict__.update(self._unwrapped)
         self.model.requires_grad_(False).zero_grad(set_to_none=True)
 
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -17,6 +17,7 @@ from erase_sd.denoising import DenoisingTask
 from erase_sd.folder import Progress, RunFolder
 from erase_sd.latents import Samples, collect
 from erase_sd.plan import Plan, make
+from erase_sd.pocket import FOLDER as POCKET
 from erase_sd.process import StopFlag, UserError
 from erase_sd.record import run_record, weights_hash
 from erase_sd.report import Result, write_results
@@ -35,12 +36,13 @@ def erase(
 ) -> dict:
     """Make `pipe` unable to draw `concept`, in place, and return the record of the run.
 
-    `knobs` are the command line's options ("preset", "lr", "steps", ...); `model` names the pipeline in the record,
-    "pocket" for the embedded one. Files are written only below `output_dir`, which makes the run resumable. Components
+    `knobs` are the command line's options ("preset", "lr", "steps", ...); `model` names the pipeline in the record, by
+    default as it was loaded. Files are written only below `output_dir`, which makes the run resumable. Components
     return to the devices they came from. Raises UserError for a request that cannot be carried out.
     """
-    named = {"model": model} if model else {}
-    plan = make(concept=concept, method=method, output_dir=output_dir and str(output_dir), **named, **knobs)
+    model = model or pipe.name_or_path or "a pipeline in memory"
+    model = "pocket" if Path(model).resolve() == POCKET else model
+    plan = make(concept=concept, model=model, method=method, output_dir=output_dir and str(output_dir), **knobs)
     return carry_out(pipe, plan, accelerator or Accelerator(mixed_precision=plan.job.mixed_precision))
 
 

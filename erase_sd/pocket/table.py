@@ -1,7 +1,9 @@
 """The README's results table: the main job on concepts that no setting was tuned on, several seeds each.
 
-python -m erase_sd.pocket.table                  # runs what is missing, two jobs at a time, then writes the table
-python -m erase_sd.pocket.table --readme none    # the same without touching the README
+    python -m erase_sd.pocket.table                # runs what is missing, then writes the table into the README
+    python -m erase_sd.pocket.table --readme none  # the same without touching the README
+
+Two jobs run at a time, one thread each; a killed table goes on where it was.
 """
 
 from __future__ import annotations

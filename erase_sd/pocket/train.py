@@ -1,7 +1,9 @@
 """Train the pocket model again: VAE, oracle, then UNet and text encoder; each part resumes from its last checkpoint.
 
-npm pack @iconify-json/{fluent-emoji-flat,noto,twemoji,fxemoji}        # into a folder of artwork
-python -m erase_sd.pocket.train --artwork FOLDER --work_dir WORK        # about two hours on two cores
+    make pocket                                       # fetches the artwork from npm first
+    python -m erase_sd.pocket.train --artwork FOLDER  # with the four npm packages in FOLDER
+
+Both take about two hours on two cores.
 """
 
 from __future__ import annotations
