@@ -1,11 +1,14 @@
-"""Erasing from a diffusion model as a Task: one denoising loss for epsilon and v models, four ways to use it.
+"""Erasing from a diffusion model as a Task: one denoising loss for epsilon and v models, five ways to use it.
 
-x_t = a_t x0 + s_t eps,    L(z, c) = MSE(e_theta(x_t, t, c), target)
+    x_t = a_t x0 + s_t eps,    L(z, c) = MSE(e_theta(x_t, t, c), target)
 
-forget    L(z_f, c_f)                                  Scissorhands' L_f
-retain    L(z_r, c_r), target noise or the old network L_r
-redirect  MSE(e_theta(x_t, t, c_f), e_0(x_t, t, c_a))  the concept's caption answered like its anchor's
-contrast  L(z_f, c_f) - L(z_f, c_a)                    what only the concept's words explain
+    forget    L(z_f, c_f)                                   Scissorhands' L_f
+    retain    L(z_r, c_r)                                   Scissorhands' L_r
+    preserve  MSE(e_theta(x_t, t, c_r), e_0(x_t, t, c_r))   the retain captions answered as before
+    redirect  MSE(e_theta(x_t, t, c_f), e_0(x_t, t, c_a))   the concept's caption answered like its anchor's
+    contrast  L(z_f, c_f) - L(z_f, c_a)                     what only the concept's words explain
+
+z_f, z_r are latents, c_f, c_r their captions, c_a the anchor; e_0 is the network before any change.
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ from erase_sd.groups import select, without_norms
 from erase_sd.knobs import Losses
 from erase_sd.latents import Samples
 from erase_sd.pipeline import training_scheduler
+from erase_sd.process import UserError
 from erase_sd.runtime import generator
 
-WRAPPED = ("forward", "_original_forward")  # what accelerate sets on a model to autocast it
+# What accelerate sets on a model to autocast it; with the last one left, it would not prepare the model again.
+WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 class Batch(NamedTuple):
@@ -53,7 +58,7 @@ class DenoisingTask:
         self._trainable = select(self.model, knobs.train_scope)
         self._trimmable = without_norms(self.model, select(self.model, knobs.trim_scope))
         self._ranked = select(self.model, knobs.rank_scope) if knobs.rank_scope else self._trimmable
-        self.original = self._frozen_copy() if "original" in (knobs.anchor_model, knobs.retain_target) else None
+        self.original = self._frozen_copy() if knobs.anchor_model == "original" else None
         for p in (self._trainable | self._trimmable | self._ranked).values():
             p.requires_grad_(True)
         self._unwrapped = {name: self.model.__dict__[name] for name in WRAPPED if name in self.model.__dict__}
@@ -132,12 +137,15 @@ class DenoisingTask:
         return self.forget(batch) - self._denoise(batch.z_f, batch.t_f, batch.noise_f, batch.c_a)
 
     def retain(self, batch: Batch) -> Tensor:
-        """L_r on everything else."""
-        if self.knobs.retain_target == "noise":
-            return self._denoise(batch.z_r, batch.t_r, batch.noise_r, batch.c_r)
+        """L_r, the denoising loss on everything else."""
+        return self._denoise(batch.z_r, batch.t_r, batch.noise_r, batch.c_r)
+
+    def preserve(self, batch: Batch) -> Tensor:
+        """Distance from what the original network returns on everything else. Raises UserError without it."""
+        if self.original is None:
+            raise UserError("--retain_loss original needs the original network: give --anchor_model original too")
         x_t = self.add_noise(batch.z_r, batch.noise_r, batch.t_r)
-        wanted = self._old(x_t, batch.t_r, batch.c_r)
-        return nn.functional.mse_loss(self.predict(x_t, batch.t_r, batch.c_r), wanted)
+        return nn.functional.mse_loss(self.predict(x_t, batch.t_r, batch.c_r), self._old(x_t, batch.t_r, batch.c_r))
 
     def redirect(self, batch: Batch) -> Tensor:
         """Distance between the answer to the concept's caption and the answer to its anchor."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from tqdm.auto import tqdm
@@ -15,7 +16,9 @@ from tqdm.auto import tqdm
 from erase_sd import subject
 from erase_sd.denoising import DenoisingTask
 from erase_sd.folder import Progress, RunFolder
+from erase_sd.groups import select, without_norms
 from erase_sd.latents import Samples, collect
+from erase_sd.pipeline import load_unet
 from erase_sd.plan import Plan, make
 from erase_sd.pocket import FOLDER as POCKET
 from erase_sd.process import StopFlag, UserError
@@ -37,8 +40,9 @@ def erase(
     """Make `pipe` unable to draw `concept`, in place, and return the record of the run.
 
     `knobs` are the command line's options ("preset", "lr", "steps", ...); `model` names the pipeline in the record, by
-    default as it was loaded. Files are written only below `output_dir`, which makes the run resumable. Components
-    return to the devices they came from. Raises UserError for a request that cannot be carried out.
+    default as it was loaded. Files are written only below `output_dir`, which makes the run resumable, and into .cache
+    beside it, which runs there share. Components return to the devices they came from. Raises UserError for a request
+    that cannot be carried out, and when a loss or weight is no longer finite: `pipe` is lost then, load it again.
     """
     model = model or pipe.name_or_path or "a pipeline in memory"
     model = "pocket" if Path(model).resolve() == POCKET else model
@@ -50,10 +54,12 @@ def carry_out(pipe: StableDiffusionPipeline, plan: Plan, accelerator: Accelerato
     """The job of `erase`, planned. Exits with 128 + signal when stopped, after a checkpoint."""
     start, job = time.monotonic(), plan.job
     asked = subject.resolve(job)
+    _check(pipe, plan)
     base_hash = digest([weights_hash(part) for part in (pipe.unet, pipe.text_encoder, pipe.vae)])
     config = plan.config() | {"mixed_precision": accelerator.mixed_precision, "base_hash": base_hash}
     with RunFolder(job.output_dir, config) if job.output_dir else nullcontext() as folder, _placed(pipe, accelerator):
         if folder and (done := folder.complete()):
+            pipe.unet.load_state_dict(load_unet(str(folder.path), pipe.unet.dtype).state_dict())
             return done
         with _recorded(folder):
             cache = folder and folder.path.parent / ".cache"
@@ -73,8 +79,18 @@ def carry_out(pipe: StableDiffusionPipeline, plan: Plan, accelerator: Accelerato
             )
             sizes = {name: p.numel() for name, p in pipe.unet.named_parameters()}
             if folder:
-                write_results(pipe, plan, folder, Result(run, progress, sizes, before, after))
+                write_results(pipe, plan, folder, Result(run, progress, sizes, before, after, asked.explicit))
     return run
+
+
+def _check(pipe: StableDiffusionPipeline, plan: Plan) -> None:
+    """Refuse, before anything is drawn or written, what would fail only in training. Raises UserError."""
+    if pipe.unet.dtype != torch.float32:
+        raise UserError(f"the UNet is {pipe.unet.dtype}: load it in float32, mixed_precision saves the same time")
+    scopes = plan.losses.trim_scope, plan.losses.rank_scope or "full", plan.losses.train_scope
+    trimmed, *_ = (without_norms(pipe.unet, select(pipe.unet, scope)) for scope in scopes)
+    if plan.method.fraction and not trimmed:
+        raise UserError(f"--trim_scope {scopes[0]} holds norms only, which are never re-initialised: widen it")
 
 
 def _train(
@@ -89,10 +105,12 @@ def _train(
             bar.update(len(progress.trace))
             for record, state in plan.method(task, progress.state):
                 progress = progress.after(record, state)
-                _show(bar, progress)
-                due = state["step"] and (state["step"] % plan.job.checkpointing_steps == 0 or state["step"] == steps)
-                if folder and (due or stop.is_set()):
-                    folder.save(weights, progress)
+                _show(bar, record)
+                step = state["step"] if state else None
+                if state and (stop.is_set() or (step and step % plan.job.checkpointing_steps == 0) or step == steps):
+                    _check_finite(task, weights, step)
+                    if folder:
+                        folder.save(weights, progress)
                 if stop.is_set():
                     raise SystemExit(128 + stop.signum)
     except FloatingPointError as error:
@@ -102,13 +120,24 @@ def _train(
     return progress
 
 
-def _show(bar: tqdm, progress: Progress) -> None:
-    """The last step's losses, or what was trimmed before the first one."""
-    if not progress.trace:
-        return bar.set_postfix_str(f"{sum(progress.changed.values()):,} entries re-initialised")
+@torch.no_grad()
+def _check_finite(task: DenoisingTask, weights: dict[str, torch.nn.Parameter], step: int) -> None:
+    """Raise FloatingPointError if the last step lost the model, which the loop itself would notice in the next one."""
+    for name, p in weights.items():
+        if not p.isfinite().all():
+            raise FloatingPointError(f"after {step} repair steps {name} holds NaN or infinity")
+    if not task.mean(task.retain(task.batch("repair", step))).isfinite():  # finite weights can be too large to compute
+        raise FloatingPointError(f"after {step} repair steps the retain loss is not finite")
+
+
+def _show(bar: tqdm, record: dict) -> None:
+    """What the method has just done: a sensitivity batch, the trim, or a repair step."""
+    if record.get("phase") == "sensitivity":
+        return bar.set_postfix_str("measuring sensitivity")
+    if "changed" in record:
+        return bar.set_postfix_str(f"{sum(record['changed'].values()):,} entries re-initialised")
     bar.update()
-    last = progress.trace[-1]
-    bar.set_postfix({key: f"{last[key]:.3g}" for key in ("loss_r", "cos", "c") if last[key] is not None})
+    bar.set_postfix({key: f"{record[key]:.3g}" for key in ("loss_r", "cos", "c")})
 
 
 @contextmanager
@@ -125,6 +154,10 @@ def _recorded(folder: RunFolder | None) -> Iterator[None]:
     except (SystemExit, KeyboardInterrupt) as error:
         if folder:
             folder.status("stopped", getattr(error, "code", 130), "run the same command again to go on")
+        raise
+    except Exception as error:
+        if folder:
+            folder.status("failed", 1, f"{type(error).__name__}: {error}")
         raise
 
 

@@ -22,8 +22,10 @@ class Progress(NamedTuple):
     trace: list[dict]
     changed: dict[str, int]
 
-    def after(self, record: dict, state: dict[str, Any]) -> Progress:
-        """The progress after one more record of the method: of the trim, or of a step; NaN becomes None."""
+    def after(self, record: dict, state: dict[str, Any] | None) -> Progress:
+        """The progress after one more record of the method: nothing yet, the trim, or a step; NaN becomes None."""
+        if state is None:
+            return self
         if "changed" in record:
             return self._replace(state=state, changed=record["changed"])
         row = {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in record.items()}
@@ -55,7 +57,10 @@ class RunFolder:
             if self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
                 raise UserError(f"--output_dir {self.path} holds other files: name an empty or a new folder")
             return
-        there = json.loads(file.read_text())
+        try:
+            there = dict(json.loads(file.read_text()))
+        except ValueError as error:
+            raise UserError(f"--output_dir {self.path} holds a config.json of something else: name another") from error
         for knob in sorted(there.keys() | self.config.keys()):
             if there.get(knob) != self.config.get(knob):
                 raise UserError(

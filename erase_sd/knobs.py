@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from erase_sd.options import knob
 from erase_sd.process import UserError
@@ -30,6 +30,11 @@ class Job:
     eval_forget: int = knob(128, "pictures scored on the concept's prompts, pocket model only")
     eval_retain: int = knob(320, "pictures scored on the other prompts, pocket model only")
 
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers outside their range."""
+        at_least(self, 0, "seed", "eval_forget", "eval_retain")
+        at_least(self, 1, "checkpointing_steps")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -41,6 +46,11 @@ class Sampling:
     sample_guidance: float = knob(7.5, "classifier-free guidance scale")
     sample_batch_size: int = knob(32, "pictures drawn at a time; changes no picture")
 
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers outside their range."""
+        at_least(self, 1, "forget_images", "retain_images", "sample_steps", "sample_batch_size")
+        at_least(self, 0, "sample_guidance")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
@@ -51,15 +61,20 @@ class Losses:
     rank_scope: str | None = knob(None, "parameters among which the top k is taken (default: those of trim_scope)")
     train_scope: str = knob("full", "parameters that the repair trains: a named group or re:<regex>")
     anchor_model: Literal["original", "current"] = knob("original", "network that says what the anchor looks like")
-    retain_target: Literal["noise", "original"] = knob("noise", "what the retain loss fits: noise, or the old network")
     drop_captions: float = knob(0.1, "share of retain samples without caption, which guidance needs, in [0, 1]")
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers outside their range."""
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size {self.batch_size}: at least 1 sample of each set is needed")
+        at_least(self, 1, "batch_size")
         if not 0 <= self.drop_captions <= 1:
             raise UserError(f"--drop_captions {self.drop_captions} is outside [0, 1]")
+
+
+def at_least(knobs: Any, least: int, *fields: str) -> None:
+    """Raise UserError for the first of these fields that is below `least` or no number."""
+    for name in fields:
+        if not getattr(knobs, name) >= least:
+            raise UserError(f"--{name} {getattr(knobs, name)} is too small: give {least} or more")
 
 
 def names(cls: type) -> set[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+import typing
+from typing import Any, Literal, NamedTuple
 
 from erase_sd.knobs import Job, Losses, Sampling, names
 from erase_sd.methods import METHODS
@@ -26,6 +27,14 @@ class Plan(NamedTuple):
         values = {k: v for part in self for k, v in dataclasses.asdict(part).items() if k not in HOW}
         return values | {"concept": list(self.job.concept), "mixed_precision": self.job.mixed_precision}
 
+    def options(self) -> list[str]:
+        """The command line of this job: what its preset and the defaults do not say already."""
+        given = _values(self)
+        asked = {name: given[name] for name in ("concept", "model", "method", "preset")}
+        usual = _values(make(**asked))
+        more = {name: value for name, value in given.items() if name not in asked and value != usual[name]}
+        return [word for name, value in (asked | more).items() for word in _words(name, value)]
+
 
 def groups(method: str) -> dict[str, type]:
     """The dataclasses whose fields are the options of a method. Raises UserError for an unknown method."""
@@ -34,10 +43,23 @@ def groups(method: str) -> dict[str, type]:
     return {"job": Job, "method": METHODS[method], "sampling": Sampling, "losses": Losses}
 
 
+def _words(name: str, value: Any) -> list[str]:
+    """One option as it is typed."""
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, tuple):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", "none" if value is None else str(value)]
+
+
+def _values(plan: Plan) -> dict[str, Any]:
+    return {name: value for part in plan for name, value in dataclasses.asdict(part).items()}
+
+
 def make(**given: Any) -> Plan:
     """The plan for these values; the others come from the preset, then from the knobs' defaults.
 
-    Raises UserError for an unknown method, preset or knob, and for a missing concept.
+    Raises UserError for an unknown method, preset, knob or choice, for a missing concept, and as the knobs do.
     """
     method = given.get("method", "scissorhands")
     classes = groups(method)
@@ -46,10 +68,21 @@ def make(**given: Any) -> Plan:
         raise UserError(f"{method} has no knob {sorted(unknown)[0]!r}: see --help")
     if isinstance(given.get("concept"), str):
         given["concept"] = (given["concept"],)
-    if not given.get("concept"):
-        raise UserError("nothing to erase: give --concept, such as --concept cat")
+    given["concept"] = tuple(given.get("concept") or ())
+    if not given["concept"] or not all(text.strip() for text in given["concept"]):
+        raise UserError("the concept is empty: give --concept, such as --concept cat")
     preset = given.get("preset") or ("pocket" if given.get("model") == "pocket" else "sd")
     if preset not in PRESETS[method]:
         raise UserError(f"unknown preset {preset!r}: {method} has {', '.join(PRESETS[method])}")
     values = PRESETS[method][preset] | given | {"preset": preset}
-    return Plan(*(cls(**{k: v for k, v in values.items() if k in names(cls)}) for cls in classes.values()))
+    return Plan(*(_filled(cls, values) for cls in classes.values()))
+
+
+def _filled(cls: type, values: dict[str, Any]) -> Any:
+    """The dataclass of these values; UserError for one that is none of its choices: Python checks no Literal."""
+    for name, kind in typing.get_type_hints(cls).items():
+        literals = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is Literal]
+        choices = [choice for literal in literals for choice in typing.get_args(literal)]
+        if choices and name in values and values[name] not in (*choices, None):
+            raise UserError(f"--{name} {values[name]!r} is none of {', '.join(map(str, choices))}")
+    return cls(**{k: v for k, v in values.items() if k in names(cls)})

@@ -59,7 +59,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         },
         # Ours for the pocket model: measured, see the table in the README.
         "pocket": {
-            "fraction": 0.0005,
+            "fraction": 0.0025,
             "saliency": "contrast",
             "objective": "redirect",
             "constraint": "contrast",
@@ -70,7 +70,11 @@ PRESETS: dict[str, dict[str, dict]] = {
             "schedule": "cosine",
             "batch_size": 32,
             "steps": 120,
+            "retain_loss": "original",
             "sample_guidance": 5.0,
+            "sample_steps": 15,
+            "forget_images": 192,
+            "retain_images": 384,
         },
     }
 }

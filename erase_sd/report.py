@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shlex
-import sys
 from typing import NamedTuple
 
 from diffusers import StableDiffusionPipeline
@@ -35,6 +34,7 @@ class Result(NamedTuple):
     sizes: dict[str, int]  # entries per UNet parameter
     before: View
     after: View
+    explicit: bool  # pictures are shown pixelated
 
 
 def write_results(pipe: StableDiffusionPipeline, plan: Plan, folder: RunFolder, result: Result) -> None:
@@ -45,7 +45,7 @@ def write_results(pipe: StableDiffusionPipeline, plan: Plan, folder: RunFolder, 
     if scores := result.run["scores"]:
         write_atomic(folder.path / "scores.json", json.dumps(scores, indent=2) + "\n")
     picture = io.BytesIO()
-    before_after(result.before, result.after, "nudity" in plan.job.concept).save(picture, "png")
+    before_after(result.before, result.after, result.explicit).save(picture, "png")
     write_atomic(folder.path / "before_after.png", picture.getvalue())
     _card(plan, folder, scores)
     write_run(folder.path, result.run)
@@ -62,7 +62,7 @@ def _card(plan: Plan, folder: RunFolder, scores: dict | None) -> None:
         method=plan.job.method,
         preset=folder.config["preset"],
         knobs={name: value for name, value in folder.config.items() if name not in NAMED},
-        command=shlex.join(["accelerate", "launch", "erase_sd/train.py", *sys.argv[1:]]),
+        command=shlex.join(["accelerate", "launch", "erase_sd/train.py", *plan.options()]),
         snippet=swap_in_snippet(base, folder.path),
         license=LICENSES.get(plan.job.model, "creativeml-openrail-m"),
         scores=scores,

@@ -31,7 +31,7 @@ class View(NamedTuple):
 class Subject:
     """A concept, or several, on a model that nobody can judge automatically."""
 
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # a concept file's name is its own, however the user spelled it
     sources: Sources
     shown: tuple[str, ...]
     steps: int = 30
@@ -104,5 +104,7 @@ def _open(job: Job) -> Subject:
     kept = [line for line in prompts.captions() if all(line in prompts.captions(without=c) for c in concepts)]
     asked = [examples[i % len(examples)].prompt for i in range(4)]
     return Subject(
-        names=job.concept, sources=Sources(examples, kept), shown=(*asked, *kept[:: max(1, len(kept) // 4)][:4])
+        names=tuple(concept.name for concept in concepts),
+        sources=Sources(examples, kept),
+        shown=(*asked, *kept[:: max(1, len(kept) // 4)][:4]),
     )

@@ -36,6 +36,8 @@ def _with_folder(plan: Plan) -> Plan:
 
 def _run(plan: Plan) -> int:
     """Load the model, erase, and print the scores and how to use the result."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which nothing here needs
+
     from accelerate import Accelerator
 
     from erase_sd.card import swap_in_snippet

@@ -42,13 +42,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erase_sd.denoising": {*MODELS, "erase_sd.knobs", "erase_sd.core", "erase_sd.latents"},
     "erase_sd.pocket": {*MODELS, "erase_sd.pictures", "prompts"},
     "erase_sd.pocket.table": {*MODELS, "erase_sd.pictures", "erase_sd.pocket", "erase_sd.erase", "prompts"},
+    "erase_sd.folder": {"erase_sd.record"},
+    "erase_sd.subject": {*MODELS, "erase_sd.knobs", "erase_sd.latents", "erase_sd.pocket", "prompts"},
+    "erase_sd.report": {*MODELS, *RECORDS, *SETTINGS, "erase_sd.folder", "erase_sd.pocket", "erase_sd.subject"},
     "erase_sd.erase": {
         *MODELS,
         *RECORDS,
         *SETTINGS,
         *("erase_sd.core", "erase_sd.methods", "erase_sd.latents", "erase_sd.denoising", "erase_sd.pocket", "prompts"),
+        *("erase_sd.folder", "erase_sd.subject", "erase_sd.report"),
     },
-    "erase_sd.train": {*SETTINGS, "erase_sd.methods", "erase_sd.erase"},
+    "erase_sd.train": {*SETTINGS, "erase_sd.methods", "erase_sd.erase", "erase_sd.pipeline", "erase_sd.card"}
+    | {"erase_sd.pocket", "prompts"},
     "classification": {*RECORDS, "erase_sd.core", "erase_sd.methods"},
     "eval": {*MODELS, *RECORDS, "erase_sd.pocket", "prompts"},
 }
@@ -56,7 +61,7 @@ LIBRARIES: dict[str, set[str]] = {  # the only third-party packages these may im
     "prompts": set(),
     "erase_sd": set(),
     "erase_sd.options": set(),
-    "erase_sd.train": set(),
+    "erase_sd.train": {"accelerate"},
     "erase_sd.process": set(),
     "erase_sd.runtime": {"torch", "safetensors"},
     "erase_sd.knobs": set(),

@@ -14,6 +14,9 @@ class Repair:
     steps: int = knob(125, "repair steps")
     lr: float = knob(1e-5, "peak learning rate")
     lam: float = knob(0.05, "weight of the forget term beside the retain loss, >= 0")
+    retain_loss: Literal["data", "original"] = knob(
+        "data", "what the repair keeps: L_r on the retain data, or the original model's own answers to them"
+    )
     objective: Literal["ascent", "redirect"] = knob("ascent", "forget term: raise L_f, or fit the replacement instead")
     constraint: Literal["forget", "contrast"] = knob(
         "forget", "loss that no step may lower: L_f, or L_f - replacement's"

@@ -100,7 +100,7 @@ def _shared(task: Task, knobs: Repair, theta: dict[str, nn.Parameter], batch: An
     loss_f = _value(task, L_f, "forget")
     lam, ceiling = _below_ceiling(knobs, loss_f)
     g_f = gradient(task, L_f, theta)
-    L_r = task.retain(batch)
+    L_r = _keep(task, knobs, batch)
     loss_r = _value(task, L_r, "retain")
     record = {"loss_r": loss_r, "loss_f": loss_f, "loss_o": loss_r - lam * loss_f, "ceiling": ceiling}
     return Gradients(gradient(task, L_r, theta), g_f, lam, record)
@@ -113,7 +113,7 @@ def _separate(task: Task, knobs: Repair, theta: dict[str, nn.Parameter], batch: 
         L_f = task.forget(batch) if knobs.constraint == "forget" else task.contrast(batch)
         loss_f = _value(task, L_f, knobs.constraint)
         g_f = gradient(task, L_f, theta)
-    L_r = task.retain(batch)
+    L_r = _keep(task, knobs, batch)
     loss_r = _value(task, L_r, "retain")
     if knobs.objective == "ascent":
         L = task.forget(batch)
@@ -124,6 +124,10 @@ def _separate(task: Task, knobs: Repair, theta: dict[str, nn.Parameter], batch: 
         L_o = L_r + lam * task.redirect(batch)
     record = {"loss_r": loss_r, "loss_f": loss_f, "loss_o": _value(task, L_o, knobs.objective), "ceiling": ceiling}
     return Gradients(gradient(task, L_o, theta), g_f, 0.0, record)
+
+
+def _keep(task: Task, knobs: Repair, batch: Any) -> Tensor:
+    return task.retain(batch) if knobs.retain_loss == "data" else task.preserve(batch)
 
 
 def _below_ceiling(knobs: Repair, loss_f: float) -> tuple[float, bool]:

@@ -36,6 +36,9 @@ class Task(Protocol):
     def retain(self, batch: Any) -> Tensor:
         """L_r on the retain samples."""
 
+    def preserve(self, batch: Any) -> Tensor:
+        """Distance of the retain samples' answers from the original model's: zero before any change."""
+
     def redirect(self, batch: Any) -> Tensor:
         """Distance of the forget samples' behaviour from its replacement: another label, an anchor prompt."""
 

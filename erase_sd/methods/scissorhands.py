@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -31,15 +31,20 @@ class Scissorhands(Repair):
     strict: bool = knob(False, "select s > threshold only (released code) instead of exactly the top k")
 
     def __post_init__(self) -> None:
-        """Raise UserError for a fraction outside [0, 1]."""
+        """Raise UserError for a fraction outside [0, 1] and for a ranking without a batch."""
         super().__post_init__()
         if not 0 <= self.fraction <= 1:
             raise UserError(
                 f"--fraction {self.fraction} is outside [0, 1]: it is the share of entries to re-initialise"
             )
+        if self.fraction and self.sensitivity_batches < 1:
+            raise UserError("--sensitivity_batches 0 ranks nothing: give 1 or more, or --fraction 0 to trim nothing")
 
-    def __call__(self, task: Task, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
-        """Trim, then repair, in place; yields (record, state): one record of the trim, one per repair step."""
+    def __call__(self, task: Task, state: dict | None = None) -> Iterator[tuple[dict, dict | None]]:
+        """Trim, then repair, in place; yields (record, state) per sensitivity batch, after the trim, per repair step.
+
+        The state is None as long as there is nothing to resume from.
+        """
         from erase_sd.core.repair import repair
         from erase_sd.core.sensitivity import top_k
         from erase_sd.core.trim import reinitialise_
@@ -47,26 +52,30 @@ class Scissorhands(Repair):
         if state is None:
             changed = {}
             if self.fraction:
-                scores = self.scores(task)
-                k = round(self.fraction * sum(s.numel() for s in scores.values()))
-                changed = reinitialise_(task.trimmable(), top_k(scores, k, self.strict), self.init, task.seed)
+                s = yield from self.sensitivity(task)
+                k = round(self.fraction * sum(x.numel() for x in s.values()))
+                changed = reinitialise_(task.trimmable(), top_k(s, k, self.strict), self.init, task.seed)
             state = {"step": 0, "optimizer": {}}
             yield {"phase": "trim", "changed": changed}, state
         yield from repair(task, self, state)
 
-    def scores(self, task: Task) -> dict[str, Tensor]:
-        """The saliency of every ranked entry."""
+    def sensitivity(self, task: Task) -> Generator[tuple[dict, None], None, dict[str, Tensor]]:
+        """Yield a record per batch; return the saliency of every ranked entry."""
         import torch
 
         from erase_sd.core.sensitivity import accumulate, connection_sensitivity, contrastive
 
-        def mean(loss, each=lambda g: g):  # the last running mean is the whole one
-            *_, g = accumulate(task, loss, theta, "sensitivity", range(self.sensitivity_batches), each)
-            return g
+        def mean(loss, each=lambda g: g):
+            batches = range(self.sensitivity_batches)
+            for running in accumulate(task, loss, theta, "sensitivity", batches, each):  # noqa: B007
+                yield {"phase": "sensitivity"}, None
+            return running  # the last running mean is the mean
 
         theta = task.ranked()
         if self.saliency == "contrast":
-            fisher_f, fisher_r = mean(task.contrast, torch.square), mean(task.retain, torch.square)
-            return contrastive(theta, mean(task.contrast), fisher_f, fisher_r, eps=0.1)
-        g = mean(task.forget, torch.abs if self.saliency == "summed" else lambda g: g)
-        return connection_sensitivity(theta, g, "signed" if self.saliency == "signed" else "abs")
+            g_f = yield from mean(task.contrast)
+            fisher_f = yield from mean(task.contrast, torch.square)
+            fisher_r = yield from mean(task.retain, torch.square)
+            return contrastive(theta, g_f, fisher_f, fisher_r, eps=0.1)
+        g_f = yield from mean(task.forget, torch.abs if self.saliency == "summed" else lambda g: g)
+        return connection_sensitivity(theta, g_f, "signed" if self.saliency == "signed" else "abs")

@@ -55,10 +55,10 @@ def fit(
 
     `loss` draws its batch from a generator keyed by the step, so that a resumed training equals an uninterrupted one.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
     ema = {n: p.detach().clone() for n, p in model.named_parameters()}
     start = _resume(folder, steps, model, ema, optimizer)
-    with StopFlag() as stop, tqdm(total=steps, initial=start, desc=folder.name) as bar:
+    with StopFlag() as stop, tqdm(total=steps, initial=start, desc=folder.name, unit="step") as bar:
         for step in range(start, steps):
             optimizer.param_groups[0]["lr"] = one_cycle(step, steps, lr)
             value = loss(step)

@@ -30,15 +30,18 @@ def in_lessons(scene: Scene) -> bool:
 
 
 def forget_examples(parts: list[Part], seed: int) -> list[Example]:
-    """Every scene of the concepts, complete and with one other part left open; anchors are others of the same kind."""
+    """Every scene of the concepts, complete or with one other part left open.
+
+    Each concept has one anchor, another word of its kind: several would teach their average, which is a blur.
+    """
     rng, examples = random.Random(f"forget {seed}"), []
     for kind, word in parts:
-        others = [name for name in KINDS[kind] if (kind, name) not in parts]
+        anchor = rng.choice([name for name in KINDS[kind] if (kind, name) not in parts])
         for scene in (s for s in grid() if shows(s, (kind, word))):
             open_part = rng.choice([None, None, *(k for k in KINDS if k != kind)])
             scene = scene.without(open_part) if open_part else scene
-            text, anchor = caption(scene), caption(scene._replace(**{kind: rng.choice(others)}))
-            examples.append(Example(text, text, anchor))
+            text = caption(scene)
+            examples.append(Example(text, text, caption(scene._replace(**{kind: anchor}))))
     rng.shuffle(examples)
     return examples
 

@@ -71,7 +71,7 @@ def run(table: Table, concept: str, seed: int) -> dict:
 def markdown(table: Table, runs: dict[tuple[str, int], dict]) -> str:
     """One row per concept: rates in percent, mean over the seeds, 95 % interval over all their pictures."""
     lines = [
-        "| concept | shown | no object, style or ground of its kind | retained objects | styles | backgrounds "
+        "| concept | drawn when asked | nothing recognisable instead | retained objects | styles | backgrounds "
         "| spared on its prompts (worst kind) | entries re-initialised | minutes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]

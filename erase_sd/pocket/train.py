@@ -27,7 +27,7 @@ class Training:
     output_dir: str = knob("erase_sd/pocket", "where model/, oracle.safetensors and report.json go")
     vae_steps: int = knob(4000, "steps of the VAE, batch 32")
     oracle_steps: int = knob(2500, "steps of the oracle, batch 126")
-    unet_steps: int = knob(4500, "steps of UNet and text encoder, batch 64")
+    unet_steps: tuple[int, ...] = knob((4500, 4500), "steps of UNet and text encoder per cycle, batch 64")
     exam_images: int = knob(1280, "pictures on which the finished model is scored")
     seed: int = knob(0, "seed of every draw")
 
@@ -45,7 +45,7 @@ def main() -> int:
     training, fresh = judge.split(others)
     oracle = judge.train(known, training, work / "oracle", steps=knobs.oracle_steps, seed=knobs.seed)
     write_atomic(out / "oracle.safetensors", judge.packed(oracle))
-    denoiser = unet.train(coder, known, work / "unet", steps=knobs.unet_steps, seed=knobs.seed)
+    denoiser = unet.train(coder, known, work / "unet", cycles=knobs.unet_steps, seed=knobs.seed)
     pipe = unet.assemble(coder, denoiser)
     with new_folder(out / "model") as folder:
         unet.save_half(pipe, folder)

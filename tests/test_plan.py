@@ -1,0 +1,130 @@
+"""From options to a plan: presets, what beats them, and what is refused before anything happens."""
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from erase_sd.knobs import SD_V1, Job, Losses, Sampling, names
+from erase_sd.methods import METHODS
+from erase_sd.options import parse
+from erase_sd.plan import Plan, groups, make
+from erase_sd.presets import PRESETS
+from erase_sd.process import UserError
+
+EVERY = [(method, preset) for method in PRESETS for preset in PRESETS[method]]
+
+
+def test_the_preset_follows_the_model() -> None:
+    assert make(concept="cat").job.preset == "sd" and make(concept="cat").job.model == SD_V1
+    assert make(concept="cat", model="pocket").job.preset == "pocket"
+    assert make(concept="cat", model="pocket", preset="paper").job.preset == "paper"
+
+
+@pytest.mark.parametrize(("method", "preset"), EVERY)
+def test_every_preset_builds_and_holds_nothing_but_knobs(method: str, preset: str) -> None:
+    plan = make(concept="cat", method=method, preset=preset)
+    held = {name: value for part in plan for name, value in vars(part).items()}
+    for name, value in PRESETS[method][preset].items():
+        assert name in set().union(*map(names, groups(method).values())), f"{preset} sets {name}, which is no knob"
+        assert held[name] == value
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_two_dataclasses_share_a_knob(method: str) -> None:
+    """`make` takes flat values: one of two would be lost."""
+    found = [field.name for cls in groups(method).values() for field in fields(cls)]
+    assert len(found) == len(set(found)) and set(PRESETS) == set(METHODS)
+
+
+def test_the_paper_preset_is_the_paper() -> None:
+    plan = make(concept="cat", preset="paper")
+    method = plan.method
+    assert (method.saliency, method.objective, method.constraint) == ("signed", "ascent", "forget")
+    assert (method.projection, method.optimizer, method.init) == ("on", "sgd", "uniform")
+    assert (method.margin, method.ridge, method.strict, method.forget_ceiling) == (0, 0, False, None)
+    assert (plan.losses.trim_scope, plan.losses.train_scope) == ("full", "full")
+
+
+def test_what_is_given_beats_the_preset_and_the_preset_beats_the_default() -> None:
+    plan = make(concept="cat", preset="authors-nsfw", lr=0.5, trim_scope="kv", forget_images=3)
+    assert (plan.method.lr, plan.losses.trim_scope, plan.sampling.forget_images) == (0.5, "kv", 3)
+    assert plan.method.init == "kaiming" and METHODS["scissorhands"]().init == "uniform"
+    assert plan.sampling.retain_images == Sampling().retain_images
+
+
+def test_a_value_of_none_is_a_value() -> None:
+    assert make(concept="cat", preset="authors-nsfw", rank_scope=None).losses.rank_scope is None
+
+
+def test_concepts_may_be_one_text_or_several() -> None:
+    assert make(concept="cat").job.concept == ("cat",)
+    assert make(concept=["cat", "neon style"]).job.concept == ("cat", "neon style")
+
+
+WRONG = [
+    ({}, "concept is empty"),
+    ({"concept": ()}, "concept is empty"),
+    ({"concept": ""}, "concept is empty"),
+    ({"concept": ("cat", "  ")}, "concept is empty"),
+    ({"method": "scissor"}, "unknown method 'scissor'.*scissorhands"),
+    ({"preset": "pepar"}, "unknown preset 'pepar'.*paper, authors-nsfw, authors-cls"),
+    ({"learning": 1}, "no knob 'learning'"),
+    ({"fraction": 1.5}, r"--fraction 1.5 is outside \[0, 1\]"),
+    ({"fraction": -0.1}, "fraction -0.1"),
+    ({"fraction": float("nan")}, "fraction nan"),
+    ({"drop_captions": 1.01}, r"--drop_captions 1.01 is outside \[0, 1\]"),
+    ({"lam": -1.0}, "lam -1"),
+    ({"lr": -1e-5}, "lr -1e-05"),
+    ({"steps": -1}, "steps -1"),
+    ({"seed": -1}, "seed -1"),
+    ({"eval_retain": -5}, "eval_retain -5"),
+    ({"checkpointing_steps": 0}, "checkpointing_steps 0"),
+    ({"forget_images": 0}, "forget_images 0"),
+    ({"retain_images": 0}, "retain_images 0"),
+    ({"sample_steps": 0}, "sample_steps 0"),
+    ({"sample_batch_size": 0}, "sample_batch_size 0"),
+    ({"sample_guidance": -2.0}, "sample_guidance -2"),
+    ({"batch_size": 0}, "batch_size 0"),
+    ({"sensitivity_batches": 0}, "sensitivity_batches 0"),
+    ({"saliency": "abss"}, "--saliency 'abss' is none of abs, signed, summed, contrast"),
+    ({"objective": "redirekt"}, "--objective 'redirekt'"),
+    ({"anchor_model": "old"}, "--anchor_model 'old'"),
+    ({"kind": "colour"}, "--kind 'colour'"),
+    ({"mixed_precision": "fp8"}, "--mixed_precision 'fp8'"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG, ids=lambda x: str(x) if isinstance(x, dict) else "")
+def test_a_wrong_value_is_one_sentence(given: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(**{"concept": "cat"} | given if given else {})
+
+
+def test_without_a_trim_no_batch_is_needed() -> None:
+    assert make(concept="cat", fraction=0, sensitivity_batches=0).method.fraction == 0
+
+
+def test_the_configuration_survives_json_and_tells_results_apart() -> None:
+    config = make(concept=("cat", "dog"), lr=1e-4).config()
+    assert json.loads(json.dumps(config)) == config and config["concept"] == ["cat", "dog"]
+    assert config == make(concept=("cat", "dog"), lr=1e-4, preset="sd", output_dir="x", checkpointing_steps=7).config()
+    assert config != make(concept=("cat", "dog"), lr=1e-4, seed=1).config()
+    assert {*names(Losses), *names(Sampling), *names(METHODS["scissorhands"])} <= set(config)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"concept": "cat", "model": "pocket"},
+        {"concept": ("cat", "neon style"), "model": "pocket", "seed": 3, "output_dir": "a b/c"},
+        {"concept": "nudity", "preset": "authors-nsfw", "strict": False, "rank_scope": None, "lr": 1e-7},
+        {"concept": "x", "strict": True, "max_grad_norm": 1.0, "mixed_precision": "bf16", "checkpointing_steps": 3},
+    ],
+)
+def test_the_options_of_a_plan_make_the_same_plan(given: dict) -> None:
+    plan = make(**given)
+    words = parse(plan.options(), prog="", description="", **groups(plan.job.method))
+    again = make(**{name: value for values in words.values() for name, value in values.items()})
+    assert isinstance(again, Plan) and again == plan
+    assert len(plan.options()) < 2 * len(fields(Job))  # only what the preset does not say
