@@ -79,17 +79,8 @@ def write_card(
     `model` is the base as the user named it ("pocket", a Hub id or a folder); `scores` is the content of scores.json;
     `snippet` comes from `swap_in_snippet`.
     """
-    on_hub = model != "pocket" and not Path(model).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model)
-    data = ModelCardData(
-        base_model=model if on_hub else None,
-        base_model_relation="finetune" if on_hub else None,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "stable-diffusion", "concept-erasure", "machine-unlearning"],
-        license=license,
-    )
     card = ModelCard.from_template(
-        data,
+        _metadata(model, license),
         template_str=TEMPLATE,
         concepts=inert(", ".join(concepts)),
         model=inert(model),
@@ -102,6 +93,19 @@ def write_card(
         unvalidated=model != "pocket",
     )
     write_atomic(Path(folder) / "README.md", f"{card}\n")
+
+
+def _metadata(model: str, license: str) -> ModelCardData:
+    """The card's front matter; only a Hub id can be a base model there."""
+    on_hub = model != "pocket" and not Path(model).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model)
+    return ModelCardData(
+        base_model=model if on_hub else None,
+        base_model_relation="finetune" if on_hub else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "stable-diffusion", "concept-erasure", "machine-unlearning"],
+        license=license,
+    )
 
 
 def swap_in_snippet(model: str, folder: str | Path, dtype: str = "torch.float32") -> str:

@@ -85,7 +85,7 @@ def _pocket(job: Job) -> PocketSubject:
     if job.anchor:
         raise UserError("--anchor is for open-vocabulary models: the pocket model's anchors are its other words")
     forget, retain = lessons.forget_examples(parts, job.seed), lessons.retain_prompts(parts, job.seed)
-    questions = lessons.exam(parts, job.eval_forget, job.eval_retain)
+    questions = lessons.exam(parts, job.eval_forget, job.eval_retain, job.seed)
     scenes = [q.scene for q in lessons.exam(parts, SHOWN, SHOWN)]
     return PocketSubject(
         names=job.concept,

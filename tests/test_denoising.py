@@ -123,13 +123,19 @@ def test_the_anchor_is_a_target_and_gets_no_gradient(tiny_pipe: StableDiffusionP
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-7)
 
 
-def test_retaining_the_original_starts_at_zero(tiny_pipe: StableDiffusionPipeline) -> None:
-    ours = task(tiny_pipe, retain_target="original")
+def test_preserving_the_original_starts_at_zero(tiny_pipe: StableDiffusionPipeline) -> None:
+    ours = task(tiny_pipe)
     b = ours.batch("repair", 0)
-    assert ours.retain(b).item() == 0
-    assert all(not g.any() for g in gradient(ours, ours.retain(b), ours.trainable()).values())
+    assert ours.preserve(b).item() == 0
+    assert all(not g.any() for g in gradient(ours, ours.preserve(b), ours.trainable()).values())
     disturb(tiny_pipe)
-    assert ours.retain(b).item() > 1e-4
+    assert ours.preserve(b).item() > 1e-4
+
+
+def test_preserving_needs_the_original(tiny_pipe: StableDiffusionPipeline) -> None:
+    ours = task(tiny_pipe, anchor_model="current")
+    with pytest.raises(UserError, match="anchor_model original"):
+        ours.preserve(ours.batch("repair", 0))
 
 
 def rows(batch: Batch) -> list[tuple[Tensor, ...]]:

@@ -61,7 +61,7 @@ LIBRARIES: dict[str, set[str]] = {  # the only third-party packages these may im
     "prompts": set(),
     "erase_sd": set(),
     "erase_sd.options": set(),
-    "erase_sd.train": {"accelerate"},
+    "erase_sd.train": {"accelerate", "diffusers", "transformers"},
     "erase_sd.process": set(),
     "erase_sd.runtime": {"torch", "safetensors"},
     "erase_sd.knobs": set(),

@@ -233,16 +233,14 @@ def uninterrupted(clone: Path, tiny_sd: Path, tmp_path_factory: pytest.TempPathF
 
 def stopped(command: list[str], cwd: Path, signum: int) -> tuple[int, str]:
     """Start, send the signal once the first checkpoint is there; (exit code, stderr)."""
-    log = open(cwd / "log", "w+")
-    child = subprocess.Popen(command, cwd=cwd, env=environment(), stdout=log, stderr=log)
+    with open(cwd / "log", "w") as log:
+        child = subprocess.Popen(command, cwd=cwd, env=environment(), stdout=log, stderr=log)
     end = time.monotonic() + 200
     while not list((cwd / "runs/cat/checkpoints").glob("checkpoint-*")):
         assert child.poll() is None and time.monotonic() < end, (cwd / "log").read_text()[-3000:]
         time.sleep(0.01)
     child.send_signal(signum)
-    code = child.wait(60)
-    log.close()
-    return code, (cwd / "log").read_text()
+    return child.wait(60), (cwd / "log").read_text()
 
 
 def wait_until(condition, seconds: float = 60) -> None:

@@ -34,6 +34,9 @@ class Repair:
     forget_ceiling: float | None = knob(
         None, "under ascent: forget loss above which lam is 0 for the step, in units of L_f"
     )
+    release_at: float | None = knob(
+        None, "constraint loss from which on the projection rests, in units of that loss; not for ascent on L_f"
+    )
     project_from: int = knob(0, "first step at which the projection is on")
     max_grad_norm: float | None = knob(None, "clip the projected gradient to this L2 norm")
 
@@ -41,5 +44,5 @@ class Repair:
         """Raise UserError for a negative number: none of them has a meaning."""
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, int | float) and not value >= 0:
+            if f.name != "release_at" and isinstance(value, int | float) and not value >= 0:
                 raise UserError(f"--{f.name} {value} is negative: give 0 or more")

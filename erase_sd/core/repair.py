@@ -80,12 +80,13 @@ def _step(
         subtract_(g, g_f, c)
     if knobs.max_grad_norm is not None:
         _clip_(task, g, knobs.max_grad_norm)
-    before = {name: p.detach().clone() for name, p in theta.items()} if projection == "after-preconditioning" else {}
+    after = projection == "after-preconditioning" and g_f is not None
+    before = {name: p.detach().clone() for name, p in theta.items()} if after else {}
     for name, p in theta.items():
         p.grad = g[name].to(p.dtype)
     optimizer.step()
     optimizer.zero_grad()
-    if before:
+    if after:
         u = before
         subtract_(u, theta, 1.0)  # the update the optimiser made, as a descent direction
         c = coefficient(_inner(task, u, g_f), norm2_f)
@@ -107,12 +108,16 @@ def _shared(task: Task, knobs: Repair, theta: dict[str, nn.Parameter], batch: An
 
 
 def _separate(task: Task, knobs: Repair, theta: dict[str, nn.Parameter], batch: Any, projecting: bool) -> Gradients:
-    """Objective and constraint apart: a backward pass of the whole objective, one of the constraint if projecting."""
+    """Objective and constraint apart: a backward pass of the whole objective, and one of the constraint if it holds.
+
+    Far above `release_at` the concept is gone, and a constraint would only forbid directions that repair.
+    """
     g_f, loss_f, lam, ceiling = None, math.nan, knobs.lam, False
     if projecting:
         L_f = task.forget(batch) if knobs.constraint == "forget" else task.contrast(batch)
         loss_f = _value(task, L_f, knobs.constraint)
-        g_f = gradient(task, L_f, theta)
+        if knobs.release_at is None or loss_f < knobs.release_at:
+            g_f = gradient(task, L_f, theta)
     L_r = _keep(task, knobs, batch)
     loss_r = _value(task, L_r, "retain")
     if knobs.objective == "ascent":

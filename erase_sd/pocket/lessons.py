@@ -8,6 +8,7 @@ from typing import NamedTuple
 from erase_sd.pocket.captions import KINDS, Scene, caption, grid
 from prompts import Example
 
+HALF = 500_000  # image seeds of an exam lie below one million: the concept's in the lower half
 Part = tuple[str, str]  # ("style", "pencil")
 
 
@@ -35,13 +36,14 @@ def forget_examples(parts: list[Part], seed: int) -> list[Example]:
     Each concept has one anchor, another word of its kind: several would teach their average, which is a blur.
     """
     rng, examples = random.Random(f"forget {seed}"), []
+    anchors = {(kind, word): rng.choice([x for x in KINDS[kind] if (kind, x) not in parts]) for kind, word in parts}
     for kind, word in parts:
-        anchor = rng.choice([name for name in KINDS[kind] if (kind, name) not in parts])
         for scene in (s for s in grid() if shows(s, (kind, word))):
             open_part = rng.choice([None, None, *(k for k in KINDS if k != kind)])
             scene = scene.without(open_part) if open_part else scene
+            swapped = {part[0]: anchor for part, anchor in anchors.items() if shows(scene, part)}
             text = caption(scene)
-            examples.append(Example(text, text, caption(scene._replace(**{kind: anchor}))))
+            examples.append(Example(text, text, caption(scene._replace(**swapped))))
     rng.shuffle(examples)
     return examples
 
@@ -56,16 +58,16 @@ def retain_prompts(parts: list[Part], seed: int) -> list[str]:
     return [caption(scene) for scene in scenes]
 
 
-def exam(parts: list[Part], n_forget: int, n_retain: int) -> list[Question]:
-    """Complete scenes, evenly over the combinations; image seeds below one million, which no training draws.
+def exam(parts: list[Part], n_forget: int, n_retain: int, seed: int = 0) -> list[Question]:
+    """Complete scenes, evenly over the combinations; other pictures for each seed, none of which any training draws.
 
     A retain question is the same whatever the concepts, so that answers of the unerased model serve every run.
     """
     scenes = list(grid())
     random.Random("exam").shuffle(scenes)
     concept = [(scene, part) for part in parts for scene in scenes if shows(scene, part)]
-    asked = [Question(concept[i % len(concept)][0], i, concept[i % len(concept)][1]) for i in range(n_forget)]
-    others = [(i, scene) for i, scene in enumerate(scenes) if not any(shows(scene, part) for part in parts)]
-    rounds = range(-(-n_retain // len(others)))
-    kept = [Question(scene, 500_000 + 1000 * again + i, None) for again in rounds for i, scene in others]
-    return asked + kept[:n_retain]
+    turns = range(seed * n_forget, (seed + 1) * n_forget)
+    asked = [Question(concept[i % len(concept)][0], i % HALF, concept[i % len(concept)][1]) for i in turns]
+    turns = range(2 * seed * n_retain, 2 * (seed + 1) * n_retain)  # twice as many: those with a concept are left out
+    kept = [Question(scenes[i % len(scenes)], HALF + i % HALF, None) for i in turns]
+    return asked + [q for q in kept if not any(shows(q.scene, part) for part in parts)][:n_retain]

@@ -32,8 +32,8 @@ class Table:
 
     concepts: tuple[str, ...] = knob(HELD_OUT, "concepts, one row each")
     seeds: tuple[int, ...] = knob((0, 1, 2), "one run per concept and seed")
-    eval_forget: int = knob(224, "pictures of the concept per run, before and after")
-    eval_retain: int = knob(1024, "pictures of everything else per run, before and after")
+    eval_forget: int = knob(72, "pictures of the concept per run, before and after")
+    eval_retain: int = knob(336, "pictures of everything else per run, before and after")
     output_dir: str = knob("runs/table", "where the runs go")
     processes: int = knob(2, "runs at a time, one thread each")
     readme: str | None = knob("README.md", "file whose table is replaced")
@@ -91,8 +91,11 @@ def markdown(table: Table, runs: dict[tuple[str, int], dict]) -> str:
             f"{mean(r['seconds'] for r in mine) / 60:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    per_run = f"{table.eval_forget} + {table.eval_retain} pictures"
-    lines.append(f"\nPercent, before → after [95 % interval of after]; seeds {_list(table.seeds)}, {per_run} each.")
+    forget, retain = (len(table.seeds) * n for n in (table.eval_forget, table.eval_retain))
+    lines.append(
+        f"\nPercent, before → after [95 % interval of after]; seeds {_list(table.seeds)}, together {forget} pictures of "
+        f"the concept and {retain} of everything else per row."
+    )
     return "\n".join(lines) + "\n"
 
 

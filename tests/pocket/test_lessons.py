@@ -59,11 +59,7 @@ def test_forget_prompts_ask_for_every_concept(parts: list) -> None:
         assert sum(word in words(e.prompt) for e in examples) >= len(list(grid())) // len(KINDS[kind])
 
 
-MIXED = pytest.mark.xfail(reason="an anchor keeps erased concepts of other kinds: see forget_examples", strict=True)
-NAMES = [pytest.param(name, marks=MIXED if name == "three kinds" else ()) for name in PARTS]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PARTS)
 def test_no_anchor_names_an_erased_concept(name: str) -> None:
     forbidden = {word for _, word in PARTS[name]}
     assert not any(words(e.anchor) & forbidden for e in lessons.forget_examples(PARTS[name], 0))
