@@ -14,6 +14,8 @@ from erase_sd.process import RunLock, UserError
 from erase_sd.record import write_status
 from erase_sd.runtime import latest_checkpoint, load_checkpoint, save_checkpoint, write_atomic
 
+CONFIG = "job.json"  # not config.json, by which diffusers and our own loader tell the folder of a model
+
 
 class Progress(NamedTuple):
     """Where a run stands: the method's state, the trace so far, entries re-initialised per parameter."""
@@ -42,7 +44,7 @@ class RunFolder:
         self._check()
         self._lock = RunLock(self.path)
         self._lock.__enter__()
-        write_atomic(self.path / "config.json", json.dumps(self.config, indent=2) + "\n")
+        write_atomic(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -52,7 +54,7 @@ class RunFolder:
         """Refuse a folder that does not belong to this run, before anything is written to it."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output_dir {self.path} is a file: name a folder")
-        file = self.path / "config.json"
+        file = self.path / CONFIG
         if not file.is_file():
             if self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
                 raise UserError(f"--output_dir {self.path} holds other files: name an empty or a new folder")
@@ -60,7 +62,7 @@ class RunFolder:
         try:
             there = dict(json.loads(file.read_text()))
         except ValueError as error:
-            raise UserError(f"--output_dir {self.path} holds a config.json of something else: name another") from error
+            raise UserError(f"--output_dir {self.path} holds a {CONFIG} of something else: name another") from error
         for knob in sorted(there.keys() | self.config.keys()):
             if there.get(knob) != self.config.get(knob):
                 raise UserError(

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
+PARENT = os.getppid()  # at import: a launcher may die while torch is still loading
+
 
 class UserError(ValueError):
     """A mistake only the user can correct; its text is one sentence that names the value and the next step."""
@@ -48,7 +50,7 @@ class StopFlag:
         if threading.current_thread() is threading.main_thread():
             self._handlers = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
         if "ACCELERATE_MIXED_PRECISION" in os.environ:  # a shell may go (nohup), the launcher of a run may not
-            threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
+            threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,10 +65,11 @@ class StopFlag:
         elif time.monotonic() - self._since > self.GRACE:
             raise KeyboardInterrupt
 
-    def _watch(self, parent: int) -> None:
-        while not self._left.wait(self.POLL):
-            if os.getppid() != parent:
-                return self._set.set()
+    def _watch(self) -> None:
+        while os.getppid() == PARENT:
+            if self._left.wait(self.POLL):
+                return
+        self._set.set()
 
 
 class RunLock:

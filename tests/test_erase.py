@@ -40,7 +40,7 @@ QUICK = {
 }
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 FILES = {
-    *("config.json", "run.json", "status.json", "README.md", "before_after.png", ".lock"),
+    *("job.json", "run.json", "status.json", "README.md", "before_after.png", ".lock"),
     *("trace.csv", "trace.png", "saliency.csv", "saliency.png", "unet/config.json", WEIGHTS),
 }
 
@@ -97,7 +97,7 @@ def test_everything_is_in_the_folder(finished: Path) -> None:
     assert set(contents(finished)) == FILES
     assert json.loads((finished / "status.json").read_text()) == {"state": "complete", "code": 0, "message": ""}
     run = json.loads((finished / "run.json").read_text())
-    assert run["config"] == json.loads((finished / "config.json").read_text())
+    assert run["config"] == json.loads((finished / "job.json").read_text())
     assert run["config"]["concept"] == ["nudity"] and run["base"]["hash"] == run["config"]["base_hash"]
     rows = (finished / "trace.csv").read_text().splitlines()
     assert rows[0].startswith("step,loss_r,loss_f,loss_o") and len(rows) == 4
@@ -162,7 +162,7 @@ def test_another_model_in_the_folder_is_refused(finished: Path, tiny_pipe: Stabl
         erase(tiny_pipe, "nudity", output_dir=finished, **QUICK)
 
 
-@pytest.mark.parametrize("name", ["thesis.txt", "config.json", "unet/config.json"])
+@pytest.mark.parametrize("name", ["thesis.txt", "job.json", "config.json", "unet/config.json"])
 def test_a_folder_with_other_files_is_refused_and_left_alone(
     tiny_pipe: StableDiffusionPipeline, tmp_path: Path, name: str
 ) -> None:
@@ -316,6 +316,7 @@ def test_the_record_names_the_pipeline_it_was_given(
 )
 def test_the_saved_unet_draws_in_every_pipeline(finished: Path, tiny_sd: Path, family: type) -> None:
     unet = UNet2DConditionModel.from_pretrained(str(finished), subfolder="unet")
+    assert weights_hash(load(str(tiny_sd), unet=str(finished)).unet) == weights_hash(unet)
     pipe = family.from_pretrained(tiny_sd, unet=unet)
     assert pipe.unet is unet and "_name_or_path" not in json.loads((finished / "unet/config.json").read_text())
     start = {"image": Image.new("RGB", (64, 64), "teal"), "strength": 0.5} if "Img2Img" in family.__name__ else {}

@@ -15,7 +15,7 @@ from erase_sd.pocket.lessons import Part, Question
 from erase_sd.pocket.oracle import OTHER, WEIGHTS, load, name
 from erase_sd.runtime import digest, file_digest, write_atomic
 
-STEPS, GUIDANCE = 20, 5.0  # the pocket model's own sampling
+STEPS, GUIDANCE = 20, 3.5  # the pocket model's own sampling
 Answer = dict[str, str]  # what the oracle sees: {"object": "cat", "style": "pencil", "background": "other"}
 
 

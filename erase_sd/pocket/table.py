@@ -93,8 +93,8 @@ def markdown(table: Table, runs: dict[tuple[str, int], dict]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     forget, retain = (len(table.seeds) * n for n in (table.eval_forget, table.eval_retain))
     lines.append(
-        f"\nPercent, before → after [95 % interval of after]; seeds {_list(table.seeds)}, together {forget} pictures of "
-        f"the concept and {retain} of everything else per row."
+        f"\nPercent, before → after [95 % interval of after]; seeds {_list(table.seeds)}; together {forget} pictures "
+        f"of the concept and {retain} of everything else per row."
     )
     return "\n".join(lines) + "\n"
 

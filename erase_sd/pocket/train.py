@@ -27,7 +27,7 @@ class Training:
     output_dir: str = knob("erase_sd/pocket", "where model/, oracle.safetensors and report.json go")
     vae_steps: int = knob(4000, "steps of the VAE, batch 32")
     oracle_steps: int = knob(2500, "steps of the oracle, batch 126")
-    unet_steps: tuple[int, ...] = knob((4500, 4500), "steps of UNet and text encoder per cycle, batch 64")
+    unet_steps: tuple[int, ...] = knob((4500, 4500, 1400), "steps of UNet and text encoder per cycle, batch 64")
     exam_images: int = knob(1280, "pictures on which the finished model is scored")
     seed: int = knob(0, "seed of every draw")
 

@@ -22,7 +22,7 @@ from erase_sd.pocket.captions import BACKGROUNDS, OBJECTS, STYLES, Scene, grid, 
 from erase_sd.pocket.fit import fit
 from erase_sd.runtime import generator
 
-CYCLES, BATCH, LR = (4500, 4500), 64, 1e-3  # the second cycle peaks at 0.8 LR
+CYCLES, PEAKS, BATCH = (4500, 4500, 1400), (1e-3, 8e-4, 5e-4), 64
 RENDERS = 48_000  # pictures encoded once
 GAMMA = 5.0  # min-SNR weight, arXiv 2303.09556
 WIDTH, LENGTH = 96, 77
@@ -48,6 +48,8 @@ def build_tokenizer() -> CLIPTokenizer:
     )
     bpe.train_from_iterator(corpus, trainer)
     vocab = bpe.get_vocab()
+    ends = sorted(token for token in vocab if len(token) == len("x</w>") and token.endswith("</w>"))
+    vocab |= dict(zip(ends, sorted(vocab[token] for token in ends), strict=True))  # the trainer numbers them by chance
     for character in sorted(alphabet):
         vocab.setdefault(f"{character}</w>", len(vocab))
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
@@ -149,8 +151,8 @@ def train(
     for i, steps in enumerate(cycles):
         embed = model.embed if i == 0 else Remembered(model)
         loss = partial(denoising_loss, model.unet, embed, latents, labels, seed, sum(cycles[:i]))
-        learner, lr = (model, LR) if i == 0 else (model.unet, 0.8 * LR)
-        fit(learner, loss, folder / f"cycle-{i + 1}", steps=steps, lr=lr, decay=0.999)
+        learner = model if i == 0 else model.unet
+        fit(learner, loss, folder / f"cycle-{i + 1}", steps=steps, lr=PEAKS[i], decay=0.999)
     return model.eval().requires_grad_(False)
 
 
