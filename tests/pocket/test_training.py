@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from erase_sd.pocket import artwork, captions, fit, judge, unet, vae
+from erase_sd.pocket import artwork, captions, fit, judge, text, vae
 from erase_sd.pocket.oracle import LABELS
 from erase_sd.process import UserError
 from erase_sd.runtime import generator
@@ -66,7 +66,7 @@ def test_captions_are_varied_and_true_to_their_scene() -> None:
 
 
 def test_the_tokenizer_has_one_token_per_word_and_takes_any_text() -> None:
-    tokenizer = unet.build_tokenizer()
+    tokenizer = text.build_tokenizer()
     for words in captions.KINDS.values():
         assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
     assert tokenizer.model_max_length == 77
