@@ -1,5 +1,6 @@
 """A task small enough to check by hand, and the settings of the repair loop that the tests go through."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -23,6 +24,9 @@ SETTINGS = {
     "contrast-after": {"constraint": "contrast", "projection": "after-preconditioning"},
     "late": {"project_from": 3, "schedule": "cosine", "warmup_steps": 2, "max_grad_norm": 0.5},
     "released": {"margin": 0.5, "ridge": 1e-3},
+    "resting": {"objective": "redirect", "constraint": "contrast", "release_at": 0.0},
+    "resting-after": {"constraint": "contrast", "release_at": 0.0, "projection": "after-preconditioning"},
+    "preserving": {"objective": "redirect", "retain_loss": "original"},
 }
 
 
@@ -34,6 +38,7 @@ class ToyTask:
         self.model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
         for name, p in self.model.named_parameters():
             p.data = torch.randn(p.shape, generator=generator(seed, "init", name), dtype=dtype)
+        self.original = copy.deepcopy(self.model)
         self.backwards = 0
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -56,6 +61,9 @@ class ToyTask:
 
     def retain(self, batch: dict[str, Tensor]) -> Tensor:
         return self._loss(batch["retain"], batch["labels"])
+
+    def preserve(self, batch: dict[str, Tensor]) -> Tensor:
+        return F.mse_loss(self.model(batch["retain"]), self.original(batch["retain"]).detach())
 
     def redirect(self, batch: dict[str, Tensor]) -> Tensor:
         return self._loss(batch["forget"], 0)

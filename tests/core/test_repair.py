@@ -130,6 +130,27 @@ def test_nothing_is_projected_before_its_first_step(toy):
     assert not any(r["bit"] or r["c"] for r in records[:8]) and any(r["bit"] for r in records[8:])
 
 
+def test_the_projection_rests_once_the_constraint_loss_is_high_enough(toy, settings):
+    changes = {"steps": 60, "lam": 0.2}
+    records = run(toy(), settings("resting", release_at=-1.0, **changes))
+    at_work = [r["loss_f"] < -1 for r in records]
+    assert any(at_work) and not all(at_work)
+    assert all((r["c"] == 0 and not r["bit"]) or known for r, known in zip(records, at_work, strict=True))
+    assert any(r["bit"] for r in records)
+    tireless = run(toy(), settings("resting", release_at=None, **changes))
+    assert any(r["bit"] and r["loss_f"] > -1 for r in tireless)
+
+
+def test_preserving_keeps_the_original_answers(toy, settings):
+    """Pulled elsewhere on the forget inputs, the model drifts less from its own answers to the retain inputs."""
+    drift = {}
+    for loss in ("original", "data"):
+        task = toy()
+        run(task, settings("preserving", retain_loss=loss, steps=40, projection="off"))
+        drift[loss] = task.preserve(task.batch("exam", 0)).item()
+    assert 0 < drift["original"] < 0.5 * drift["data"]
+
+
 @pytest.mark.parametrize("name", ["paper", "contrast"])
 def test_above_the_ceiling_ascent_stops_and_projection_stays(toy, settings, name):
     knobs = settings(name, steps=80, lr=0.2, lam=1.0, forget_ceiling=4.0)

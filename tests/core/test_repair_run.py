@@ -63,8 +63,9 @@ def test_only_trainable_parameters_move_and_no_gradient_is_kept(toy, knobs):
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_weights_before_it(toy, knobs):
     task = toy()
-    retain, calls = task.retain, itertools.count()
-    task.retain = lambda batch: retain(batch) * (math.nan if next(calls) == 3 else 1)
+    name = "retain" if knobs.retain_loss == "data" else "preserve"
+    keep, calls = getattr(task, name), itertools.count()
+    setattr(task, name, lambda batch: keep(batch) * (math.nan if next(calls) == 3 else 1))
     steps = repair(task, knobs)
     for _ in range(3):
         next(steps)
