@@ -106,7 +106,7 @@ def train(
         embed = model.embed if i == 0 else Remembered(model)
         loss = partial(denoising_loss, model.unet, embed, latents, labels, seed, sum(cycles[:i]))
         learner = model if i == 0 else model.unet
-        fit(learner, loss, folder / f"cycle-{i + 1}", steps=steps, lr=PEAKS[i], decay=0.999)
+        fit(learner, loss, folder / f"cycle-{i + 1}", steps=steps, lr=PEAKS[min(i, len(PEAKS) - 1)], decay=0.999)
     return model.eval().requires_grad_(False)
 
 
