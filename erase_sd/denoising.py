@@ -44,6 +44,7 @@ class Batch(NamedTuple):
     t_r: Tensor
     noise_r: Tensor
     c_r: Tensor
+    z_d: Tensor  # what redirect is fitted on: z_f, or for half of the samples their anchors' pictures
 
 
 class DenoisingTask:
@@ -103,7 +104,9 @@ class DenoisingTask:
         noise_f, noise_r = torch.randn(2, *s.forget.shape[1:], generator=g)
         keep = s.empty if torch.rand((), generator=g) < self.knobs.drop_captions else s.keep[r]
         c_f, c_a, c_r = s.embeddings[s.caption[f]], s.embeddings[s.anchor[f]], s.embeddings[keep]
-        return s.forget[f], t_f, noise_f, c_f, c_a, s.retain[r], t_r, noise_r, c_r
+        swap = s.anchors is not None and torch.rand((), generator=g) < 0.5
+        z_d = s.anchors[f] if swap else s.forget[f]
+        return s.forget[f], t_f, noise_f, c_f, c_a, s.retain[r], t_r, noise_r, c_r, z_d
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t for latents (n, C, H, W) at timesteps (n,)."""
@@ -149,7 +152,7 @@ class DenoisingTask:
 
     def redirect(self, batch: Batch) -> Tensor:
         """Distance between the answer to the concept's caption and the answer to its anchor."""
-        x_t = self.add_noise(batch.z_f, batch.noise_f, batch.t_f)
+        x_t = self.add_noise(batch.z_d, batch.noise_f, batch.t_f)
         if self.knobs.anchor_model == "original":
             wanted = self._old(x_t, batch.t_f, batch.c_a)
         else:

@@ -42,6 +42,7 @@ class Sampling:
 
     forget_images: int = knob(256, "pictures of the concept")
     retain_images: int = knob(512, "pictures of everything else")
+    anchor_pictures: bool = knob(False, "draw the anchors' pictures as well and fit redirect on both, half and half")
     sample_steps: int = knob(20, "denoising steps per picture")
     sample_guidance: float = knob(7.5, "classifier-free guidance scale")
     sample_batch_size: int = knob(32, "pictures drawn at a time; changes no picture")

@@ -38,6 +38,7 @@ class Samples(NamedTuple):
     keep: Tensor  # (N_r,) row of c_r
     embeddings: Tensor
     empty: int  # row of the empty caption
+    anchors: Tensor | None = None  # (N_f, C, H, W) what the anchor of each forget sample draws
 
 
 def seeds(seed: int, purpose: int, n: int) -> list[int]:
@@ -53,6 +54,10 @@ def collect(
     retain = [sources.retain[i % len(sources.retain)] for i in range(knobs.retain_images)]
     z_f = drawn(pipe, [e.prompt for e in forget], seeds(seed, 0, len(forget)), knobs, model_hash, cache, "forget set")
     z_r = drawn(pipe, retain, seeds(seed, 1, len(retain)), knobs, model_hash, cache, "retain set")
+    z_a = None
+    if knobs.anchor_pictures:
+        places = seeds(seed, 0, len(forget))
+        z_a = drawn(pipe, [e.anchor for e in forget], places, knobs, model_hash, cache, "anchor set")
     texts = list(dict.fromkeys(["", *retain, *(e.caption for e in forget), *(e.anchor for e in forget)]))
     row = {text: i for i, text in enumerate(texts)}
     return Samples(
@@ -63,6 +68,7 @@ def collect(
         keep=torch.tensor([row[text] for text in retain]),
         embeddings=encode(pipe, texts),
         empty=row[""],
+        anchors=z_a,
     )
 
 

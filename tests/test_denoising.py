@@ -229,3 +229,14 @@ def test_release_leaves_the_model_as_it_was(tiny_pipe: StableDiffusionPipeline) 
     ours.release()
     assert set(unet.__dict__) == set(before) and unet.forward.__func__ is type(unet).forward
     assert all(p.grad is None and not p.requires_grad for p in unet.parameters())
+
+
+def test_redirect_is_fitted_on_the_anchors_pictures_too(tiny_pipe: StableDiffusionPipeline) -> None:
+    samples = made_up()
+    samples = samples._replace(anchors=samples.forget + 100)
+    ours = DenoisingTask(tiny_pipe, samples, replace(KNOBS, batch_size=32), 7, Accelerator(cpu=True))
+    batch = ours.batch("repair", 0)
+    swapped = (batch.z_d - batch.z_f).flatten(1).mean(1)
+    assert set(swapped.round().tolist()) == {0.0, 100.0} and 4 < (swapped > 50).sum() < 28
+    plain = task(tiny_pipe, batch_size=32).batch("repair", 0)
+    assert torch.equal(plain.z_d, plain.z_f) and torch.equal(plain.z_f, batch.z_f)
