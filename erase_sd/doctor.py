@@ -137,6 +137,7 @@ def check_text_encoder_file(encoder: torch.nn.Module, folder: Path) -> None:
 
 
 def check_tokenizer(pipe: StableDiffusionPipeline, model: str) -> None:
+    """The tokenizer is the text encoder's own, not the empty shell that transformers makes of a wrong folder."""
     encoder = pipe.text_encoder.config
     if len(pipe.tokenizer) != encoder.vocab_size:
         raise UserError(
@@ -151,6 +152,7 @@ def check_tokenizer(pipe: StableDiffusionPipeline, model: str) -> None:
 
 
 def check_unet(pipe: StableDiffusionPipeline, model: str) -> None:
+    """The UNet denoises this VAE's latents and nothing else, under this text encoder's embeddings."""
     unet, latent = pipe.unet.config, pipe.vae.config.latent_channels
     if unet.in_channels != latent:
         raise UserError(

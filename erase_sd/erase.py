@@ -77,9 +77,8 @@ def carry_out(pipe: StableDiffusionPipeline, plan: Plan, accelerator: Accelerato
                 reinitialised=sum(progress.changed.values()),
                 scores=asked.scores(before, after),
             )
-            sizes = {name: p.numel() for name, p in pipe.unet.named_parameters()}
             if folder:
-                write_results(pipe, plan, folder, Result(run, progress, sizes, before, after, asked.explicit))
+                write_results(pipe, plan, folder, Result(run, progress, before, after, asked.explicit))
     return run
 
 

@@ -31,7 +31,6 @@ class Result(NamedTuple):
 
     run: dict
     progress: Progress
-    sizes: dict[str, int]  # entries per UNet parameter
     before: View
     after: View
     explicit: bool  # pictures are shown pixelated
@@ -41,7 +40,8 @@ def write_results(pipe: StableDiffusionPipeline, plan: Plan, folder: RunFolder, 
     """Write everything into the folder, the word "complete" last."""
     save_unet(pipe.unet, folder.path)
     write_trace(folder.path, result.progress.trace)
-    write_saliency(folder.path, result.progress.changed, result.sizes)
+    sizes = {name: p.numel() for name, p in pipe.unet.named_parameters()}
+    write_saliency(folder.path, result.progress.changed, sizes)
     if scores := result.run["scores"]:
         write_atomic(folder.path / "scores.json", json.dumps(scores, indent=2) + "\n")
     picture = io.BytesIO()

@@ -101,7 +101,8 @@ def _pocket(job: Job) -> PocketSubject:
 def _open(job: Job) -> Subject:
     concepts = [prompts.load(text, job.kind, job.anchor) for text in job.concept]
     examples = [example for concept in concepts for example in concept.examples]
-    kept = [line for line in prompts.captions() if all(line in prompts.captions(without=c) for c in concepts)]
+    harmless = [set(prompts.captions(without=concept)) for concept in concepts]
+    kept = [line for line in prompts.captions() if all(line in lines for lines in harmless)]
     asked = [examples[i % len(examples)].prompt for i in range(4)]
     return Subject(
         names=tuple(concept.name for concept in concepts),

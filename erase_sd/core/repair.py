@@ -108,9 +108,9 @@ def _shared(task: Task, knobs: Repair, theta: dict[str, nn.Parameter], batch: An
 
 
 def _separate(task: Task, knobs: Repair, theta: dict[str, nn.Parameter], batch: Any, projecting: bool) -> Gradients:
-    """Objective and constraint apart: a backward pass of the whole objective, and one of the constraint if it holds.
+    """Objective and constraint apart: a backward pass of the objective, one of the constraint while it is in force.
 
-    Far above `release_at` the concept is gone, and a constraint would only forbid directions that repair.
+    From `release_at` on the concept is gone, and the constraint would only forbid directions that repair.
     """
     g_f, loss_f, lam, ceiling = None, math.nan, knobs.lam, False
     if projecting:
