@@ -26,6 +26,11 @@ def knob(default: Any, text: str, aliases: tuple[str, ...] = ()) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, "aliases": aliases})
 
 
+def argument(text: str) -> Any:
+    """Return a required field that is typed without an option's name, such as the folders a judge looks at."""
+    return dataclasses.field(metadata={"help": text, "positional": True})
+
+
 def parse(argv: Sequence[str], *, prog: str, description: str, **groups: type) -> dict[str, dict[str, Any]]:
     """Read `argv` into {group: {field: value}}; fields that were not given are left out.
 
@@ -83,12 +88,15 @@ def _add_group(parser: argparse.ArgumentParser, name: str, cls: type) -> None:
             continue
         default = _default(field)
         text = f"{field.metadata.get('help', '')} {_note(default)}"
+        keywords = {"help": text.replace("%", "%%").strip(), **_reader(annotations[field.name])}
+        if field.metadata.get("positional"):
+            group.add_argument(f"{name}.{field.name}", **keywords | {"metavar": field.name.upper()})
+            continue
         group.add_argument(
             *(f"--{option}" for option in (field.name, *field.metadata.get("aliases", ()))),
             dest=f"{name}.{field.name}",
             required=default is dataclasses.MISSING,
-            help=text.replace("%", "%%").strip(),
-            **_reader(annotations[field.name]),
+            **keywords,
         )
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from erase_sd.options import parse, peek
+from erase_sd.options import argument, parse, peek
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,3 +135,19 @@ def test_peek_reads_one_option_among_unknown_ones():
 def test_options_do_not_load_torch():
     code = "import sys, erase_sd.options; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """What to look at."""
+
+    folders: tuple[str, ...] = argument("folders of images")
+    threshold: float = 0.6
+
+
+def test_positional_arguments(capsys: pytest.CaptureFixture):
+    given = parse(["a", "b/c", "--threshold", "0.5"], prog="judge", description="Judge.", job=Judge)
+    assert given == {"job": {"folders": ("a", "b/c"), "threshold": 0.5}}
+    with pytest.raises(SystemExit) as stop:
+        parse([], prog="judge", description="Judge.", job=Judge)
+    assert stop.value.code == 2 and "folders" in capsys.readouterr().err.lower()
