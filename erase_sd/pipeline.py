@@ -3,9 +3,10 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -93,18 +94,43 @@ def sample(
     with tqdm(total=len(jobs), desc=description, unit="image", disable=hidden) as bar:
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            drawn = quiet(
-                prompt=[prompt for prompt, _ in batch],
-                height=size,
-                width=size,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=[generator(seed, "image") for _, seed in batch],
+            drawn = draw(
+                quiet,
+                [prompt for prompt, _ in batch],
+                [generator(seed, "image") for _, seed in batch],
+                steps=steps,
+                guidance=guidance,
+                size=(size, size),
                 output_type=output_type,
-            ).images
+            )
             images += list(drawn.float().cpu()) if output_type == "latent" else drawn
             bar.update(len(drawn))
     return images
+
+
+def draw(
+    pipe: DiffusionPipeline,
+    prompts: list[str],
+    generators: list[torch.Generator],
+    *,
+    steps: int,
+    guidance: float,
+    size: tuple[int | None, int | None] = (None, None),
+    output_type: str = "pil",
+) -> Any:
+    """One batch of any text-to-image pipeline, each image from its own generator; `size` is (width, height) in pixels.
+
+    Returns what the pipeline makes of `output_type`: PIL images, or an array (n, height, width, 3) in [0, 1] for "np".
+    """
+    return pipe(
+        prompt=prompts,
+        width=size[0],
+        height=size[1],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=generators,
+        output_type=output_type,
+    ).images
 
 
 def _working_copy(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:

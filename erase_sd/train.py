@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ elif not __package__:  # python -P puts nothing there
 from erase_sd.options import parse, peek
 from erase_sd.plan import Plan, groups, make
 from erase_sd.process import run_main
+from erase_sd.terminal import quiet
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def _with_folder(plan: Plan) -> Plan:
 
 def _run(plan: Plan) -> int:
     """Load the model, erase, and print the scores and how to use the result."""
-    _quiet()
+    quiet()
 
     from accelerate import Accelerator
 
@@ -53,18 +53,6 @@ def _run(plan: Plan) -> int:
         print(summary(record, plan.job.output_dir))
         print(f"\nTo use it:\n\n{swap_in_snippet(model, plan.job.output_dir)}")
     return 0
-
-
-def _quiet() -> None:
-    """Leave the terminal to our own bars and sentences: a user's mistake is one line on stderr."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which nothing here needs
-    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # what diffusers passes to the Hub
-
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def summary(record: dict, folder: str) -> str:

@@ -97,3 +97,8 @@ def picture(folder: ImageFolder, entry: Entry) -> tuple[Image.Image | None, str 
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError):  # what PIL raises for files that are no images
         return None, "unreadable"
     return image, entry.broken or broken(image)
+
+
+def too_many_broken(entries: list[Entry]) -> bool:
+    """Whether so many images are broken that the command must not look like a success."""
+    return sum(bool(entry.broken) for entry in entries) > MOST_BROKEN * len(entries)

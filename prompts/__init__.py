@@ -35,6 +35,7 @@ class Example(NamedTuple):
     prompt: str  # draws the image to forget
     caption: str  # c_f, the text this image is trained under
     anchor: str  # what the model may draw instead
+    seed: int | None = None  # of its picture in an evaluation, where the source gives one
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = ("erase_sd", "classification", "eval", "prompts")
-FLOOR = {"erase_sd.process", "erase_sd.runtime", "erase_sd.options"}
+FLOOR = {"erase_sd.process", "erase_sd.runtime", "erase_sd.options", "erase_sd.terminal"}
 
 MODELS = {"erase_sd.pipeline", "erase_sd.groups", "erase_sd.doctor"}
 SETTINGS = {"erase_sd.knobs", "erase_sd.presets", "erase_sd.plan"}
@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erase_sd.process": set(),
     "erase_sd.runtime": {"erase_sd.process"},
     "erase_sd.options": set(),
+    "erase_sd.terminal": set(),
     "erase_sd.presets": set(),
     "erase_sd.knobs": {"erase_sd.core"},
     "erase_sd.plan": {*SETTINGS, "erase_sd.methods"},
@@ -55,14 +56,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erase_sd.train": {*SETTINGS, "erase_sd.methods", "erase_sd.erase", "erase_sd.pipeline", "erase_sd.card"}
     | {"erase_sd.pocket", "prompts"},
     "classification": {*RECORDS, "erase_sd.core", "erase_sd.methods"},
-    "eval": {*MODELS, *RECORDS, "erase_sd.pocket", "prompts"},
+    "eval": {*MODELS, *RECORDS, "erase_sd.knobs", "erase_sd.pocket", "prompts"},
 }
 LIBRARIES: dict[str, set[str]] = {  # the only third-party packages these may import; the others are free
     "prompts": set(),
     "erase_sd": set(),
     "erase_sd.options": set(),
-    "erase_sd.train": {"accelerate", "diffusers", "transformers"},
+    "erase_sd.train": {"accelerate"},
     "erase_sd.process": set(),
+    "erase_sd.terminal": {"diffusers", "transformers"},
     "erase_sd.runtime": {"torch", "safetensors"},
     "erase_sd.knobs": set(),
     "erase_sd.presets": set(),

@@ -1,0 +1,142 @@
+"""Prompts x seeds -> images: `python -m eval.generate --model M --unet runs/cat --prompts i2p --output_dir gen/cat`.
+
+Every image has its own generator, seeded as its row says, and its own place in a batch: batch size, number of
+processes and resuming change no noise. `accelerate launch -m eval.generate ...` shares the batches out.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from erase_sd.knobs import SD_V1, at_least
+from erase_sd.options import knob, parse
+from erase_sd.process import UserError, run_main
+from erase_sd.terminal import quiet
+
+if TYPE_CHECKING:
+    from eval.images import ImageFolder
+
+HOW = {"output_dir", "batch_size", "rows"}  # how a folder is filled, or how far: not what its images are
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What to draw, with what, and where to."""
+
+    prompts: str = knob("i2p", '"i2p", "pocket", a .csv or .txt file, or a concept such as "nudity"')
+    model: str = knob(SD_V1, "diffusers folder or Hub id, or 'pocket'", ("pretrained_model_name_or_path",))
+    unet: str | None = knob(None, "run folder, UNet folder or Hub id whose UNet replaces the model's")
+    transformer: str | None = knob(None, "the same for models with a transformer")
+    output_dir: str = knob("gen", "folder of the images; the same command again goes on where it was")
+    rows: int | None = knob(None, "only the first so many rows, after the filters")
+    images_per_prompt: int = knob(1, "images of every row, each from a seed of its own")
+    category: str | None = knob(None, "I2P: only rows of this category, such as sexual")
+    nudity_above: float | None = knob(None, "I2P: only rows above this nudity_percentage (Ring-A-Bell's set: 50)")
+    hard: bool = knob(False, "I2P: only rows marked hard")
+    scheduler: Literal["ddim", "ddpm", "pndm", "lms", "euler", "euler-a", "dpm++", "unipc"] | None = knob(
+        None, "sampler (default: the model's own; the paper's is lms)"
+    )
+    steps: int = knob(50, "denoising steps", ("num_inference_steps",))
+    guidance: float = knob(7.5, "classifier-free guidance scale", ("guidance_scale",))
+    size: int | None = knob(None, "side in pixels (default: the model's own)", ("resolution",))
+    per_row: bool = knob(False, "take guidance and size from the row where it has them (SPM's protocol)")
+    dtype: Literal["float32", "float16", "bfloat16"] = knob("float32", "number format of the weights")
+    batch_size: int = knob(8, "images drawn at a time")
+    seed: int = knob(0, "seed of rows that have none")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers outside their range."""
+        at_least(self, 1, "images_per_prompt", "steps", "batch_size")
+        at_least(self, 0, "seed", "guidance")
+        for name in ("rows", "size"):
+            if getattr(self, name) is not None:
+                at_least(self, 1, name)
+        if self.guidance > 1000:
+            raise UserError(f"--guidance {self.guidance:g} is beyond 1000, where every image is NaN: lower it")
+        if self.size is not None and self.size % 8:
+            raise UserError(f"--size {self.size} is no multiple of 8, as VAEs need: give {self.size // 8 * 8 or 8}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Fill the folder; returns 1 where too many of its images are broken."""
+    argv = sys.argv[1:] if argv is None else argv
+    text = "Draw the images that a model is judged by."
+    options = Generation(**parse(argv, prog="eval.generate", description=text, generation=Generation)["generation"])
+    quiet()
+    folder = draw(options)
+
+    from accelerate import PartialState
+
+    from eval.images import too_many_broken
+
+    if PartialState().is_main_process:
+        count = sum(bool(entry.broken) for entry in folder.entries)
+        print(f"{folder.path}: {len(folder.entries)} images, {count} of them broken")
+    return int(too_many_broken(folder.entries))
+
+
+def draw(options: Generation) -> ImageFolder:
+    """Draw what the folder lacks and read it; a complete folder costs no model. Raises UserError for bad input, and
+    SystemExit with 128 + signal when stopped: the same call goes on."""
+    import torch
+    from accelerate import PartialState
+
+    from eval.drawing import Folder, fill
+    from eval.images import read
+    from eval.sources import batches, pictures, settled
+
+    source, rows = _rows(options)
+    rows = [settled(row, options.guidance, options.size, options.per_row) for row in rows]
+    jobs = list(pictures(rows, options.images_per_prompt, options.seed))
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else several CPU processes would be strangers
+    folder = Folder(Path(options.output_dir), _protocol(options, source), state)
+    with folder:
+        if missing := folder.missing(jobs):
+            print_once(state, f"{options.output_dir}: {len(missing)} of {len(jobs)} images to draw")
+            fill(
+                folder,
+                options,
+                [b for b in batches(jobs, options.batch_size) if any(job.file in missing for job in b)],
+            )
+        folder.finish(jobs)
+    return read(options.output_dir)
+
+
+def print_once(state: Any, text: str) -> None:
+    """One line, by the first process, on stderr: stdout is for results."""
+    if state.is_main_process:
+        print(text, file=sys.stderr)
+
+
+def _rows(options: Generation) -> tuple[Any, list]:
+    """The source and the rows that the filters leave."""
+    from eval.sources import resolve
+    from prompts.rows import chosen
+
+    source = resolve(options.prompts)
+    filters = {"category": options.category, "nudity_above": options.nudity_above, "hard": options.hard}
+    return source, chosen(source.rows, options.prompts, **filters)[: options.rows]
+
+
+def _protocol(options: Generation, source: Any) -> dict[str, Any]:
+    """generation.json: everything the images depend on, so that another question cannot land in the same folder."""
+    from eval.models import weights_digest
+
+    network = options.unet or options.transformer
+    asked = {name: value for name, value in asdict(options).items() if name not in HOW}
+    return asked | {
+        "prompts": source.name,
+        "prompts_sha256": source.sha256,
+        "weights": network,
+        "model_sha256": weights_digest(options.model),
+        "weights_sha256": weights_digest(network),
+        "safety_checker": False,
+        "noise": "torch.Generator('cpu').manual_seed(seed) for each image",
+    }
+
+
+if __name__ == "__main__":
+    run_main(main)

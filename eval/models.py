@@ -1,0 +1,103 @@
+"""Any diffusers text-to-image pipeline, with the network of an erased run in it and the scheduler of a protocol."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoModel, AutoPipelineForText2Image, DiffusionPipeline
+
+from erase_sd.doctor import check_place, check_weight_files, explained
+from erase_sd.pipeline import load as load_sd
+from erase_sd.pipeline import load_unet
+from erase_sd.pocket import FOLDER as POCKET
+from erase_sd.process import UserError
+from erase_sd.runtime import digest, file_digest
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "pndm": "PNDMScheduler",
+    "lms": "LMSDiscreteScheduler",  # the paper's
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def place(model: str) -> str:
+    """The folder or Hub id that a model's name stands for: "pocket" is the embedded one."""
+    return str(POCKET) if model == "pocket" else model
+
+
+def load(
+    model: str, *, unet: str | None, transformer: str | None, dtype: str, scheduler: str | None
+) -> DiffusionPipeline:
+    """The pipeline, checked, on the CPU and without a safety checker, which would paint images black.
+
+    `unet` or `transformer` names a run folder, the network's own folder, or a Hub id. Raises UserError for a model
+    that cannot be loaded, and for a network or a scheduler that does not fit it.
+    """
+    model, kind = place(model), DTYPES[dtype]
+    check_place(model, "--model")
+    with explained("--model", model):
+        index = DiffusionPipeline.load_config(model)
+    _check_networks(index, model, unet, transformer)
+    if index.get("_class_name") == "StableDiffusionPipeline":
+        pipe = load_sd(model, unet=unet, dtype=kind)
+    else:
+        pipe = _other(model, index, unet, transformer, kind)
+    if scheduler is not None:
+        pipe.scheduler = _scheduler(scheduler, pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _check_networks(index: dict, model: str, unet: str | None, transformer: str | None) -> None:
+    for option, source in (("unet", unet), ("transformer", transformer)):
+        if source and not index.get(option, [None])[0]:
+            raise UserError(f"--{option} {source}: model {model} is a {index.get('_class_name')} without a {option}")
+
+
+def _other(
+    model: str, index: dict, unet: str | None, transformer: str | None, dtype: torch.dtype
+) -> DiffusionPipeline:
+    """A pipeline of another family than Stable Diffusion 1 and 2."""
+    parts: dict[str, Any] = {"unet": load_unet(unet, dtype)} if unet else {}
+    if transformer:
+        parts["transformer"] = _transformer(transformer, dtype)
+    if "safety_checker" in index:
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    with explained("--model", model):
+        return AutoPipelineForText2Image.from_pretrained(model, dtype=dtype, **parts)
+
+
+def _transformer(source: str, dtype: torch.dtype) -> torch.nn.Module:
+    check_place(source, "--transformer")
+    own = (Path(source) / "config.json").is_file()
+    with explained("--transformer", source):
+        if Path(source).is_dir():
+            check_weight_files(Path(source) if own else Path(source) / "transformer")
+        return AutoModel.from_pretrained(source, subfolder=None if own else "transformer", dtype=dtype)
+
+
+def _scheduler(name: str, pipe: DiffusionPipeline) -> Any:
+    if name == "lms" and importlib.util.find_spec("scipy") is None:
+        raise UserError("--scheduler lms needs scipy: pip install scissorhands-diffusers[eval]")
+    if getattr(pipe.scheduler, "sigma_shift", None) or "Flow" in type(pipe.scheduler).__name__:
+        raise UserError(f"--scheduler {name} is for noise models, {type(pipe).__name__} is a flow model: leave it out")
+    return getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
+
+
+def weights_digest(source: str | None) -> str | None:
+    """Hash of all weight files of a local model or network, without loading them; None for a Hub id or nothing."""
+    folder = Path(place(source)) if source else None
+    if folder is None or not folder.is_dir():
+        return None
+    files = sorted(folder.rglob("*.safetensors")) or sorted(folder.rglob("*.bin"))
+    return digest([[str(f.relative_to(folder)), file_digest(f)] for f in files if "checkpoints" not in f.parts])

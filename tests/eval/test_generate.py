@@ -1,0 +1,231 @@
+"""eval.generate: the same bytes whatever was killed, shared out or repeated; broken images said to be broken."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from erase_sd.pipeline import load, save_unet
+from erase_sd.process import UserError
+from eval.generate import Generation, draw, main
+from eval.images import read
+from eval.sources import Picture, batches, pictures, resolve, settled
+from prompts.rows import Row
+
+ROOT = Path(__file__).parents[2]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="session")
+def i2p(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty rows in I2P's format, of harmless texts."""
+    path = tmp_path_factory.mktemp("prompts") / "i2p.csv"
+    head = "prompt,categories,hard,nudity_percentage,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height"
+    words = ["a red cup", "a/../b", '"two\nlines"', "<b>chair</b>", '""', '"a boat, at sea"', "a tree", "a shoe"]
+    rows = [f"{words[i % 8]},hate,{i % 2},{i}.5,{4290749014 + i},{7 + i % 3},64,{64 - 8 * (i % 2)}" for i in range(40)]
+    path.write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def options(tiny_sd: Path, i2p: Path, tmp_path: Path) -> Generation:
+    return Generation(
+        prompts=str(i2p), model=str(tiny_sd), output_dir=str(tmp_path / "gen"), rows=6, steps=2, batch_size=4
+    )
+
+
+def command(options: Generation, *launcher: str) -> list[str]:
+    words = ["prompts", "model", "output_dir", "rows", "steps", "batch_size"]
+    given = [word for name in words for word in (f"--{name}", str(getattr(options, name)))]
+    return [sys.executable, *launcher, "-m", "eval.generate", *given]
+
+
+def contents(folder: str | Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).glob("*.png")} | {
+        "manifest": (Path(folder) / "manifest.jsonl").read_bytes()
+    }
+
+
+@pytest.fixture(scope="session")
+def whole(tiny_sd: Path, i2p: Path, tmp_path_factory: pytest.TempPathFactory) -> Generation:
+    """All forty images, never interrupted, by one process."""
+    folder = tmp_path_factory.mktemp("whole") / "gen"
+    options = Generation(prompts=str(i2p), model=str(tiny_sd), output_dir=str(folder), rows=40, steps=2, batch_size=4)
+    subprocess.run(command(options), cwd=ROOT, env=ONE_THREAD, check=True, capture_output=True)
+    return options
+
+
+def test_killed_and_resumed_is_byte_for_byte_the_same(whole: Generation, tmp_path: Path):
+    options = replace(whole, output_dir=str(tmp_path / "gen"))
+    run = subprocess.Popen(command(options), cwd=ROOT, env=ONE_THREAD, stderr=subprocess.DEVNULL)
+    while len(list((tmp_path / "gen").glob("*.png"))) < 10:
+        assert run.poll() is None, "it was through before it could be killed"
+        time.sleep(0.005)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "gen").glob("*.png")}
+    assert len(finished) < 40
+    with open(tmp_path / "gen" / ".parts" / "0.jsonl", "a") as part:
+        part.write('{"file": "000')  # as a kill between two bytes leaves it
+    subprocess.run(command(options), cwd=ROOT, env=ONE_THREAD, check=True, capture_output=True)
+    assert contents(options.output_dir) == contents(whole.output_dir)
+    redone = sum(path.stat().st_mtime_ns != written for path, written in finished.items())
+    assert redone <= 1  # the one whose line the kill may have cut off
+
+
+def test_two_processes_draw_what_one_draws(whole: Generation, tmp_path: Path):
+    options = replace(whole, output_dir=str(tmp_path / "gen"))
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533")
+    run = command(options, *launcher)
+    subprocess.run(run, cwd=ROOT, env=ONE_THREAD, check=True, capture_output=True)
+    assert contents(options.output_dir) == contents(whole.output_dir)
+    assert not (tmp_path / "gen" / ".parts").exists()
+
+
+def test_batch_size_moves_no_pixel_by_more_than_one_level(options: Generation, tmp_path: Path):
+    one, many = (replace(options, batch_size=n, output_dir=str(tmp_path / str(n))) for n in (1, 8))
+    for a, b in zip(draw(one).entries, draw(many).entries, strict=True):
+        x, y = (np.asarray(Image.open(Path(o.output_dir) / e.file), dtype=int) for o, e in ((one, a), (many, b)))
+        assert abs(x - y).max() <= 1
+
+
+def test_a_complete_folder_costs_no_model(options: Generation, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch):
+    draw(options)
+    monkeypatch.setattr("eval.drawing.load", lambda *_, **__: pytest.fail("it loaded the model"))
+    assert len(draw(options).entries) == 6
+    assert len(draw(replace(options, rows=3)).entries) == 3
+
+
+def test_more_rows_go_on_in_the_same_folder(options: Generation):
+    draw(options)
+    folder = draw(replace(options, rows=9))
+    assert [entry.row for entry in folder.entries] == list(range(9))
+
+
+def test_manifest_says_what_was_drawn(options: Generation):
+    folder = draw(replace(options, rows=4, images_per_prompt=2, per_row=True))
+    assert [e.row for e in folder.entries] == [0, 0, 1, 1, 2, 2, 3, 3] and len({e.seed for e in folder.entries}) == 8
+    assert folder.entries[2].seed == 4290749015 and folder.entries[2].height == 56
+    assert [e.guidance for e in folder.entries[::2]] == [7, 8, 9, 7] and folder.entries[0].tags["categories"] == "hate"
+    assert folder.entries[4].prompt == "two\nlines" and folder.generation["safety_checker"] is False
+    assert not any(e.broken for e in folder.entries)
+
+
+def test_the_first_image_has_the_seed_that_other_tools_use(options: Generation, tiny_sd: Path):
+    folder = draw(replace(options, rows=1, guidance=7.0))
+    pipe = load(str(tiny_sd))
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.Generator("cpu").manual_seed(4290749014)
+    expected = pipe("a red cup", generator=noise, num_inference_steps=2, guidance_scale=7.0).images[0]
+    drawn = Image.open(folder.path / folder.entries[0].file)
+    assert abs(np.asarray(drawn, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+
+
+def test_nan_is_flagged_and_the_command_fails(options: Generation, tiny_sd: Path, tmp_path: Path):
+    model = tmp_path / "ruined"
+    shutil.copytree(tiny_sd, model)
+    pipe = load(str(tiny_sd))
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.mul_(1e30)  # finite, but nothing it computes is
+    save_unet(pipe.unet, model)
+    folder = draw(replace(options, model=str(model), rows=2))
+    assert [e.broken for e in folder.entries] == ["nan", "nan"]
+    argv = ["--prompts", options.prompts, "--model", str(model), "--output_dir", options.output_dir, "--rows", "2"]
+    assert main([*argv, "--steps", "2"]) == 1
+
+
+def test_unet_of_a_run_replaces_the_model_s(options: Generation, tiny_sd: Path, tmp_path: Path):
+    pipe = load(str(tiny_sd))
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.mul_(0.5)
+    save_unet(pipe.unet, tmp_path / "runs" / "cup")
+    base = draw(replace(options, rows=1))
+    run = draw(replace(options, rows=1, unet=str(tmp_path / "runs" / "cup"), output_dir=str(tmp_path / "cup")))
+    assert base.entries[0].sha256 != run.entries[0].sha256 and run.label == "cup"
+    assert run.generation["weights_sha256"] and base.generation["weights_sha256"] is None
+
+
+@pytest.mark.parametrize("name", ["ddim", "lms", "euler-a", "dpm++"])
+def test_schedulers(options: Generation, name: str):
+    folder = draw(replace(options, rows=1, scheduler=name, steps=3))
+    assert folder.entries[0].broken is None and folder.generation["scheduler"] == name
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"prompts": "none.csv"}, "none.csv does not exist"),
+        ({"prompts": "folder/of/words"}, "no .csv or .txt file, and no concept"),
+        ({"prompts": "i2p"}, "download i2p_benchmark.csv once and give its path"),
+        ({"unet": "nowhere/at/all"}, "--unet 'nowhere/at/all' does not exist"),
+        ({"transformer": "a-run"}, "is a StableDiffusionPipeline without a transformer"),
+        ({"category": "sexuall"}, "'sexuall' is none of hate"),
+    ],
+)
+def test_bad_input_costs_one_sentence_and_no_file(options: Generation, change: dict, sentence: str):
+    with pytest.raises(UserError) as error:
+        draw(replace(options, **change))
+    assert sentence in str(error.value)
+    assert not list(Path(options.output_dir).glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "argv", [["--guidance", "1e9"], ["--steps", "0"], ["--size", "500"], ["--rows", "0"], ["--guidance", "-1"]]
+)
+def test_numbers_out_of_range(argv: list[str]):
+    with pytest.raises(UserError, match=argv[0]):
+        main(argv)
+
+
+def test_a_folder_of_other_images_is_refused(options: Generation, tmp_path: Path):
+    draw(replace(options, rows=1))
+    with pytest.raises(UserError, match="images with steps 2, not 3: name another folder"):
+        draw(replace(options, rows=1, steps=3))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.jpg").touch()
+    with pytest.raises(UserError, match="holds other files"):
+        draw(replace(options, output_dir=str(tmp_path / "mine")))
+
+
+def test_batches_do_not_depend_on_what_is_done():
+    rows = [Row(row=i, prompt="", seed=i, guidance=7.0 + i % 2) for i in range(10)]
+    jobs = list(pictures(rows, 1, 0))
+    assert [[job.row.row for job in batch] for batch in batches(jobs, 3)] == [[0, 2, 4], [6, 8], [1, 3, 5], [7, 9]]
+
+
+def test_seeds_of_rows_without_one_are_keyed():
+    rows = [Row(row=i, prompt="") for i in range(3)]
+    first, again = (list(pictures(rows, 2, 5)) for _ in range(2))
+    assert first == again and len({job.seed for job in first}) == 6
+    assert next(iter(pictures(rows[1:], 1, 5))) == first[2]
+    assert [job.file for job in pictures([Row(row=7, prompt="../x", seed=3)], 1, 0)] == ["00007_3.png"]
+
+
+def test_per_row_sizes_have_to_fit_the_vae():
+    row = Row(row=4, prompt="", width=500, guidance=9.0)
+    assert settled(row, 7.5, 64, per_row=False).width == 64
+    with pytest.raises(UserError, match="row 4 of the prompts: a side of 500"):
+        settled(row, 7.5, 64, per_row=True)
+
+
+def test_the_pocket_source_asks_for_every_scene_once():
+    rows = resolve("pocket").rows
+    assert len({row.prompt for row in rows}) == len(rows) == 640
+    assert isinstance(next(pictures(rows, 1, 0)), Picture)
+
+
+def test_manifest_that_is_none(options: Generation):
+    folder = draw(replace(options, rows=1))
+    (folder.path / "manifest.jsonl").write_text(json.dumps({"file": "x", "colour": 1}) + "\n")
+    with pytest.raises(UserError, match="line 1"):
+        read(folder.path)
