@@ -57,8 +57,8 @@ PRESETS: dict[str, dict[str, dict]] = {
         | {"fraction": 0.001, "init": "truncated", "objective": "ascent", "lr": 2e-5, "batch_size": 8, "steps": 125},
         # Ours for Stable Diffusion: the released scale, shuffled data, projection. Not validated on SD v1.4 weights.
         "sd": OURS | {"fraction": 0.005, "lam": 0.5, "lr": 1e-5, "warmup_steps": 10, "batch_size": 16, "steps": 125},
-        # Ours for the pocket model: measured, see the README's table; tuned on cat, neon style and blue background, on no
-        # concept of that table.
+        # Ours for the pocket model: measured, see the README; tuned on "cat", "neon style" and "blue background",
+        # on no concept of that table.
         "pocket": OURS
         | {
             "fraction": 0.0025,
