@@ -12,9 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 SD14_UNET = {
     "sample_size": 64,
@@ -124,3 +131,38 @@ def sd14_unet() -> UNet2DConditionModel:
     """SD v1.4's UNet at full size on the meta device: names and shapes without the 3.4 GB."""
     with torch.device("meta"):
         return UNet2DConditionModel(**SD14_UNET)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion XL pipeline, two text encoders and all, at toy width."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer, encoder = byte_tokenizer(), text_encoder(byte_tokenizer())
+        config = CLIPTextConfig(**encoder.config.to_dict() | {"projection_dim": 32})
+        pipe = StableDiffusionXLPipeline(
+            vae=AutoencoderKL(**SD14_VAE | TINY_VAE).eval(),
+            text_encoder=encoder.eval(),
+            text_encoder_2=CLIPTextModelWithProjection(config).eval(),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer,
+            unet=UNet2DConditionModel(
+                sample_size=32,
+                block_out_channels=(16, 32),
+                layers_per_block=1,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                norm_num_groups=8,
+                attention_head_dim=(2, 4),
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                transformer_layers_per_block=(1, 2),
+                projection_class_embeddings_input_dim=6 * 8 + 32,
+                cross_attention_dim=64,
+            ).eval(),
+            scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        )
+    folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
+    pipe.save_pretrained(str(folder))
+    return folder

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from erase_sd.pipeline import load, save_unet
@@ -229,3 +230,15 @@ def test_manifest_that_is_none(options: Generation):
     (folder.path / "manifest.jsonl").write_text(json.dumps({"file": "x", "colour": 1}) + "\n")
     with pytest.raises(UserError, match="line 1"):
         read(folder.path)
+
+
+def test_other_families_are_ordinary_models(options: Generation, tiny_sdxl: Path, tmp_path: Path):
+    xl = replace(options, model=str(tiny_sdxl), rows=2, size=64)
+    base = draw(xl)
+    assert [entry.broken for entry in base.entries] == [None, None] and base.entries[0].width == 64
+    unet = UNet2DConditionModel.from_pretrained(str(tiny_sdxl), subfolder="unet")
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(0.5)
+    unet.save_pretrained(str(tmp_path / "run" / "unet"))
+    run = draw(replace(xl, unet=str(tmp_path / "run"), output_dir=str(tmp_path / "xl")))
+    assert base.entries[0].sha256 != run.entries[0].sha256
