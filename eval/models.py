@@ -68,7 +68,9 @@ def _other(
     model: str, index: dict, unet: str | None, transformer: str | None, dtype: torch.dtype
 ) -> DiffusionPipeline:
     """A pipeline of another family than Stable Diffusion 1 and 2."""
-    parts: dict[str, Any] = {"unet": load_unet(unet, dtype)} if unet else {}
+    parts: dict[str, Any] = {name: None for name, kind in index.items() if kind == [None, None]}  # left out on purpose
+    if unet:
+        parts["unet"] = load_unet(unet, dtype)
     if transformer:
         parts["transformer"] = _transformer(transformer, dtype)
     if "safety_checker" in index:

@@ -15,7 +15,10 @@ import torch
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -164,5 +167,39 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
             scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
         )
     folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
+    pipe.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion 3 pipeline, a flow transformer, at toy width and without its T5 encoder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = byte_tokenizer()
+        config = CLIPTextConfig(**text_encoder(tokenizer).config.to_dict() | {"projection_dim": 32})
+        pipe = StableDiffusion3Pipeline(
+            transformer=SD3Transformer2DModel(
+                sample_size=8,
+                patch_size=1,
+                in_channels=4,
+                num_layers=1,
+                attention_head_dim=8,
+                num_attention_heads=4,
+                caption_projection_dim=32,
+                joint_attention_dim=64,
+                pooled_projection_dim=64,
+                out_channels=4,
+            ).eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=AutoencoderKL(**SD14_VAE | TINY_VAE, shift_factor=0.06).eval(),
+            text_encoder=CLIPTextModelWithProjection(config).eval(),
+            tokenizer=tokenizer,
+            text_encoder_2=CLIPTextModelWithProjection(config).eval(),
+            tokenizer_2=tokenizer,
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd3"
     pipe.save_pretrained(str(folder))
     return folder

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoModel, UNet2DConditionModel
 from PIL import Image
 
 from erase_sd.pipeline import load, save_unet
@@ -242,3 +242,16 @@ def test_other_families_are_ordinary_models(options: Generation, tiny_sdxl: Path
     unet.save_pretrained(str(tmp_path / "run" / "unet"))
     run = draw(replace(xl, unet=str(tmp_path / "run"), output_dir=str(tmp_path / "xl")))
     assert base.entries[0].sha256 != run.entries[0].sha256
+
+
+def test_the_transformer_of_a_run_replaces_the_model_s(options: Generation, tiny_sd3: Path, tmp_path: Path):
+    flow = replace(options, model=str(tiny_sd3), rows=1, size=64)
+    base = draw(flow)
+    transformer = AutoModel.from_pretrained(str(tiny_sd3), subfolder="transformer")
+    with torch.no_grad():
+        transformer.proj_out.weight.mul_(0.5)
+    transformer.save_pretrained(str(tmp_path / "run" / "transformer"))
+    run = draw(replace(flow, transformer=str(tmp_path / "run"), output_dir=str(tmp_path / "flow")))
+    assert base.entries[0].broken is None and base.entries[0].sha256 != run.entries[0].sha256
+    with pytest.raises(UserError, match="is a flow model: leave it out"):
+        draw(replace(flow, scheduler="lms", output_dir=str(tmp_path / "lms")))
