@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from erase_sd.process import RunLock, UserError
+from erase_sd.process import RunLock, claim
 from erase_sd.record import write_status
 from erase_sd.runtime import latest_checkpoint, load_checkpoint, save_checkpoint, write_atomic
 
@@ -41,7 +41,7 @@ class RunFolder:
         self.path, self.config = Path(path), json.loads(json.dumps(config))
 
     def __enter__(self) -> RunFolder:
-        self._check()
+        claim(self.path, CONFIG, self.config)
         self._lock = RunLock(self.path)
         self._lock.__enter__()
         write_atomic(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")
@@ -49,26 +49,6 @@ class RunFolder:
 
     def __exit__(self, *error: Any) -> None:
         self._lock.__exit__(*error)
-
-    def _check(self) -> None:
-        """Refuse a folder that does not belong to this run, before anything is written to it."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--output_dir {self.path} is a file: name a folder")
-        file = self.path / CONFIG
-        if not file.is_file():
-            if self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
-                raise UserError(f"--output_dir {self.path} holds other files: name an empty or a new folder")
-            return
-        try:
-            there = dict(json.loads(file.read_text()))
-        except ValueError as error:
-            raise UserError(f"--output_dir {self.path} holds a {CONFIG} of something else: name another") from error
-        for knob in sorted(there.keys() | self.config.keys()):
-            if there.get(knob) != self.config.get(knob):
-                raise UserError(
-                    f"--output_dir {self.path} belongs to a run with {knob} {there.get(knob)}, not "
-                    f"{self.config.get(knob)}: name another folder or remove that one"
-                )
 
     def complete(self) -> dict | None:
         """The record of a run that is already done, else None."""

@@ -1,6 +1,7 @@
 """A run as a process: signals, one run per folder, one-sentence errors. Import it through `erase_sd.runtime`."""
 
 import fcntl
+import json
 import os
 import signal
 import sys
@@ -92,3 +93,26 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def claim(folder: Path, file: str, config: dict[str, Any]) -> None:
+    """Refuse an --output_dir that holds anything but a run of this very configuration, before anything is written.
+
+    `file` is where runs of this kind keep their configuration, as JSON.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file: name a folder")
+    if not (folder / file).is_file():
+        if folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir()):
+            raise UserError(f"--output_dir {folder} holds other files: name an empty or a new folder")
+        return
+    try:
+        there = dict(json.loads((folder / file).read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"--output_dir {folder} holds a {file} of something else: name another") from error
+    for knob in sorted(there.keys() | config.keys()):
+        if there.get(knob) != config.get(knob):
+            raise UserError(
+                f"--output_dir {folder} belongs to a run with {knob} {there.get(knob)}, not "
+                f"{config.get(knob)}: name another folder or remove that one"
+            )

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from erase_sd.pictures import broken
 from erase_sd.pipeline import draw
-from erase_sd.process import RunLock, StopFlag, UserError
+from erase_sd.process import RunLock, StopFlag, claim
 from erase_sd.runtime import file_digest, write_atomic
 from eval.images import GENERATION, MANIFEST, Entry, entries_of
 from eval.models import load
@@ -42,7 +42,7 @@ class Folder:
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
-        self._check()
+        claim(self.path, GENERATION, self.protocol)
         self.state.wait_for_everyone()  # nobody shall take another's first file for a stranger's
         if self.state.is_main_process:
             self._stack.enter_context(RunLock(self.path))
@@ -53,23 +53,6 @@ class Folder:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
-
-    def _check(self) -> None:
-        """Refuse a folder of other images, before anything is written to it."""
-        file = self.path / GENERATION
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--output_dir {self.path} is a file: name a folder")
-        if not file.is_file():
-            if self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
-                raise UserError(f"--output_dir {self.path} holds other files: name an empty or a new folder")
-            return
-        there = json.loads(file.read_text(encoding="utf-8"))
-        for knob, value in self.protocol.items():
-            if there.get(knob) != value:
-                raise UserError(
-                    f"--output_dir {self.path} holds images with {knob} {there.get(knob)}, not {value}: "
-                    "name another folder or remove that one"
-                )
 
     def done(self) -> dict[str, Entry]:
         """Every finished image by its file's name: a line that says so, and a file that it still describes."""

@@ -190,7 +190,7 @@ def test_numbers_out_of_range(argv: list[str]):
 
 def test_a_folder_of_other_images_is_refused(options: Generation, tmp_path: Path):
     draw(replace(options, rows=1))
-    with pytest.raises(UserError, match="images with steps 2, not 3: name another folder"):
+    with pytest.raises(UserError, match="belongs to a run with steps 2, not 3: name another folder"):
         draw(replace(options, rows=1, steps=3))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").touch()
