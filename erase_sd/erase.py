@@ -18,7 +18,7 @@ from erase_sd.denoising import DenoisingTask
 from erase_sd.folder import Progress, RunFolder
 from erase_sd.groups import select, without_norms
 from erase_sd.latents import Samples, collect
-from erase_sd.pipeline import load_unet
+from erase_sd.pipeline import load_network
 from erase_sd.plan import Plan, make
 from erase_sd.pocket import FOLDER as POCKET
 from erase_sd.process import StopFlag, UserError
@@ -59,7 +59,7 @@ def carry_out(pipe: StableDiffusionPipeline, plan: Plan, accelerator: Accelerato
     config = plan.config() | {"mixed_precision": accelerator.mixed_precision, "base_hash": base_hash}
     with RunFolder(job.output_dir, config) if job.output_dir else nullcontext() as folder, _placed(pipe, accelerator):
         if folder and (done := folder.complete()):
-            pipe.unet.load_state_dict(load_unet(str(folder.path), pipe.unet.dtype).state_dict())
+            pipe.unet.load_state_dict(load_network(str(folder.path), "unet", pipe.unet.dtype).state_dict())
             return done
         with _recorded(folder):
             cache = folder and folder.path.parent / ".cache"

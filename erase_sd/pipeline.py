@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoModel,
+    DDPMScheduler,
+    DiffusionPipeline,
+    ModelMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -33,7 +40,7 @@ def load(model: str, *, unet: str | None = None, dtype: torch.dtype | None = Non
     """
     check_place(model, "--model")
     dtype = dtype or torch.float32
-    replaced = {"unet": load_unet(unet, dtype)} if unet else {}
+    replaced = {"unet": load_network(unet, "unet", dtype)} if unet else {}
     with explained("--model", model):
         check_index(StableDiffusionPipeline.load_config(model), model)
         if Path(model).is_dir():
@@ -52,14 +59,17 @@ def load(model: str, *, unet: str | None = None, dtype: torch.dtype | None = Non
     return pipe
 
 
-def load_unet(source: str, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The UNet of a run folder, of a UNet folder or of a Hub repository (its subfolder unet). Raises UserError."""
-    check_place(source, "--unet")
+def load_network(source: str, part: str, dtype: torch.dtype) -> ModelMixin:
+    """The denoising network ("unet" or "transformer") of a run folder, of its own folder, or of a Hub repository.
+
+    Raises UserError for a network that is missing, incomplete or damaged.
+    """
+    check_place(source, f"--{part}")
     own_folder = (Path(source) / "config.json").is_file()
-    with explained("--unet", source):
+    with explained(f"--{part}", source):
         if Path(source).is_dir():
-            check_weight_files(Path(source) if own_folder else Path(source) / "unet")
-        return UNet2DConditionModel.from_pretrained(source, subfolder=None if own_folder else "unet", dtype=dtype)
+            check_weight_files(Path(source) if own_folder else Path(source) / part)
+        return AutoModel.from_pretrained(source, subfolder=None if own_folder else part, dtype=dtype)
 
 
 @torch.no_grad()

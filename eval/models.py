@@ -8,11 +8,11 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoModel, AutoPipelineForText2Image, DiffusionPipeline
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
-from erase_sd.doctor import check_place, check_weight_files, explained
+from erase_sd.doctor import check_place, explained
 from erase_sd.pipeline import load as load_sd
-from erase_sd.pipeline import load_unet
+from erase_sd.pipeline import load_network
 from erase_sd.pocket import FOLDER as POCKET
 from erase_sd.process import UserError
 from erase_sd.runtime import digest, file_digest
@@ -69,29 +69,18 @@ def _other(
 ) -> DiffusionPipeline:
     """A pipeline of another family than Stable Diffusion 1 and 2."""
     parts: dict[str, Any] = {name: None for name, kind in index.items() if kind == [None, None]}  # left out on purpose
-    if unet:
-        parts["unet"] = load_unet(unet, dtype)
-    if transformer:
-        parts["transformer"] = _transformer(transformer, dtype)
+    given = {"unet": unet, "transformer": transformer}
+    parts |= {part: load_network(source, part, dtype) for part, source in given.items() if source}
     if "safety_checker" in index:
         parts |= {"safety_checker": None, "requires_safety_checker": False}
     with explained("--model", model):
         return AutoPipelineForText2Image.from_pretrained(model, dtype=dtype, **parts)
 
 
-def _transformer(source: str, dtype: torch.dtype) -> torch.nn.Module:
-    check_place(source, "--transformer")
-    own = (Path(source) / "config.json").is_file()
-    with explained("--transformer", source):
-        if Path(source).is_dir():
-            check_weight_files(Path(source) if own else Path(source) / "transformer")
-        return AutoModel.from_pretrained(source, subfolder=None if own else "transformer", dtype=dtype)
-
-
 def _scheduler(name: str, pipe: DiffusionPipeline) -> Any:
     if name == "lms" and importlib.util.find_spec("scipy") is None:
         raise UserError("--scheduler lms needs scipy: pip install scissorhands-diffusers[eval]")
-    if getattr(pipe.scheduler, "sigma_shift", None) or "Flow" in type(pipe.scheduler).__name__:
+    if "Flow" in type(pipe.scheduler).__name__:
         raise UserError(f"--scheduler {name} is for noise models, {type(pipe).__name__} is a flow model: leave it out")
     return getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
 
