@@ -8,6 +8,8 @@ Wu & Harandi, "Scissorhands: Scrub Data Influence via Connection Sensitivity in 
     projection.py   a step that cannot bring the concept back Eq. 4-5 in closed form
     repair.py       retrain the rest                          Algorithm 1, second half
 
+descent.py is the loop around it that every other iterative method uses as well.
+
 code          paper
 theta         theta, the parameters
 s             s, connection sensitivity (Eq. 2)

@@ -1,18 +1,41 @@
-"""Knobs of the repair loop; free of torch, so that --help answers at once."""
+"""Knobs of the loops; free of torch, so that --help answers at once."""
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 from erase_sd.options import knob
 from erase_sd.process import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repair:
+class Descent:
+    """Knobs of any method that takes steps along a gradient."""
+
+    steps: int = knob(125, "steps")
+    lr: float = knob(1e-5, "peak learning rate")
+    optimizer: Literal["sgd", "adamw"] = knob("sgd", "optimiser")
+    momentum: float = knob(0.0, "momentum of sgd, in [0, 1)")
+    weight_decay: float = knob(0.0, "weight decay, as the optimiser defines it")
+    schedule: Literal["constant", "linear", "cosine"] = knob(
+        "constant", "decay of the learning rate to 0 over the steps"
+    )
+    warmup_steps: int = knob(0, "steps over which the learning rate first rises linearly")
+    max_grad_norm: float | None = knob(None, "clip the gradient that is applied to this L2 norm")
+
+    SIGNED: ClassVar[frozenset[str]] = frozenset()  # numbers that may be negative
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a negative number that has no meaning."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in self.SIGNED and isinstance(value, int | float) and not value >= 0:
+                raise UserError(f"--{f.name} {value} is negative: give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair(Descent):
     """Knobs of the repair loop; the defaults are Algorithm 1 to the letter, with the paper's CIFAR-10 lambda."""
 
-    steps: int = knob(125, "repair steps")
-    lr: float = knob(1e-5, "peak learning rate")
     lam: float = knob(0.05, "weight of the forget term beside the retain loss, >= 0")
     retain_loss: Literal["data", "original"] = knob(
         "data", "what the repair keeps: L_r on the retain data, or the original model's own answers to them"
@@ -24,11 +47,6 @@ class Repair:
     projection: Literal["on", "off", "after-preconditioning"] = knob(
         "on", "project the gradient, nothing, or the update the optimiser makes of it"
     )
-    optimizer: Literal["sgd", "adamw"] = knob("sgd", "optimiser, without momentum (sgd) and without weight decay")
-    schedule: Literal["constant", "linear", "cosine"] = knob(
-        "constant", "decay of the learning rate to 0 over the steps"
-    )
-    warmup_steps: int = knob(0, "steps over which the learning rate first rises linearly")
     margin: float = knob(0.0, "least multiplier v of a projection that bites, in units of g_f (released code: 0.5)")
     ridge: float = knob(0.0, "added to |g_f|^2 in the projection, squared gradient units (released code: 1e-3)")
     forget_ceiling: float | None = knob(
@@ -38,11 +56,5 @@ class Repair:
         None, "constraint loss from which on the projection rests, in units of that loss; not for ascent on L_f"
     )
     project_from: int = knob(0, "first step at which the projection is on")
-    max_grad_norm: float | None = knob(None, "clip the projected gradient to this L2 norm")
 
-    def __post_init__(self) -> None:
-        """Raise UserError for a negative number: none of them has a meaning."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name != "release_at" and isinstance(value, int | float) and not value >= 0:
-                raise UserError(f"--{f.name} {value} is negative: give 0 or more")
+    SIGNED: ClassVar[frozenset[str]] = frozenset({"release_at"})

@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from erase_sd.core.descent import apply, clip_, inner, learning_rate, make_optimizer, restore, state_of, value
 from erase_sd.core.knobs import Repair
-from erase_sd.core.projection import coefficient, collapsed, dot, subtract_
+from erase_sd.core.projection import coefficient, collapsed, subtract_
 from erase_sd.core.task import Params, Task, gradient
-
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-DECAY = {"constant": lambda x: 1.0, "linear": lambda x: 1 - x, "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x))}
 
 
 class Gradients(NamedTuple):
@@ -41,23 +39,15 @@ def repair(task: Task, knobs: Repair, state: dict | None = None) -> Iterator[tup
     Raises FloatingPointError naming the step when a loss or gradient is not finite; the weights are those before it.
     """
     theta = task.trainable()
-    optimizer = OPTIMIZERS[knobs.optimizer](theta.values(), lr=knobs.lr, weight_decay=0.0, fused=True)
-    start = 0 if state is None else _restore(optimizer, theta, state)
+    optimizer = make_optimizer(theta, knobs)
+    start = 0 if state is None else restore(optimizer, theta, state)
     for step in range(start, knobs.steps):
         optimizer.param_groups[0]["lr"] = lr = learning_rate(knobs, step)
         try:
             record = _step(task, knobs, theta, optimizer, step)
         except FloatingPointError as error:
             raise FloatingPointError(f"repair step {step}: {error}") from error
-        slots = {f"{name}/{slot}": x for name, p in theta.items() for slot, x in optimizer.state[p].items()}
-        yield {"step": step, **record, "lr": lr}, {"step": step + 1, "optimizer": slots}
-
-
-def learning_rate(knobs: Repair, step: int) -> float:
-    """Linear rise over warmup_steps, then decay towards 0 at knobs.steps; a function of the step alone."""
-    if step < knobs.warmup_steps:
-        return knobs.lr * (step + 1) / knobs.warmup_steps
-    return knobs.lr * DECAY[knobs.schedule]((step - knobs.warmup_steps) / (knobs.steps - knobs.warmup_steps))
+        yield {"step": step, **record, "lr": lr}, state_of(optimizer, theta, step)
 
 
 def _step(
@@ -72,24 +62,20 @@ def _step(
         g, g_f, own, record = _separate(task, knobs, theta, batch, projecting=projection != "off")
     c, cos, bit = own, math.nan, False
     if g_f is not None:
-        dot_of, norm2_f = _inner(task, g, g_f), _inner(task, g_f, g_f)
-        cos = dot_of / (math.sqrt(norm2_f * _inner(task, g, g)) or math.nan)
+        dot_of, norm2_f = inner(task, g, g_f), inner(task, g_f, g_f)
+        cos = dot_of / (math.sqrt(norm2_f * inner(task, g, g)) or math.nan)
         if projection == "on":
             c = collapsed(dot_of, norm2_f, own, knobs.margin, knobs.ridge)
             bit = c > own
         subtract_(g, g_f, c)
-    if knobs.max_grad_norm is not None:
-        _clip_(task, g, knobs.max_grad_norm)
+    clip_(task, g, knobs.max_grad_norm)
     after = projection == "after-preconditioning" and g_f is not None
     before = {name: p.detach().clone() for name, p in theta.items()} if after else {}
-    for name, p in theta.items():
-        p.grad = g[name].to(p.dtype)
-    optimizer.step()
-    optimizer.zero_grad()
+    apply(optimizer, theta, g)
     if after:
         u = before
         subtract_(u, theta, 1.0)  # the update the optimiser made, as a descent direction
-        c = coefficient(_inner(task, u, g_f), norm2_f)
+        c = coefficient(inner(task, u, g_f), norm2_f)
         bit = c > 0
         subtract_(theta, g_f, -c)  # theta - (u - c g_f), without another copy of either
     return record | {"cos": cos, "c": c, "bit": bit}
@@ -98,11 +84,11 @@ def _step(
 def _shared(task: Task, knobs: Repair, theta: dict[str, nn.Parameter], batch: Any) -> Gradients:
     """Algorithm 1: two backward passes, one stored gradient; lam enters through c."""
     L_f = task.forget(batch)
-    loss_f = _value(task, L_f, "forget")
+    loss_f = value(task, L_f, "forget")
     lam, ceiling = _below_ceiling(knobs, loss_f)
     g_f = gradient(task, L_f, theta)
     L_r = _keep(task, knobs, batch)
-    loss_r = _value(task, L_r, "retain")
+    loss_r = value(task, L_r, "retain")
     record = {"loss_r": loss_r, "loss_f": loss_f, "loss_o": loss_r - lam * loss_f, "ceiling": ceiling}
     return Gradients(gradient(task, L_r, theta), g_f, lam, record)
 
@@ -115,19 +101,19 @@ def _separate(task: Task, knobs: Repair, theta: dict[str, nn.Parameter], batch: 
     g_f, loss_f, lam, ceiling = None, math.nan, knobs.lam, False
     if projecting:
         L_f = task.forget(batch) if knobs.constraint == "forget" else task.contrast(batch)
-        loss_f = _value(task, L_f, knobs.constraint)
+        loss_f = value(task, L_f, knobs.constraint)
         if knobs.release_at is None or loss_f < knobs.release_at:
             g_f = gradient(task, L_f, theta)
     L_r = _keep(task, knobs, batch)
-    loss_r = _value(task, L_r, "retain")
+    loss_r = value(task, L_r, "retain")
     if knobs.objective == "ascent":
         L = task.forget(batch)
-        loss_f = _value(task, L, "forget")
+        loss_f = value(task, L, "forget")
         lam, ceiling = _below_ceiling(knobs, loss_f)
         L_o = L_r - lam * L
     else:
         L_o = L_r + lam * task.redirect(batch)
-    record = {"loss_r": loss_r, "loss_f": loss_f, "loss_o": _value(task, L_o, knobs.objective), "ceiling": ceiling}
+    record = {"loss_r": loss_r, "loss_f": loss_f, "loss_o": value(task, L_o, knobs.objective), "ceiling": ceiling}
     return Gradients(gradient(task, L_o, theta), g_f, 0.0, record)
 
 
@@ -139,31 +125,3 @@ def _below_ceiling(knobs: Repair, loss_f: float) -> tuple[float, bool]:
     """(lam, False), or (0, True) above the ceiling: ascent is unbounded, while the projection may stay on."""
     over = knobs.forget_ceiling is not None and loss_f > knobs.forget_ceiling
     return (0.0 if over else knobs.lam), over
-
-
-def _value(task: Task, loss: Tensor, name: str) -> float:
-    """The loss over the global batch, alike on every rank, so that all of them take the same decisions."""
-    value = float(task.mean(loss.detach()))
-    if not math.isfinite(value):
-        raise FloatingPointError(f"the {name} loss is {value}")
-    return value
-
-
-def _inner(task: Task, a: Params, b: Params) -> float:
-    return float(task.total(dot(a, b)))
-
-
-def _clip_(task: Task, g: Params, max_norm: float) -> None:
-    """Scale g down to max_norm; the sign of <g, g_f> stays."""
-    norm = math.sqrt(_inner(task, g, g))
-    if norm > max_norm:
-        for x in g.values():
-            x.mul_(max_norm / norm)
-
-
-def _restore(optimizer: torch.optim.Optimizer, theta: dict[str, nn.Parameter], state: dict) -> int:
-    """Put a yielded state back; returns the step to go on with."""
-    for key, x in state["optimizer"].items():
-        name, _, slot = key.rpartition("/")
-        optimizer.state[theta[name]][slot] = x.to(theta[name].device, copy=True)
-    return state["step"]

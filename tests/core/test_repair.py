@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from erase_sd.core.descent import learning_rate
 from erase_sd.core.knobs import Repair
-from erase_sd.core.repair import learning_rate, repair
+from erase_sd.core.repair import repair
 from erase_sd.core.task import gradient
 
 

@@ -1,0 +1,106 @@
+"""Steps along a gradient: optimiser, learning rate, a state that resumes bit for bit: what every loop shares."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erase_sd.core.knobs import Descent
+from erase_sd.core.projection import dot
+from erase_sd.core.task import Params, Task, gradient
+
+OPTIMIZERS: dict[str, Callable[[Any, Descent], torch.optim.Optimizer]] = {
+    "sgd": lambda theta, k: torch.optim.SGD(
+        theta, lr=k.lr, momentum=k.momentum, weight_decay=k.weight_decay, fused=True
+    ),
+    "adamw": lambda theta, k: torch.optim.AdamW(theta, lr=k.lr, weight_decay=k.weight_decay, fused=True),
+}
+DECAY = {"constant": lambda x: 1.0, "linear": lambda x: 1 - x, "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x))}
+
+
+def descend(
+    task: Task,
+    knobs: Descent,
+    objective: Callable[[Any, int], Tensor],
+    state: dict | None = None,
+    *,
+    purpose: str = "repair",
+    after: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[dict, dict]]:
+    """Minimise objective(batch, step) over task.trainable(), in place; yields (record, state) after each step.
+
+    `after` is called behind every step, for what a method does to the weights besides. Records hold step, loss and lr;
+    states are those of `repair`. Raises FloatingPointError naming the step when a loss or gradient is not finite.
+    """
+    theta = task.trainable()
+    optimizer = make_optimizer(theta, knobs)
+    start = 0 if state is None else restore(optimizer, theta, state)
+    for step in range(start, knobs.steps):
+        optimizer.param_groups[0]["lr"] = lr = learning_rate(knobs, step)
+        try:
+            L = objective(task.batch(purpose, step), step)
+            loss = value(task, L, "objective")
+            g = gradient(task, L, theta)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {step}: {error}") from error
+        clip_(task, g, knobs.max_grad_norm)
+        apply(optimizer, theta, g)
+        after()
+        yield {"step": step, "loss": loss, "lr": lr}, state_of(optimizer, theta, step)
+
+
+def make_optimizer(theta: dict[str, nn.Parameter], knobs: Descent) -> torch.optim.Optimizer:
+    """The optimiser of the knobs over the parameters, in their order."""
+    return OPTIMIZERS[knobs.optimizer](theta.values(), knobs)
+
+
+def learning_rate(knobs: Descent, step: int) -> float:
+    """Linear rise over warmup_steps, then decay towards 0 at knobs.steps; a function of the step alone."""
+    if step < knobs.warmup_steps:
+        return knobs.lr * (step + 1) / knobs.warmup_steps
+    return knobs.lr * DECAY[knobs.schedule]((step - knobs.warmup_steps) / (knobs.steps - knobs.warmup_steps))
+
+
+def apply(optimizer: torch.optim.Optimizer, theta: dict[str, nn.Parameter], g: Params) -> None:
+    """One step of the optimiser along g; no parameter keeps a gradient."""
+    for name, p in theta.items():
+        p.grad = g[name].to(p.dtype)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def value(task: Task, loss: Tensor, name: str) -> float:
+    """The loss over the global batch, alike on every rank, so that all of them take the same decisions."""
+    x = float(task.mean(loss.detach()))
+    if not math.isfinite(x):
+        raise FloatingPointError(f"the {name} loss is {x}")
+    return x
+
+
+def inner(task: Task, a: Params, b: Params) -> float:
+    """<a, b> over all entries, wherever they are."""
+    return float(task.total(dot(a, b)))
+
+
+def clip_(task: Task, g: Params, max_norm: float | None) -> None:
+    """Scale g down to max_norm, if there is one; the sign of <g, g_f> stays."""
+    norm = 0.0 if max_norm is None else math.sqrt(inner(task, g, g))
+    if max_norm is not None and norm > max_norm:
+        for x in g.values():
+            x.mul_(max_norm / norm)
+
+
+def state_of(optimizer: torch.optim.Optimizer, theta: dict[str, nn.Parameter], step: int) -> dict:
+    """{"step": next step, "optimizer": {"<parameter>/<slot>": tensor}}, the tensors being the optimiser's own."""
+    slots = {f"{name}/{slot}": x for name, p in theta.items() for slot, x in optimizer.state[p].items()}
+    return {"step": step + 1, "optimizer": slots}
+
+
+def restore(optimizer: torch.optim.Optimizer, theta: dict[str, nn.Parameter], state: dict) -> int:
+    """Put a yielded state back; returns the step to go on with."""
+    for key, x in state["optimizer"].items():
+        name, _, slot = key.rpartition("/")
+        optimizer.state[theta[name]][slot] = x.to(theta[name].device, copy=True)
+    return state["step"]
