@@ -14,6 +14,7 @@ from erase_sd.process import RunLock, claim
 from erase_sd.record import write_status
 from erase_sd.runtime import latest_checkpoint, load_checkpoint, save_checkpoint, write_atomic
 
+PARTS = ("optimizer", "kept")  # the tensors of a method's state: the optimiser's, and what else it must not recompute
 CONFIG = "job.json"  # not config.json, by which diffusers and our own loader tell the folder of a model
 
 
@@ -64,7 +65,8 @@ class RunFolder:
     def save(self, weights: dict[str, nn.Parameter], progress: Progress) -> None:
         """Write a checkpoint; the one before goes when this one is whole."""
         tensors: dict[str, Tensor] = {f"weights/{name}": p.detach() for name, p in weights.items()}
-        tensors |= {f"optimizer/{name}": x for name, x in progress.state["optimizer"].items()}
+        for part in PARTS:
+            tensors |= {f"{part}/{name}": x for name, x in progress.state.get(part, {}).items()}
         step = progress.state["step"]
         meta = {"step": step, "trace": progress.trace, "changed": progress.changed}
         save_checkpoint(self.path / "checkpoints", step, tensors, meta, limit=1)
@@ -77,8 +79,11 @@ class RunFolder:
         tensors, meta = load_checkpoint(found)
         for name, p in weights.items():
             p.data.copy_(tensors[f"weights/{name}"])
-        slots = {k.removeprefix("optimizer/"): x for k, x in tensors.items() if k.startswith("optimizer/")}
-        return Progress({"step": meta["step"], "optimizer": slots}, meta["trace"], meta["changed"])
+        state = {
+            part: {k.removeprefix(f"{part}/"): x for k, x in tensors.items() if k.startswith(f"{part}/")}
+            for part in PARTS
+        }
+        return Progress({"step": meta["step"], **state}, meta["trace"], meta["changed"])
 
     def forget_checkpoints(self) -> None:
         """Remove the checkpoints: the results have replaced them."""

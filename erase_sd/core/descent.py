@@ -26,13 +26,14 @@ def descend(
     objective: Callable[[Any, int], Tensor],
     state: dict | None = None,
     *,
-    purpose: str = "repair",
+    edit: Callable[[Params], None] = lambda g: None,
     after: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[dict, dict]]:
     """Minimise objective(batch, step) over task.trainable(), in place; yields (record, state) after each step.
 
-    `after` is called behind every step, for what a method does to the weights besides. Records hold step, loss and lr;
-    states are those of `repair`. Raises FloatingPointError naming the step when a loss or gradient is not finite.
+    `edit` changes the gradient in place before it is applied, `after` the weights once it is. Records hold step, loss
+    and lr; states are those of `repair`. Raises FloatingPointError naming the step when a loss or gradient is not
+    finite.
     """
     theta = task.trainable()
     optimizer = make_optimizer(theta, knobs)
@@ -40,11 +41,12 @@ def descend(
     for step in range(start, knobs.steps):
         optimizer.param_groups[0]["lr"] = lr = learning_rate(knobs, step)
         try:
-            L = objective(task.batch(purpose, step), step)
+            L = objective(task.batch("repair", step), step)
             loss = value(task, L, "objective")
             g = gradient(task, L, theta)
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step}: {error}") from error
+        edit(g)
         clip_(task, g, knobs.max_grad_norm)
         apply(optimizer, theta, g)
         after()

@@ -1,0 +1,67 @@
+"""SalUn: teach wrong answers, but only to the weights that the forget data move most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from erase_sd.core.knobs import Descent
+from erase_sd.options import knob
+from erase_sd.process import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from erase_sd.core.task import Params, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class SalUn(Descent):
+    """SalUn, Fan et al., ICLR 2024, arXiv 2310.12508: redirect the forget data, training the salient weights only."""
+
+    mask_fraction: float = knob(0.5, "share of the weights that is trained: the largest |grad L_f|; in [0, 1]")
+    mask_mode: Literal["hard", "gradient"] = knob(
+        "hard", "keep the others as they are, or only mask their gradient (released code: weight decay moves them)"
+    )
+    redirect_weight: float = knob(1.0, "weight of the redirect loss beside L_r")
+    sensitivity_batches: int = knob(10, "batches over which grad L_f is averaged")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a share outside [0, 1]."""
+        super().__post_init__()
+        if self.mask_fraction > 1:
+            raise UserError(f"--mask_fraction {self.mask_fraction} is outside [0, 1]: it is a share of the weights")
+
+    def __call__(self, task: Task, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
+        """Descend L_r + w L_redirect over the salient weights."""
+        import torch
+
+        from erase_sd.core.descent import descend
+
+        theta = task.trainable()
+        masks = self.masks(task) if state is None else state["kept"]
+        masks = {name: mask.to(theta[name].device) for name, mask in masks.items()}
+        frozen = {name: p.detach().clone() for name, p in theta.items()}  # what is masked out never moves
+
+        def objective(batch: Any, step: int) -> Tensor:
+            return task.retain(batch) + self.redirect_weight * task.redirect(batch)
+
+        def edit(g: Params) -> None:
+            for name, mask in masks.items():
+                g[name] *= mask
+
+        def after() -> None:
+            for name, p in theta.items() if self.mask_mode == "hard" else ():
+                p.data = torch.where(masks[name], p, frozen[name])
+
+        for record, now in descend(task, self, objective, state, edit=edit, after=after):
+            yield record, now | {"kept": masks}
+
+    def masks(self, task: Task) -> dict[str, Tensor]:
+        """True where |grad L_f|, averaged with its sign, is among the largest of all weights together."""
+        from erase_sd.core.sensitivity import accumulate, top_k
+
+        *_, g = accumulate(task, task.forget, task.trainable(), "sensitivity", range(self.sensitivity_batches))
+        entries = sum(x.numel() for x in g.values())
+        return top_k({name: x.abs() for name, x in g.items()}, round(self.mask_fraction * entries))

@@ -1,0 +1,143 @@
+"""Methods that need only a task's losses, each against its formula written out on a toy task."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from erase_sd.core.knobs import Descent
+from erase_sd.methods.ascent import GradientAscent
+from erase_sd.methods.finetune import FineTune
+from erase_sd.methods.neggrad import NegGradPlus
+from erase_sd.methods.salun import SalUn
+from erase_sd.methods.sparse import L1Sparse
+from erase_sd.process import UserError
+from erase_sd.runtime import generator
+
+
+class Toy:
+    """Linear 4 -> 3; on the forget inputs label 2 is to be forgotten for 0."""
+
+    def __init__(self) -> None:
+        self.seed = 0
+        self.model = nn.Linear(4, 3)
+        for p in self.model.parameters():
+            p.data = torch.randn(p.shape, generator=generator(0, "init", p.ndim))
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def batch(self, purpose: str, step: int) -> dict[str, Tensor]:
+        g = generator(0, purpose, step)
+        return {"f": torch.randn(6, 4, generator=g) + 1, "r": torch.randn(6, 4, generator=g)}
+
+    def _loss(self, x: Tensor, label: int) -> Tensor:
+        return F.cross_entropy(self.model(x), torch.full((len(x),), label))
+
+    def forget(self, batch: dict[str, Tensor]) -> Tensor:
+        return self._loss(batch["f"], 2)
+
+    def retain(self, batch: dict[str, Tensor]) -> Tensor:
+        return self._loss(batch["r"], 1)
+
+    def redirect(self, batch: dict[str, Tensor]) -> Tensor:
+        return self._loss(batch["f"], 0)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def mean(self, x: Tensor) -> Tensor:
+        return x
+
+    def total(self, x: Tensor) -> Tensor:
+        return x
+
+
+STEPS = 5
+COMMON = {"steps": STEPS, "lr": 0.1}
+FORMULAS = [
+    (FineTune(**COMMON), lambda t, b, k: t.retain(b)),
+    (GradientAscent(**COMMON), lambda t, b, k: -t.forget(b)),
+    (NegGradPlus(**COMMON, alpha=0.7), lambda t, b, k: 0.7 * t.retain(b) - 0.3 * t.forget(b)),
+    (
+        L1Sparse(**COMMON, l1=0.05),
+        lambda t, b, k: t.retain(b) + 0.05 * (1 - k / STEPS) * (t.model.weight.abs().sum() + t.model.bias.abs().sum()),
+    ),
+    (SalUn(**COMMON, mask_fraction=1.0), lambda t, b, k: t.retain(b) + t.redirect(b)),
+]
+name = lambda value: type(value).__name__ if isinstance(value, Descent) else ""  # noqa: E731
+
+
+@pytest.mark.parametrize(("method", "formula"), FORMULAS, ids=name)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_against_sgd_written_out(method: Descent, formula, momentum: float):
+    """torch.optim is not used here: v = mu v + g + wd theta, theta -= lr v."""
+    method = dataclasses.replace(method, momentum=momentum, weight_decay=0.01)
+    task, plain = Toy(), Toy()
+    records = [record for record, _ in method(task)]
+    velocity: dict[str, Tensor] = {}
+    for step in range(STEPS):
+        loss = formula(plain, plain.batch("repair", step), step)
+        assert records[step]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        for (key, p), g in zip(
+            plain.trainable().items(), torch.autograd.grad(loss, plain.model.parameters()), strict=True
+        ):
+            velocity[key] = momentum * velocity.get(key, 0) + g + 0.01 * p.detach()
+            p.data -= 0.1 * velocity[key]
+    for key, p in task.trainable().items():
+        assert torch.allclose(p, plain.trainable()[key], atol=1e-6), key
+
+
+def salient(task: Toy, k: int) -> Tensor:
+    """The k largest |mean gradient of L_f| of weight and bias together, as one flat mask."""
+    grads = [
+        torch.autograd.grad(task.forget(task.batch("sensitivity", b)), task.model.parameters()) for b in range(10)
+    ]
+    mean = torch.cat([torch.stack(g).mean(0).abs().flatten() for g in zip(*grads, strict=True)])
+    return mean >= mean.sort(descending=True).values[k - 1]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_salun_moves_the_salient_weights_only(optimizer: str):
+    task = Toy()
+    before = torch.cat([p.detach().flatten() for p in task.model.parameters()])
+    mask = salient(task, 6)
+    for _ in SalUn(**COMMON, mask_fraction=0.4, weight_decay=0.1, optimizer=optimizer)(task):
+        pass
+    moved = torch.cat([p.detach().flatten() for p in task.model.parameters()]) != before
+    assert torch.equal(moved, mask) and mask.sum() == 6
+
+
+def test_the_released_mask_leaks_weight_decay():
+    task = Toy()
+    before = torch.cat([p.detach().flatten() for p in task.model.parameters()])
+    for _ in SalUn(**COMMON, mask_fraction=0.4, weight_decay=0.1, mask_mode="gradient")(task):
+        pass
+    after = torch.cat([p.detach().flatten() for p in task.model.parameters()])
+    assert torch.allclose(after[~salient(Toy(), 6)], before[~salient(Toy(), 6)] * (1 - 0.1 * 0.1) ** STEPS)
+
+
+@pytest.mark.parametrize("method", [*(m for m, _ in FORMULAS), SalUn(**COMMON, mask_fraction=0.4)], ids=name)
+def test_resumed_equals_uninterrupted(method: Descent):
+    method = dataclasses.replace(method, momentum=0.9)
+    whole, cut = Toy(), Toy()
+    for _ in method(whole):
+        pass
+    *_, (_, state) = itertools.islice(method(cut), 2)
+    state = {k: {n: x.clone() for n, x in v.items()} if isinstance(v, dict) else v for k, v in state.items()}
+    again = Toy()
+    again.model.load_state_dict(cut.model.state_dict())
+    for _ in method(again, state):
+        pass
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "knobs"), [(NegGradPlus, {"alpha": 1.5}), (SalUn, {"mask_fraction": 2.0}), (FineTune, {"lr": -1.0})]
+)
+def test_numbers_without_meaning(method: type, knobs: dict):
+    with pytest.raises(UserError, match=f"--{next(iter(knobs))}"):
+        method(**knobs)
