@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
-from tqdm.auto import tqdm
 
 from erase_sd import subject
 from erase_sd.denoising import DenoisingTask
 from erase_sd.folder import Progress, RunFolder
 from erase_sd.groups import select, without_norms
 from erase_sd.latents import Samples, collect
+from erase_sd.loop import run
 from erase_sd.pipeline import load_network
 from erase_sd.plan import Plan, make
 from erase_sd.pocket import FOLDER as POCKET
-from erase_sd.process import StopFlag, UserError
+from erase_sd.process import UserError
 from erase_sd.record import run_record, weights_hash
 from erase_sd.report import Result, write_results
 from erase_sd.runtime import digest
@@ -67,7 +67,7 @@ def carry_out(pipe: StableDiffusionPipeline, plan: Plan, accelerator: Accelerato
             samples = collect(pipe, asked.sources, plan.sampling, job.seed, base_hash, cache)
             progress = _train(pipe, plan, samples, accelerator, folder)
             after = asked.look(pipe, base_hash + " erased", None, "after")
-            run = run_record(
+            record = run_record(
                 config,
                 seed=job.seed,
                 base=job.model,
@@ -78,8 +78,8 @@ def carry_out(pipe: StableDiffusionPipeline, plan: Plan, accelerator: Accelerato
                 scores=asked.scores(before, after),
             )
             if folder:
-                write_results(pipe, plan, folder, Result(run, progress, before, after, asked.explicit))
-    return run
+                write_results(pipe, plan, folder, Result(record, progress, before, after, asked.explicit))
+    return record
 
 
 def _check(pipe: StableDiffusionPipeline, plan: Plan) -> None:
@@ -97,26 +97,19 @@ def _train(
 ) -> Progress:
     """Run the method from its last checkpoint to its end."""
     task = DenoisingTask(pipe, samples, plan.losses, plan.job.seed, accelerator)
-    weights, steps = task.trimmable() | task.trainable(), plan.method.steps
-    progress = (folder and folder.resume(weights)) or Progress(None, [], {})
+    weights = task.trimmable() | task.trainable()
     try:
-        with StopFlag() as stop, tqdm(total=steps, desc=plan.job.method, unit="step") as bar:
-            bar.update(len(progress.trace))
-            for record, state in plan.method(task, progress.state):
-                progress = progress.after(record, state)
-                _show(bar, record)
-                step = state["step"] if state else None
-                if state and (stop.is_set() or (step and step % plan.job.checkpointing_steps == 0) or step == steps):
-                    _check_finite(task, weights, step)
-                    if folder:
-                        folder.save(weights, progress)
-                if stop.is_set():
-                    raise SystemExit(128 + stop.signum)
-    except FloatingPointError as error:
-        raise UserError(f"{error}: the model is lost, nothing was saved; lower --lr, --lam or --fraction") from error
+        return run(
+            plan.method,
+            task,
+            weights,
+            folder,
+            every=plan.job.checkpointing_steps,
+            check=lambda step: _check_finite(task, weights, step),
+            description=plan.job.method,
+        )
     finally:
         task.release()
-    return progress
 
 
 @torch.no_grad()
@@ -127,16 +120,6 @@ def _check_finite(task: DenoisingTask, weights: dict[str, torch.nn.Parameter], s
             raise FloatingPointError(f"after {step} repair steps {name} holds NaN or infinity")
     if not task.mean(task.retain(task.batch("repair", step))).isfinite():  # finite weights can be too large to compute
         raise FloatingPointError(f"after {step} repair steps the retain loss is not finite")
-
-
-def _show(bar: tqdm, record: dict) -> None:
-    """What the method has just done: a sensitivity batch, the trim, or a repair step."""
-    if record.get("phase") == "sensitivity":
-        return bar.set_postfix_str("measuring sensitivity")
-    if "changed" in record:
-        return bar.set_postfix_str(f"{sum(record['changed'].values()):,} entries re-initialised")
-    bar.update()
-    bar.set_postfix({key: f"{record[key]:.3g}" for key in ("loss_r", "cos", "c")})
 
 
 @contextmanager

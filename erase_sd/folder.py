@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from erase_sd.process import RunLock, claim
 from erase_sd.record import write_status
@@ -62,7 +62,7 @@ class RunFolder:
         """Say how the run stands: running, complete, stopped or failed."""
         write_status(self.path, state, code, message)
 
-    def save(self, weights: dict[str, nn.Parameter], progress: Progress) -> None:
+    def save(self, weights: dict[str, Tensor], progress: Progress) -> None:
         """Write a checkpoint; the one before goes when this one is whole."""
         tensors: dict[str, Tensor] = {f"weights/{name}": p.detach() for name, p in weights.items()}
         for part in PARTS:
@@ -71,7 +71,7 @@ class RunFolder:
         meta = {"step": step, "trace": progress.trace, "changed": progress.changed}
         save_checkpoint(self.path / "checkpoints", step, tensors, meta, limit=1)
 
-    def resume(self, weights: dict[str, nn.Parameter]) -> Progress | None:
+    def resume(self, weights: dict[str, Tensor]) -> Progress | None:
         """Put the newest whole checkpoint's weights into `weights`; None if there is no checkpoint."""
         found = latest_checkpoint(self.path / "checkpoints")
         if found is None:

@@ -19,7 +19,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from erase_sd import erase, subject
+from erase_sd import erase, loop, subject
 from erase_sd.pipeline import load
 from erase_sd.pocket import FOLDER as POCKET
 from erase_sd.process import UserError
@@ -228,14 +228,14 @@ def test_without_a_folder_an_exploded_model_is_an_error_too(tiny_pipe: StableDif
 def test_nan_weights_in_the_loop_stop_it_and_keep_the_last_good_checkpoint(
     tiny_pipe: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    show, unet = job._show, tiny_pipe.unet
+    show, unet = loop.show, tiny_pipe.unet
 
     def poison(bar, record):
         show(bar, record)
         if record.get("step") == 1:
             unet.conv_out.weight.data[0, 0] = torch.nan
 
-    monkeypatch.setattr(job, "_show", poison)
+    monkeypatch.setattr(loop, "show", poison)
     with pytest.raises(UserError, match="after 2 repair steps conv_out.weight holds NaN"):
         erase(tiny_pipe, "cat", output_dir=tmp_path / "run", **QUICK)
     failed(tmp_path / "run", "conv_out.weight")
@@ -271,7 +271,7 @@ def test_the_same_seed_gives_the_same_unet_bit_for_bit(
 def test_an_interrupted_run_goes_on_bit_for_bit(
     finished: Path, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    show, seen = job._show, []
+    show, seen = loop.show, []
 
     def interrupt(bar, record):
         show(bar, record)
@@ -279,11 +279,11 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
         if record.get("step") == 1 and len(seen) < 8:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "_show", interrupt)
+    monkeypatch.setattr(loop, "show", interrupt)
     with pytest.raises(KeyboardInterrupt):
         erase(load(str(tiny_sd)), "nudity", output_dir=tmp_path / "run", **QUICK)
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "stopped"
-    monkeypatch.setattr(job, "_show", show)
+    monkeypatch.setattr(loop, "show", show)
     erase(load(str(tiny_sd)), "nudity", output_dir=tmp_path / "run", **QUICK)
     assert file_digest(tmp_path / "run" / WEIGHTS) == file_digest(finished / WEIGHTS)
     assert (tmp_path / "run/trace.csv").read_text() == (finished / "trace.csv").read_text()

@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erase_sd.pocket": {*MODELS, "erase_sd.pictures", "prompts"},
     "erase_sd.pocket.table": {*MODELS, "erase_sd.pictures", "erase_sd.pocket", "erase_sd.erase", "prompts"},
     "erase_sd.folder": {"erase_sd.record"},
+    "erase_sd.loop": {"erase_sd.core", "erase_sd.folder"},
     "erase_sd.subject": {*MODELS, "erase_sd.knobs", "erase_sd.latents", "erase_sd.pocket", "prompts"},
     "erase_sd.report": {*MODELS, *RECORDS, *SETTINGS, "erase_sd.folder", "erase_sd.pocket", "erase_sd.subject"},
     "erase_sd.erase": {
@@ -51,11 +52,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         *RECORDS,
         *SETTINGS,
         *("erase_sd.core", "erase_sd.methods", "erase_sd.latents", "erase_sd.denoising", "erase_sd.pocket", "prompts"),
-        *("erase_sd.folder", "erase_sd.subject", "erase_sd.report"),
+        *("erase_sd.folder", "erase_sd.loop", "erase_sd.subject", "erase_sd.report"),
     },
     "erase_sd.train": {*SETTINGS, "erase_sd.methods", "erase_sd.erase", "erase_sd.pipeline", "erase_sd.card"}
     | {"erase_sd.pocket", "prompts"},
-    "classification": {*RECORDS, "erase_sd.core", "erase_sd.methods"},
+    "classification": {*RECORDS, "erase_sd.core", "erase_sd.methods", "erase_sd.folder", "erase_sd.loop"},
     "eval": {*MODELS, *RECORDS, "erase_sd.knobs", "erase_sd.pocket", "prompts"},
 }
 LIBRARIES: dict[str, set[str]] = {  # the only third-party packages these may import; the others are free
