@@ -25,7 +25,8 @@ class Plan(NamedTuple):
     def config(self) -> dict[str, Any]:
         """All values that decide the result, as JSON holds them: two runs with the same one are the same run."""
         values = {k: v for part in self for k, v in dataclasses.asdict(part).items() if k not in HOW}
-        return values | {"concept": list(self.job.concept), "mixed_precision": self.job.mixed_precision}
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return values | {"mixed_precision": self.job.mixed_precision}
 
     def options(self) -> list[str]:
         """The command line of this job: what its preset and the defaults do not say already."""

@@ -28,14 +28,15 @@ def descend(
     *,
     edit: Callable[[Params], None] = lambda g: None,
     after: Callable[[], None] = lambda: None,
+    besides: dict[str, nn.Parameter] | None = None,
 ) -> Iterator[tuple[dict, dict]]:
     """Minimise objective(batch, step) over task.trainable(), in place; yields (record, state) after each step.
 
-    `edit` changes the gradient in place before it is applied, `after` the weights once it is. Records hold step, loss
-    and lr; states are those of `repair`. Raises FloatingPointError naming the step when a loss or gradient is not
-    finite.
+    `edit` changes the gradient in place before it is applied, `after` the weights once it is; `besides` are trained as
+    well without being the model's. Records hold step, loss and lr; states are those of `repair`. Raises
+    FloatingPointError naming the step when a loss or gradient is not finite.
     """
-    theta = task.trainable()
+    theta = task.trainable() | (besides or {})
     optimizer = make_optimizer(theta, knobs)
     start = 0 if state is None else restore(optimizer, theta, state)
     for step in range(start, knobs.steps):
@@ -59,9 +60,11 @@ def make_optimizer(theta: dict[str, nn.Parameter], knobs: Descent) -> torch.opti
 
 
 def learning_rate(knobs: Descent, step: int) -> float:
-    """Linear rise over warmup_steps, then decay towards 0 at knobs.steps; a function of the step alone."""
+    """Linear rise over warmup_steps, then the decay of the schedule; a function of the step alone."""
     if step < knobs.warmup_steps:
         return knobs.lr * (step + 1) / knobs.warmup_steps
+    if knobs.schedule == "multistep":
+        return knobs.lr * 0.1 ** sum(step >= share * knobs.steps for share in knobs.milestones)
     return knobs.lr * DECAY[knobs.schedule]((step - knobs.warmup_steps) / (knobs.steps - knobs.warmup_steps))
 
 

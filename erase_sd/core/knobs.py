@@ -16,9 +16,10 @@ class Descent:
     optimizer: Literal["sgd", "adamw"] = knob("sgd", "optimiser")
     momentum: float = knob(0.0, "momentum of sgd, in [0, 1)")
     weight_decay: float = knob(0.0, "weight decay, as the optimiser defines it")
-    schedule: Literal["constant", "linear", "cosine"] = knob(
-        "constant", "decay of the learning rate to 0 over the steps"
+    schedule: Literal["constant", "linear", "cosine", "multistep"] = knob(
+        "constant", "decay of the learning rate to 0 over the steps, or to a tenth at each milestone"
     )
+    milestones: tuple[float, ...] = knob((), "where multistep decays, as shares of the steps, in [0, 1]")
     warmup_steps: int = knob(0, "steps over which the learning rate first rises linearly")
     max_grad_norm: float | None = knob(None, "clip the gradient that is applied to this L2 norm")
 

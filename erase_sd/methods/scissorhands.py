@@ -46,18 +46,23 @@ class Scissorhands(Repair):
         The state is None as long as there is nothing to resume from.
         """
         from erase_sd.core.repair import repair
+
+        if state is None:
+            state = {"step": 0, "optimizer": {}}
+            yield (yield from self.trim(task)), state
+        yield from repair(task, self, state)
+
+    def trim(self, task: Task) -> Generator[tuple[dict, None], None, dict]:
+        """Yield a record per sensitivity batch, re-initialise, and return the record of that."""
         from erase_sd.core.sensitivity import top_k
         from erase_sd.core.trim import reinitialise_
 
-        if state is None:
-            changed = {}
-            if self.fraction:
-                s = yield from self.sensitivity(task)
-                k = round(self.fraction * sum(x.numel() for x in s.values()))
-                changed = reinitialise_(task.trimmable(), top_k(s, k, self.strict), self.init, task.seed)
-            state = {"step": 0, "optimizer": {}}
-            yield {"phase": "trim", "changed": changed}, state
-        yield from repair(task, self, state)
+        changed = {}
+        if self.fraction:
+            s = yield from self.sensitivity(task)
+            k = round(self.fraction * sum(x.numel() for x in s.values()))
+            changed = reinitialise_(task.trimmable(), top_k(s, k, self.strict), self.init, task.seed)
+        return {"phase": "trim", "changed": changed}
 
     def sensitivity(self, task: Task) -> Generator[tuple[dict, None], None, dict[str, Tensor]]:
         """Yield a record per batch; return the saliency of every ranked entry."""

@@ -177,3 +177,5 @@ def test_learning_rate_schedules():
     assert [learning_rate(cosine, k) for k in (0, 2)] == pytest.approx([2.0, 1.0])
     assert learning_rate(Repair(steps=4, lr=2.0), 3) == 2.0
     assert learning_rate(Repair(steps=2, lr=1.0, warmup_steps=9), 1) == pytest.approx(2 / 9)
+    steps = Repair(steps=8, lr=1.0, schedule="multistep", milestones=(0.5, 0.75))
+    assert [learning_rate(steps, k) for k in (0, 3, 4, 5, 6)] == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01])
