@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from erase_sd.options import knob
@@ -76,8 +76,3 @@ def at_least(knobs: Any, least: int, *fields: str) -> None:
     for name in fields:
         if not getattr(knobs, name) >= least:
             raise UserError(f"--{name} {getattr(knobs, name)} is too small: give {least} or more")
-
-
-def names(cls: type) -> set[str]:
-    """The knobs of a dataclass."""
-    return {field.name for field in fields(cls)}

@@ -20,6 +20,8 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from erase_sd.process import UserError
+
 
 def knob(default: Any, text: str, aliases: tuple[str, ...] = ()) -> Any:
     """Return a dataclass field with the help text that its option shows, and other names for that option."""
@@ -55,6 +57,24 @@ def peek(argv: Sequence[str], name: str, default: str) -> str:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument(f"--{name}", default=default)
     return getattr(parser.parse_known_args([parser.canonical(word) for word in argv])[0], name)
+
+
+def names(cls: type) -> set[str]:
+    """The options of a dataclass."""
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def filled(cls: type, values: dict[str, Any]) -> Any:
+    """The dataclass of those of the values that are its own; UserError for one that is none of its choices.
+
+    Python checks no Literal, and a preset or a caller in Python has not been through `parse`.
+    """
+    for name, kind in typing.get_type_hints(cls).items():
+        literals = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is typing.Literal]
+        choices = [choice for literal in literals for choice in typing.get_args(literal)]
+        if choices and name in values and values[name] not in (*choices, None):
+            raise UserError(f"--{name} {values[name]!r} is none of {', '.join(map(str, choices))}")
+    return cls(**{k: v for k, v in values.items() if k in names(cls)})
 
 
 class _Parser(argparse.ArgumentParser):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from erase_sd.knobs import Job, Losses, Sampling, names
+from erase_sd.knobs import Job, Losses, Sampling
 from erase_sd.methods import METHODS
+from erase_sd.options import filled, names
 from erase_sd.presets import PRESETS
 from erase_sd.process import UserError
 
@@ -76,14 +76,4 @@ def make(**given: Any) -> Plan:
     if preset not in PRESETS[method]:
         raise UserError(f"unknown preset {preset!r}: {method} has {', '.join(PRESETS[method])}")
     values = PRESETS[method][preset] | given | {"preset": preset}
-    return Plan(*(_filled(cls, values) for cls in classes.values()))
-
-
-def _filled(cls: type, values: dict[str, Any]) -> Any:
-    """The dataclass of these values; UserError for one that is none of its choices: Python checks no Literal."""
-    for name, kind in typing.get_type_hints(cls).items():
-        literals = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is Literal]
-        choices = [choice for literal in literals for choice in typing.get_args(literal)]
-        if choices and name in values and values[name] not in (*choices, None):
-            raise UserError(f"--{name} {values[name]!r} is none of {', '.join(map(str, choices))}")
-    return cls(**{k: v for k, v in values.items() if k in names(cls)})
+    return Plan(*(filled(cls, values) for cls in classes.values()))

@@ -5,9 +5,9 @@ from dataclasses import fields
 
 import pytest
 
-from erase_sd.knobs import SD_V1, Job, Losses, Sampling, names
+from erase_sd.knobs import SD_V1, Job, Losses, Sampling
 from erase_sd.methods import METHODS
-from erase_sd.options import parse
+from erase_sd.options import names, parse
 from erase_sd.plan import Plan, groups, make
 from erase_sd.presets import PRESETS
 from erase_sd.process import UserError
