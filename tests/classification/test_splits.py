@@ -1,4 +1,4 @@
-"""Splits and forget sets: the authors' draws are reproduced, the others are theirs in law, and bad requests are named."""
+"""Splits and forget sets: the authors' draws are reproduced, ours are fair, and bad requests are named."""
 
 import numpy as np
 import pytest
