@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,20 +37,24 @@ class Progress(NamedTuple):
 
 
 class RunFolder:
-    """Use in a `with` block; UserError if another process, configuration or other files are already there."""
+    """Use in a `with` block; UserError if another process, configuration or other files are already there.
 
-    def __init__(self, path: str | Path, config: dict[str, Any]) -> None:
-        self.path, self.config = Path(path), json.loads(json.dumps(config))
+    Of several processes one `writes`; the others read the same folder, and everything they write is left undone.
+    """
+
+    def __init__(self, path: str | Path, config: dict[str, Any], writes: bool = True) -> None:
+        self.path, self.config, self.writes = Path(path), json.loads(json.dumps(config)), writes
 
     def __enter__(self) -> RunFolder:
         claim(self.path, CONFIG, self.config)
-        self._lock = RunLock(self.path)
-        self._lock.__enter__()
-        write_atomic(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")
+        self._stack = ExitStack()
+        if self.writes:
+            self._stack.enter_context(RunLock(self.path))
+            write_atomic(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._lock.__exit__(*error)
+        self._stack.close()
 
     def complete(self) -> dict | None:
         """The record of a run that is already done, else None."""
@@ -60,10 +65,13 @@ class RunFolder:
 
     def status(self, state: str, code: int = 0, message: str = "") -> None:
         """Say how the run stands: running, complete, stopped or failed."""
-        write_status(self.path, state, code, message)
+        if self.writes:
+            write_status(self.path, state, code, message)
 
     def save(self, weights: dict[str, Tensor], progress: Progress) -> None:
         """Write a checkpoint; the one before goes when this one is whole."""
+        if not self.writes:
+            return
         tensors: dict[str, Tensor] = {f"weights/{name}": p.detach() for name, p in weights.items()}
         for part in PARTS:
             tensors |= {f"{part}/{name}": x for name, x in progress.state.get(part, {}).items()}
@@ -87,4 +95,5 @@ class RunFolder:
 
     def forget_checkpoints(self) -> None:
         """Remove the checkpoints: the results have replaced them."""
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        if self.writes:
+            shutil.rmtree(self.path / "checkpoints", ignore_errors=True)

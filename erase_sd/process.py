@@ -103,7 +103,7 @@ def claim(folder: Path, file: str, config: dict[str, Any]) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file: name a folder")
     if not (folder / file).is_file():
-        if folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir()):
+        if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise UserError(f"--output_dir {folder} holds other files: name an empty or a new folder")
         return
     try:

@@ -1,0 +1,51 @@
+"""Selective synaptic dampening: shrink what matters to the forget set far more than to all data; no training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from erase_sd.options import knob
+
+if TYPE_CHECKING:
+    from classification.task import ClassificationTask
+    from erase_sd.core.task import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dampening:
+    """SSD, Foster et al., AAAI 2024, arXiv 2308.07707: theta <- min(lam I_D / I_f, 1) theta where I_f > alpha I_D."""
+
+    alpha: float = knob(10.0, "how many times more important to D_f than to all data a weight must be")
+    lam: float = knob(1.0, "share of a selected weight that stays, in units of I_D / I_f")
+
+    steps: ClassVar[int] = 1
+
+    def __call__(self, task: ClassificationTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
+        """Dampen, in place; one record, which counts the weights."""
+        import torch
+
+        if state is not None:
+            return
+        task.model.eval()
+        n_f, n_r = len(task.walks["forget"].images), len(task.walks["retain"].images)
+        importance_f, importance_r = (self.importance(task, name) for name in ("forget", "retain"))
+        selected = 0
+        for name, p in task.trainable().items():
+            everywhere = (n_f * importance_f[name] + n_r * importance_r[name]) / (n_f + n_r)
+            chosen = importance_f[name] > self.alpha * everywhere
+            share = (self.lam * everywhere / importance_f[name]).clamp(max=1)
+            p.data = torch.where(chosen, p * share, p)
+            selected += int(chosen.sum())
+        yield {"step": 0, "loss": 0.0, "lr": 0.0, "selected": selected}, {"step": 1, "optimizer": {}}
+
+    def importance(self, task: ClassificationTask, name: str) -> Params:
+        """Mean over a walk through the set of the squared gradients of its batches."""
+        import torch
+
+        from erase_sd.core.sensitivity import accumulate
+
+        loss = task.forget if name == "forget" else task.retain
+        *_, mean = accumulate(task, loss, task.trainable(), "importance", range(task.epoch(name)), torch.square)
+        return mean

@@ -1,0 +1,64 @@
+"""Influence unlearning: one Newton-like step away from the forget set, with WoodFisher's inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from erase_sd.options import knob
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from classification.task import ClassificationTask
+    from erase_sd.core.task import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Influence:
+    """IU, Izzo et al., AISTATS 2021, arXiv 2002.10077, with WoodFisher as Jia et al. 2023 use it (their recursion)."""
+
+    alpha: float = knob(1.0, "step along F^-1 (G_f - G_r)")
+    samples: int = knob(1000, "retain examples that F is estimated from")
+
+    steps: ClassVar[int] = 1
+
+    def __call__(self, task: ClassificationTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
+        """theta <- theta + alpha k; one record."""
+        from erase_sd.core.projection import dot, subtract_
+
+        if state is not None:
+            return
+        task.model.eval()
+        n_f, n_r = len(task.walks["forget"].images), len(task.walks["retain"].images)
+        k = self.total(task, "forget", 1 / (n_f + n_r))
+        subtract_(k, self.total(task, "retain", n_f / ((n_f + n_r) * n_r)), 1.0)
+        n, o = min(self.samples, n_r - 1), self.total(task, "retain", 1.0, range(1))
+        for i in range(1, n + 1):
+            g = self.total(task, "retain", 1.0, range(i, i + 1))
+            s, kg = float(dot(o, g)), float(dot(k, g))
+            subtract_(k, o, kg / (n + s))
+            subtract_(o, o, s / (n + s))
+        subtract_(task.trainable(), k, -self.alpha)
+        yield {"step": 0, "loss": 0.0, "lr": self.alpha}, {"step": 1, "optimizer": {}}
+
+    def total(self, task: ClassificationTask, name: str, scale: float, rows: range | None = None) -> Params:
+        """scale times the summed gradients of the examples of a set, as they are, in evaluation mode."""
+        import torch
+        import torch.nn.functional as F
+
+        from erase_sd.core.task import gradient
+
+        rows = range(len(task.walks[name].images)) if rows is None else rows
+
+        def loss(chunk: range) -> Tensor:
+            x, y, _ = task.clean(name, torch.arange(chunk.start, chunk.stop))
+            return scale * F.cross_entropy(task.logits(x), y, reduction="sum")
+
+        chunks = [rows[i : i + 256] for i in range(0, len(rows), 256)]
+        total = gradient(task, loss(chunks[0]), task.trainable())
+        for chunk in chunks[1:]:
+            for key, g in gradient(task, loss(chunk), task.trainable()).items():
+                total[key] += g
+        return total

@@ -1,0 +1,157 @@
+"""Runs: train the network that knows everything, make it forget, judge the result. Each in a folder of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from classification.data import Dataset, Images
+from classification.judge import scores
+from classification.knobs import Data, Losses
+from classification.models import build
+from classification.parts import Parts, cut_up, dataset_of, pool_of
+from classification.plan import Plan, Training, training
+from classification.presets import FORGET_WALKERS
+from classification.task import ClassificationTask
+from erase_sd.folder import RunFolder
+from erase_sd.loop import run
+from erase_sd.methods.finetune import FineTune
+from erase_sd.process import UserError
+from erase_sd.record import run_record, write_run
+from erase_sd.runtime import digest, write_atomic
+
+WEIGHTS = "model.safetensors"
+
+
+def train(data: Data, recipe: Training, seed: int, root: Path, accelerator: Accelerator) -> Path:
+    """The folder of the network trained on everything but the validation set; trained if it is not there yet."""
+    dataset = dataset_of(data)
+    pool, _ = pool_of(dataset, data.split_seed)
+    config = {"dataset": data.dataset, "split_seed": data.split_seed, "train_seed": seed, **dataclasses.asdict(recipe)}
+    folder = root / data.dataset / f"raw-{digest(config)[:8]}"
+    task = task_of(
+        network(dataset, recipe, seed), dataset, pool.take(torch.arange(0)), pool, recipe, seed, accelerator
+    )
+    carry_out(_epochs(recipe, recipe.epochs, task, "retain"), task, folder, config, every=1000)
+    return folder
+
+
+def network(dataset: Dataset, recipe: Training, seed: int) -> nn.Module:
+    """The recipe's network with fresh weights."""
+    return build(
+        recipe.model,
+        classes=len(dataset.classes),
+        channels=dataset.train.pixels.shape[1],
+        mean=dataset.mean,
+        std=dataset.std,
+        seed=seed,
+        weights=recipe.weights,
+    )
+
+
+def task_of(
+    model: nn.Module, dataset: Dataset, forget: Images, retain: Images, recipe: Training, seed: int, accel: Accelerator
+) -> ClassificationTask:
+    """A task that only trains."""
+    return ClassificationTask(model, dataset, forget, retain, Losses(batch_size=recipe.batch_size), seed, accel)
+
+
+def _epochs(recipe: Training, epochs: float, task: ClassificationTask, name: str) -> FineTune:
+    """Training as a method: FT with the recipe's knobs."""
+    own = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(FineTune)}
+    return FineTune(**own | {"steps": max(1, math.ceil(epochs * task.epoch(name)))})
+
+
+def unlearn(plan: Plan, accelerator: Accelerator) -> dict[str, Any]:
+    """Carry out a plan and return its record; a complete run costs no work. Raises UserError as the parts do."""
+    job, root = plan.job, Path(plan.job.output_dir)
+    cut = cut_up(plan.data)
+    recipe = training(plan.data.dataset)
+    known = Path(job.raw) if job.raw else train(plan.data, recipe, job.train_seed, root, accelerator)
+    fresh = job.method == "retrain"
+    model = network(cut.dataset, recipe, job.seed if fresh else job.train_seed)
+    if not fresh:
+        restore(model, known)
+    task = ClassificationTask(model, cut.dataset, cut.forget, cut.retain, plan.losses, job.seed, accelerator)
+    walked = "forget" if job.method in FORGET_WALKERS else "retain"
+    method = plan.method
+    if job.epochs is not None:
+        method = replace(method, steps=max(1, math.ceil(job.epochs * task.epoch(walked))))
+    config = plan.config() | {"raw": digest((known / WEIGHTS).read_bytes()) if not fresh else None}
+    folder = root / plan.data.dataset / f"{job.method}-{digest(config)[:10]}"
+    ids = {"forget_ids": list(cut.forget.ids), "raw_folder": str(known)}
+    return carry_out(method, task, folder, config, every=job.checkpointing_steps, judge=cut, **ids)
+
+
+def carry_out(
+    method: Any,
+    task: ClassificationTask,
+    folder: Path,
+    config: dict,
+    *,
+    every: int,
+    judge: Parts | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Run a method in its folder, resuming it, and leave the weights and the record there."""
+    weights = task.model.state_dict()
+    main = task.accelerator.is_main_process
+    with RunFolder(folder, config, writes=main) as place:
+        task.accelerator.wait_for_everyone()  # all see the folder alike: before it, or after
+        if done := place.complete():
+            return done
+        place.status("running")
+        start = time.monotonic()
+        check = lambda step: check_finite(weights, step)  # noqa: E731
+        progress = run(
+            method, task, weights, place, every=every, check=check, description=config.get("method", "train")
+        )
+        seconds = time.monotonic() - start
+        record = run_record(
+            config,
+            seed=task.seed,
+            base=config.get("model", str(more.get("raw_folder"))),
+            base_hash=str(config.get("raw")),
+            seconds=seconds,
+            trace=progress.trace,
+            reinitialised=sum(progress.changed.values()),
+            samples=task.samples,
+            scores=scores(task.model, judge, task.accelerator.device) if judge else None,
+            folder=str(folder),
+            **more,
+        )
+        if main:
+            write_atomic(folder / WEIGHTS, save({k: x.detach().cpu().contiguous() for k, x in weights.items()}))
+            write_run(folder, record)
+        place.forget_checkpoints()
+        place.status("complete")
+        task.accelerator.wait_for_everyone()  # nobody goes on to use what is not written yet
+    return record
+
+
+def check_finite(weights: dict[str, Tensor], step: int) -> None:
+    """Raise FloatingPointError for weights that must not be saved."""
+    for name, x in weights.items():
+        if not x.isfinite().all():
+            raise FloatingPointError(f"after {step} steps {name} holds NaN or infinity")
+
+
+def restore(model: nn.Module, folder: Path) -> nn.Module:
+    """Put the weights of a run into the model. Raises UserError if there are none that fit."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise UserError(f"{folder} holds no {WEIGHTS}: give the folder of a finished run")
+    try:
+        model.load_state_dict(load_file(file))
+    except RuntimeError as error:
+        raise UserError(f"{file} does not fit {type(model).__name__}: {str(error).splitlines()[0]}") from error
+    return model
