@@ -256,10 +256,10 @@ def test_a_memo_entry_cannot_fill_the_memory(tmp_path):
 
 
 def test_damage_anywhere_in_a_pickle_is_a_user_error(tmp_path):
-    """3000 pickles with one to three bytes changed, most of them structure: nothing but UserError gets out."""
+    """1000 pickles with one to three bytes changed, most of them structure: nothing but UserError gets out."""
     whole = pickled({b"labels": [1, 2, 3], b"data": np.arange(12, dtype=np.uint8).reshape(3, 4), b"batch_label": b"x"})
     rng, file, refused = draw(1), tmp_path / "file", 0
-    for _ in range(3000):
+    for _ in range(1000):
         damaged = bytearray(whole)
         for place in rng.integers(len(whole), size=rng.integers(1, 4)):
             damaged[place] = rng.integers(256)
@@ -268,7 +268,7 @@ def test_damage_anywhere_in_a_pickle_is_a_user_error(tmp_path):
             unpickle(file)
         except UserError:
             refused += 1
-    assert refused > 1500
+    assert refused > 500
 
 
 # --- SVHN -----------------------------------------------------------------------------------------------------------
