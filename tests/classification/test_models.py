@@ -78,6 +78,8 @@ def test_convolutions_are_kaiming_normal_and_the_rest_is_pytorchs_default():
     assert w.std().item() == pytest.approx(sigma, rel=0.005)
     assert abs(w.mean().item()) < 4 * sigma / math.sqrt(w.numel())
     assert ((w / sigma).abs() > 2).double().mean().item() == pytest.approx(0.0455, abs=0.001)  # a normal's tails
+    wider = model.layer2[0].conv1.weight.detach()  # 64 channels in, 128 out
+    assert wider.std().item() == pytest.approx(math.sqrt(2 / (128 * 9)), rel=0.01)
     assert (model.bn1.weight == 1).all() and (model.bn1.bias == 0).all()
     assert model.fc.weight.abs().max() <= 1 / math.sqrt(512)
 
@@ -222,10 +224,15 @@ def test_any_classifier_of_transformers_by_name(tmp_path, kind, config):
     before = torch.get_rng_state()
     same, other, again = make(str(tmp_path), 5), make(str(tmp_path), 9), make(str(tmp_path), 9)
     assert torch.equal(torch.get_rng_state(), before)
-    assert same.training and all(p.requires_grad and p.dtype == torch.float32 for p in same.parameters())
+    assert all(layer.training for layer in same.modules()) and all(p.requires_grad for p in same.parameters())
     torch.testing.assert_close(same.eval()(x), source(normalized(x)).logits)
     assert other.eval()(x).shape == (4, 9)
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), again.parameters(), strict=True))
+
+
+def test_half_precision_files_become_float32_models(tmp_path):
+    ViTForImageClassification(tiny_vit()).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert {p.dtype for p in make(str(tmp_path), 5).parameters()} == {torch.float32}
 
 
 def test_images_are_resized_to_what_a_vit_was_made_for(tmp_path):
