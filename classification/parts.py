@@ -34,8 +34,9 @@ def cut_up(data: Data) -> Parts:
     gone = forget_rows(data.forget, pool, data.forget_seed, authors=data.authors_split)
     kept = torch.ones(len(pool), dtype=torch.bool)
     kept[gone] = False
-    judged = [part.take(test_rows(part.labels, pool.labels, gone)) for part in (held, dataset.test)]
-    return Parts(dataset, pool, pool.take(gone), pool.take(kept.nonzero()[:, 0]), *judged)
+    retain = pool.take(kept.nonzero()[:, 0])
+    judged = [part.take(test_rows(part.labels, pool.labels, gone)) for part in (held or retain, dataset.test)]
+    return Parts(dataset, pool, pool.take(gone), retain, *judged)
 
 
 def dataset_of(data: Data) -> Dataset:
@@ -47,6 +48,6 @@ _load = lru_cache(maxsize=1)(load)
 
 
 def pool_of(dataset: Dataset, seed: int) -> tuple[Images, Images]:
-    """What is trained on, and what is held back for validation."""
-    train, val = validation_split(dataset.train.labels, seed)
+    """What is trained on, and what is held back for validation: nothing of the faces, as in the paper."""
+    train, val = validation_split(dataset.train.labels, seed, share=0.0 if dataset.name == "celeba" else 0.1)
     return dataset.train.take(train), dataset.train.take(val)

@@ -1,37 +1,34 @@
 """Random changes of training images, on uint8 batches: what torchvision calls RandomCrop and RandomHorizontalFlip.
 
-Every sample brings its own generator, so that it changes alike whichever batch or process it is in.
+Every sample brings its own numbers, so that it changes alike whichever batch or process it is in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn.functional import pad
 
 # kind: (pixels of black around the image, a window of the old size falls anywhere in it; whether half are mirrored)
 AUGMENTS = {"crop-flip": (4, True), "flip": (0, True), "shift": (1, False), "none": (0, False)}
 
 
-def augment(pixels: Tensor, kind: str, generators: Sequence[Generator]) -> Tensor:
-    """Change each image (B, C, H, W) uint8 at random, with three draws from its own generator (none for "none").
+def augment(pixels: Tensor, kind: str, u: Tensor) -> Tensor:
+    """Change each image (B, C, H, W) uint8 as its numbers u (B, 3), uniform in [0, 1), say: top, left, mirrored.
 
-    ValueError if there is not one generator per image; KeyError for a kind that is not in AUGMENTS.
+    ValueError if there are not three numbers per image; KeyError for a kind that is not in AUGMENTS.
     """
     margin, mirrors = AUGMENTS[kind]
-    if len(generators) != len(pixels):
-        raise ValueError(f"{len(pixels)} images need as many generators, not {len(generators)}")
+    if u.shape != (len(pixels), 3):
+        raise ValueError(f"{len(pixels)} images need three numbers each, not {tuple(u.shape)}")
     if kind == "none" or not len(pixels):
         return pixels
     height, width = pixels.shape[2:]
-    draws = torch.stack([torch.randint(2 * (2 * margin + 1), (3,), generator=generator) for generator in generators])
-    top, left = (draws[:, :2] % (2 * margin + 1)).T  # (B,), uniform in 0..2 margin
+    top, left = (u[:, :2] * (2 * margin + 1)).long().T  # (B,), uniform in 0..2 margin
     y = top[:, None] + torch.arange(height)  # (B, H)
     x = left[:, None] + torch.arange(width)  # (B, W)
     if mirrors:
-        x = torch.where(draws[:, 2:] % 2 == 1, x.flip(1), x)
+        x = torch.where(u[:, 2:] < 0.5, x.flip(1), x)
     batch = torch.arange(len(pixels))[:, None, None, None]
     channel = torch.arange(pixels.shape[1])[:, None, None]
     return pad(pixels, (margin,) * 4)[batch, channel, y[:, None, :, None], x[:, None, None, :]]

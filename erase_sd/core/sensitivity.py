@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from erase_sd.core.task import Params, Task, gradient
+from erase_sd.runtime import generator
 
 CHUNK = 1 << 20  # entries ranked at a time: bounds the extra memory whatever the size of the model
 BINS = 1 << 16
@@ -41,6 +42,17 @@ def connection_sensitivity(theta: Params, g: Params, saliency: Literal["abs", "s
     """Eq. 2 of the paper: s = theta g to the letter ("signed"), or its size |theta g| ("abs"). Shapes of theta."""
     s = {name: theta[name].detach() * g[name] for name in g}
     return {name: x.abs_() for name, x in s.items()} if saliency == "abs" else s
+
+
+def magnitude(theta: Params) -> Params:
+    """|theta|: what pruning ranks by, whatever the forget data are."""
+    return {name: p.detach().abs() for name, p in theta.items()}
+
+
+def chance(theta: Params, seed: int) -> Params:
+    """Uniform numbers: what any ranking has to beat."""
+    draw = lambda name, p: torch.rand(p.shape, generator=generator(seed, "chance", name)).to(p.device)  # noqa: E731
+    return {name: draw(name, p) for name, p in theta.items()}
 
 
 def contrastive(theta: Params, g_f: Params, fisher_f: Params, fisher_r: Params, eps: float) -> Params:

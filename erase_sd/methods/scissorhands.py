@@ -21,8 +21,8 @@ class Scissorhands(Repair):
     """Scissorhands, Wu & Harandi, ECCV 2024, arXiv 2401.06187: connection sensitivity, trim, projected repair."""
 
     fraction: float = knob(0.005, "share of the ranked entries to re-initialise, in [0, 1]; 0 trims nothing")
-    saliency: Literal["abs", "signed", "summed", "contrast"] = knob(
-        "abs", "|theta g_f|; Eq. 2 to the letter; theta sum|g_f| (released code); forget against retain Fisher"
+    saliency: Literal["abs", "signed", "summed", "contrast", "gradient", "magnitude", "random"] = knob(
+        "abs", "|theta g_f|; Eq. 2; theta sum|g_f| (released); forget/retain Fisher; |g_f|, |theta|, chance (Remark 1)"
     )
     init: Literal["uniform", "normal", "kaiming", "truncated", "zeros", "ones"] = knob(
         "uniform", "new values of the selected entries"
@@ -34,9 +34,7 @@ class Scissorhands(Repair):
         """Raise UserError for a fraction outside [0, 1] and for a ranking without a batch."""
         super().__post_init__()
         if not 0 <= self.fraction <= 1:
-            raise UserError(
-                f"--fraction {self.fraction} is outside [0, 1]: it is the share of entries to re-initialise"
-            )
+            raise UserError(f"--fraction {self.fraction} is outside [0, 1]: it is a share of entries to re-initialise")
         if self.fraction and self.sensitivity_batches < 1:
             raise UserError("--sensitivity_batches 0 ranks nothing: give 1 or more, or --fraction 0 to trim nothing")
 
@@ -68,19 +66,22 @@ class Scissorhands(Repair):
         """Yield a record per batch; return the saliency of every ranked entry."""
         import torch
 
-        from erase_sd.core.sensitivity import accumulate, connection_sensitivity, contrastive
+        from erase_sd.core.sensitivity import accumulate, chance, connection_sensitivity, contrastive, magnitude
 
         def mean(loss, each=lambda g: g):
-            batches = range(self.sensitivity_batches)
-            for running in accumulate(task, loss, theta, "sensitivity", batches, each):  # noqa: B007
+            for g in accumulate(task, loss, theta, "sensitivity", range(self.sensitivity_batches), each):  # noqa: B007
                 yield {"phase": "sensitivity"}, None
-            return running  # the last running mean is the mean
+            return g  # the last running mean is the mean
 
         theta = task.ranked()
+        if self.saliency in ("magnitude", "random"):
+            return magnitude(theta) if self.saliency == "magnitude" else chance(theta, task.seed)
         if self.saliency == "contrast":
             g_f = yield from mean(task.contrast)
             fisher_f = yield from mean(task.contrast, torch.square)
             fisher_r = yield from mean(task.retain, torch.square)
             return contrastive(theta, g_f, fisher_f, fisher_r, eps=0.1)
         g_f = yield from mean(task.forget, torch.abs if self.saliency == "summed" else lambda g: g)
+        if self.saliency == "gradient":
+            return magnitude(g_f)
         return connection_sensitivity(theta, g_f, "signed" if self.saliency == "signed" else "abs")

@@ -1,0 +1,33 @@
+"""Many runs, some at a time: each in a process of its own with one thread, so that their times can be compared."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+def records(jobs: Iterable[dict[str, Any]], processes: int, description: str) -> list[dict[str, Any]]:
+    """The record of every job, `classification.plan.make`'s values, in their order; finished ones cost nothing."""
+    jobs = list(jobs)
+    os.environ["OMP_NUM_THREADS"] = "1"  # before the workers import torch
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_quieten) as pool:
+        return list(tqdm(pool.map(_record, jobs), total=len(jobs), desc=description, unit="run"))
+
+
+def _quieten() -> None:
+    """The runs' own bars would write over each other."""
+    os.environ["TQDM_DISABLE"] = "1"
+
+
+def _record(job: dict[str, Any]) -> dict[str, Any]:
+    from classification.accelerators import accelerator
+    from classification.plan import make
+    from classification.runs import unlearn
+
+    return unlearn(make(**job), accelerator(None))
