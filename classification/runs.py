@@ -41,7 +41,7 @@ def train(data: Data, recipe: Training, seed: int, root: Path, accelerator: Acce
     task = task_of(
         network(dataset, recipe, seed), dataset, pool.take(torch.arange(0)), pool, recipe, seed, accelerator
     )
-    carry_out(_epochs(recipe, recipe.epochs, task, "retain"), task, folder, config, every=1000)
+    carry_out(_epochs(recipe, recipe.epochs, task, "retain"), task, folder, config, every=1000, judge=None)
     return folder
 
 
@@ -93,14 +93,7 @@ def unlearn(plan: Plan, accelerator: Accelerator) -> dict[str, Any]:
 
 
 def carry_out(
-    method: Any,
-    task: ClassificationTask,
-    folder: Path,
-    config: dict,
-    *,
-    every: int,
-    judge: Parts | None = None,
-    **more: Any,
+    method: Any, task: ClassificationTask, folder: Path, config: dict, *, every: int, judge: Parts | None, **more: Any
 ) -> dict[str, Any]:
     """Run a method in its folder, resuming it, and leave the weights and the record there."""
     weights = task.model.state_dict()
@@ -112,21 +105,17 @@ def carry_out(
         place.status("running")
         start = time.monotonic()
         check = lambda step: check_finite(weights, step)  # noqa: E731
-        progress = run(
-            method, task, weights, place, every=every, check=check, description=config.get("method", "train")
-        )
-        seconds = time.monotonic() - start
+        name = config.get("method", "train")
+        progress = run(method, task, weights, place, every=every, check=check, description=name)
+        more |= {"samples": task.samples, "reinitialised": sum(progress.changed.values()), "folder": str(folder)}
         record = run_record(
             config,
             seed=task.seed,
             base=config.get("model", str(more.get("raw_folder"))),
             base_hash=str(config.get("raw")),
-            seconds=seconds,
+            seconds=time.monotonic() - start,
             trace=progress.trace,
-            reinitialised=sum(progress.changed.values()),
-            samples=task.samples,
             scores=scores(task.model, judge, task.accelerator.device) if judge else None,
-            folder=str(folder),
             **more,
         )
         if main:

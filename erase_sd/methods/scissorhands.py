@@ -24,9 +24,7 @@ class Scissorhands(Repair):
     saliency: Literal["abs", "signed", "summed", "contrast", "gradient", "magnitude", "random"] = knob(
         "abs", "|theta g_f|; Eq. 2; theta sum|g_f| (released); forget/retain Fisher; |g_f|, |theta|, chance (Remark 1)"
     )
-    init: Literal["uniform", "normal", "kaiming", "truncated", "zeros", "ones"] = knob(
-        "uniform", "new values of the selected entries"
-    )
+    init: Literal["uniform", "normal", "kaiming", "truncated", "zeros", "ones"] = knob("uniform", "the new values")
     sensitivity_batches: int = knob(10, "batches over which gradients are averaged before ranking")
     strict: bool = knob(False, "select s > threshold only (released code) instead of exactly the top k")
 
