@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from classification.knobs import Data, Losses
 from classification.methods import METHODS
-from classification.presets import PRESETS, TRAINING
+from classification.presets import PRESETS, TRAINING, TUNED
 from erase_sd.core.knobs import Descent
 from erase_sd.options import filled, knob, names
 from erase_sd.process import UserError
@@ -75,7 +75,9 @@ def make(**given: Any) -> Plan:
     preset = given.get("preset") or next((p for p in (dataset, f"authors/{dataset}") if p in presets), None)
     if preset is not None and preset not in presets:
         raise UserError(f"unknown preset {preset!r}: {method} has {', '.join(presets)}")
-    values = (presets[preset] if preset else {}) | given | {"preset": preset}
+    kind = given.get("forget", Data.forget).partition(":")[0]
+    tuned = {} if given.get("preset") else TUNED.get(dataset, {}).get(kind, {}).get(method, {})
+    values = (presets[preset] if preset else {}) | tuned | given | {"preset": preset}
     values |= {"epochs": None} if "steps" in given else {}
     return Plan(*(filled(cls, values) for cls in classes.values()))
 

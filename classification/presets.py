@@ -3,6 +3,12 @@
 `epochs` becomes steps: walks through the retain set, or through the forget set for the methods that see nothing else.
 """
 
+import json
+from pathlib import Path
+
+TUNED = json.loads((Path(__file__).parent / "tuned.json").read_text(encoding="utf-8"))
+"""Data set, kind of forget set, method -> knobs: what `classification.search` found."""
+
 SGD = {"momentum": 0.9, "weight_decay": 5e-4}
 
 

@@ -54,7 +54,7 @@ class Repair(Descent):
         None, "under ascent: forget loss above which lam is 0 for the step, in units of L_f"
     )
     release_at: float | None = knob(
-        None, "constraint loss from which on the projection rests, in units of that loss; not for ascent on L_f"
+        None, "constraint loss from which on the projection, and ascent on that loss, rest; in units of that loss"
     )
     project_from: int = knob(0, "first step at which the projection is on")
 

@@ -86,7 +86,8 @@ def _shared(task: Task, knobs: Repair, theta: dict[str, nn.Parameter], batch: An
     L_f = task.forget(batch)
     loss_f = value(task, L_f, "forget")
     lam, ceiling = _below_ceiling(knobs, loss_f)
-    g_f = gradient(task, L_f, theta)
+    resting = knobs.release_at is not None and loss_f >= knobs.release_at  # forgotten: nothing but repair
+    lam, g_f = (0.0, None) if resting else (lam, gradient(task, L_f, theta))
     L_r = _keep(task, knobs, batch)
     loss_r = value(task, L_r, "retain")
     record = {"loss_r": loss_r, "loss_f": loss_f, "loss_o": loss_r - lam * loss_f, "ceiling": ceiling}

@@ -179,3 +179,17 @@ def test_learning_rate_schedules():
     assert learning_rate(Repair(steps=2, lr=1.0, warmup_steps=9), 1) == pytest.approx(2 / 9)
     steps = Repair(steps=8, lr=1.0, schedule="multistep", milestones=(0.5, 0.75))
     assert [learning_rate(steps, k) for k in (0, 3, 4, 5, 6)] == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01])
+
+
+def test_ascent_rests_with_the_projection_once_the_forget_loss_is_there(toy, settings):
+    """Above release_at a step is a plain one on the retain loss, below it is Algorithm 1's."""
+    for release_at, rests in ((0.0, True), (1e9, False)):
+        task, plain = toy(), toy()
+        records = [r for r, _ in repair(task, settings("paper", release_at=release_at, steps=2))]
+        [
+            None
+            for _ in repair(plain, settings("paper", steps=2, **({"projection": "off", "lam": 0.0} if rests else {})))
+        ]
+        for p, q in zip(task.model.parameters(), plain.model.parameters(), strict=True):
+            assert torch.equal(p, q)
+        assert all((r["c"] == 0) == rests for r in records)
