@@ -14,15 +14,10 @@ from tqdm.auto import tqdm
 def records(jobs: Iterable[dict[str, Any]], processes: int, description: str) -> list[dict[str, Any]]:
     """The record of every job, `classification.plan.make`'s values, in their order; finished ones cost nothing."""
     jobs = list(jobs)
-    os.environ["OMP_NUM_THREADS"] = "1"  # before the workers import torch
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # for the workers: one thread, and no bars over ours
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_quieten) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
         return list(tqdm(pool.map(_record, jobs), total=len(jobs), desc=description, unit="run"))
-
-
-def _quieten() -> None:
-    """The runs' own bars would write over each other."""
-    os.environ["TQDM_DISABLE"] = "1"
 
 
 def _record(job: dict[str, Any]) -> dict[str, Any]:
