@@ -21,8 +21,8 @@ def records(jobs: Iterable[dict[str, Any]], processes: int, description: str) ->
 
 
 def _record(job: dict[str, Any]) -> dict[str, Any]:
-    from classification.accelerators import accelerator
     from classification.plan import make
     from classification.runs import unlearn
+    from erase_sd.devices import accelerator
 
     return unlearn(make(**job), accelerator(None))

@@ -15,6 +15,7 @@ from classification.knobs import Data
 from classification.plan import Job, Training, training
 from erase_sd.options import filled, parse
 from erase_sd.process import run_main
+from erase_sd.terminal import quiet
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,8 +28,10 @@ def main(argv: list[str] | None = None) -> int:
 
     from pathlib import Path
 
-    from classification.accelerators import accelerator
+    quiet()
+
     from classification.runs import train
+    from erase_sd.devices import accelerator
 
     accel = accelerator(job.mixed_precision)
     folder = train(data, recipe, job.train_seed, Path(job.output_dir), accel)

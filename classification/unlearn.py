@@ -13,6 +13,7 @@ elif not __package__:  # python -P puts nothing there
 from classification.plan import groups, make
 from erase_sd.options import parse, peek
 from erase_sd.process import run_main
+from erase_sd.terminal import quiet
 
 NAMES = {
     "acc_f": "accuracy on the forget set",
@@ -29,8 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     given = parse(argv, prog="unlearn", description="Make a classifier forget some of its training data.", **classes)
     plan = make(**{name: value for values in given.values() for name, value in values.items()})
 
-    from classification.accelerators import accelerator
+    quiet()
+
     from classification.runs import unlearn
+    from erase_sd.devices import accelerator
 
     accel = accelerator(plan.job.mixed_precision)
     record = unlearn(plan, accel)

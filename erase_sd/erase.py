@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 
 from erase_sd import subject
 from erase_sd.denoising import DenoisingTask
+from erase_sd.devices import accelerator as make_accelerator
 from erase_sd.folder import Progress, RunFolder
 from erase_sd.groups import select, without_norms
 from erase_sd.latents import Samples, collect
@@ -47,7 +48,7 @@ def erase(
     model = model or pipe.name_or_path or "a pipeline in memory"
     model = "pocket" if Path(model).resolve() == POCKET else model
     plan = make(concept=concept, model=model, method=method, output_dir=output_dir and str(output_dir), **knobs)
-    return carry_out(pipe, plan, accelerator or Accelerator(mixed_precision=plan.job.mixed_precision))
+    return carry_out(pipe, plan, accelerator or make_accelerator(plan.job.mixed_precision))
 
 
 def carry_out(pipe: StableDiffusionPipeline, plan: Plan, accelerator: Accelerator) -> dict:
@@ -57,7 +58,10 @@ def carry_out(pipe: StableDiffusionPipeline, plan: Plan, accelerator: Accelerato
     _check(pipe, plan)
     base_hash = digest([weights_hash(part) for part in (pipe.unet, pipe.text_encoder, pipe.vae)])
     config = plan.config() | {"mixed_precision": accelerator.mixed_precision, "base_hash": base_hash}
-    with RunFolder(job.output_dir, config) if job.output_dir else nullcontext() as folder, _placed(pipe, accelerator):
+    main = accelerator.is_main_process
+    place = RunFolder(job.output_dir, config, writes=main) if job.output_dir else nullcontext()
+    with place as folder, _placed(pipe, accelerator):
+        accelerator.wait_for_everyone()  # all see the folder alike: before the run, or after
         if folder and (done := folder.complete()):
             pipe.unet.load_state_dict(load_network(str(folder.path), "unet", pipe.unet.dtype).state_dict())
             return done
@@ -77,7 +81,7 @@ def carry_out(pipe: StableDiffusionPipeline, plan: Plan, accelerator: Accelerato
                 reinitialised=sum(progress.changed.values()),
                 scores=asked.scores(before, after),
             )
-            if folder:
+            if folder and main:
                 write_results(pipe, plan, folder, Result(record, progress, before, after, asked.explicit))
     return record
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,8 @@ def run(
     progress = (folder and folder.resume(weights)) or Progress(None, [], {})
     steps = method.steps
     try:
-        with StopFlag() as stop, tqdm(total=steps, desc=description, unit="step") as bar:
+        hidden = os.environ.get("RANK", "0") != "0"
+        with StopFlag() as stop, tqdm(total=steps, desc=description, unit="step", disable=hidden) as bar:
             bar.update(len(progress.trace))
             for record, state in method(task, progress.state):
                 progress = progress.after(record, state)

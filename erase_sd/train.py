@@ -39,17 +39,16 @@ def _run(plan: Plan) -> int:
     """Load the model, erase, and print the scores and how to use the result."""
     quiet()
 
-    from accelerate import Accelerator
-
     from erase_sd.card import swap_in_snippet
+    from erase_sd.devices import accelerator
     from erase_sd.erase import carry_out
     from erase_sd.pipeline import load
     from erase_sd.pocket import FOLDER
 
     model = str(FOLDER) if plan.job.model == "pocket" else plan.job.model
-    accelerator = Accelerator(mixed_precision=plan.job.mixed_precision)
-    record = carry_out(load(model), plan, accelerator)
-    if accelerator.is_main_process:
+    processes = accelerator(plan.job.mixed_precision)
+    record = carry_out(load(model), plan, processes)
+    if processes.is_main_process:
         print(summary(record, plan.job.output_dir))
         print(f"\nTo use it:\n\n{swap_in_snippet(model, plan.job.output_dir)}")
     return 0

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = ("erase_sd", "classification", "eval", "prompts")
-FLOOR = {"erase_sd.process", "erase_sd.runtime", "erase_sd.options", "erase_sd.terminal"}
+FLOOR = {"erase_sd.process", "erase_sd.runtime", "erase_sd.options", "erase_sd.terminal", "erase_sd.devices"}
 
 MODELS = {"erase_sd.pipeline", "erase_sd.groups", "erase_sd.doctor"}
 SETTINGS = {"erase_sd.knobs", "erase_sd.presets", "erase_sd.plan"}
@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erase_sd.runtime": {"erase_sd.process"},
     "erase_sd.options": set(),
     "erase_sd.terminal": set(),
+    "erase_sd.devices": set(),
     "erase_sd.presets": set(),
     "erase_sd.knobs": {"erase_sd.core"},
     "erase_sd.plan": {*SETTINGS, "erase_sd.methods"},
@@ -63,9 +64,10 @@ LIBRARIES: dict[str, set[str]] = {  # the only third-party packages these may im
     "prompts": set(),
     "erase_sd": set(),
     "erase_sd.options": set(),
-    "erase_sd.train": {"accelerate"},
+    "erase_sd.train": set(),
     "erase_sd.process": set(),
     "erase_sd.terminal": {"diffusers", "transformers"},
+    "erase_sd.devices": {"torch", "accelerate"},
     "erase_sd.runtime": {"torch", "safetensors"},
     "erase_sd.knobs": set(),
     "erase_sd.presets": set(),

@@ -1,12 +1,9 @@
-"""The accelerator of this process: several CPU processes have to be told that they belong together."""
+"""The accelerator of this process; several CPU processes have to be told that they belong together."""
 
 import torch
 from accelerate import Accelerator
 
-from erase_sd.terminal import quiet
-
 
 def accelerator(mixed_precision: str | None) -> Accelerator:
     """Device, precision and process group as `accelerate launch` or torchrun set them up."""
-    quiet()
     return Accelerator(mixed_precision=mixed_precision, cpu=not torch.accelerator.is_available())
