@@ -25,8 +25,9 @@ demo: $(VENV)/installed
 	$(LAUNCH) erase_sd/train.py --concept "$(CONCEPT)" --model pocket
 	@echo "Before and after: $(RUN)/before_after.png"
 
+# One thread for each worker: two that share two cores by twos run ten times slower than one after the other.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

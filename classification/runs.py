@@ -101,7 +101,8 @@ def carry_out(
     with RunFolder(folder, config, writes=main) as place:
         task.accelerator.wait_for_everyone()  # all see the folder alike: before it, or after
         if done := place.complete():
-            return done
+            return done | more | {"folder": str(folder)}  # where it is now: runs may be moved
+        more["resumed"] = (folder / "checkpoints").is_dir()  # then `seconds` is not the whole time
         place.status("running")
         start = time.monotonic()
         check = lambda step: check_finite(weights, step)  # noqa: E731

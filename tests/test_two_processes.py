@@ -9,7 +9,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 ROOT = Path(__file__).parents[1]
-QUICK = "--steps 3 --lr 1e-4 --batch_size 4 --sensitivity_batches 1 --forget_images 4 --retain_images 4 --sample_steps 2"
+QUICK = (
+    "--steps 3 --lr 1e-4 --batch_size 4 --sensitivity_batches 1 --forget_images 4 --retain_images 4 --sample_steps 2"
+)
 
 
 def run(tiny_sd: Path, folder: Path, *launcher: str) -> dict[str, torch.Tensor]:
@@ -24,11 +26,13 @@ def run(tiny_sd: Path, folder: Path, *launcher: str) -> dict[str, torch.Tensor]:
 
 def test_two_processes_find_what_one_finds(tiny_sd: Path, tmp_path: Path):
     one = run(tiny_sd, tmp_path / "one")
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     two = run(tiny_sd, tmp_path / "two", *torchrun)
     before = UNet2DConditionModel.from_pretrained(str(tiny_sd), subfolder="unet").state_dict()
     moved = max(float((one[name] - x).abs().max()) for name, x in before.items())
     apart = max(float((two[name] - x).abs().max()) for name, x in one.items())
-    assert moved > 1e-4 and apart < 0.1 * moved  # AdamW's first steps have the gradient's sign, and some are nearly zero
+    assert (
+        moved > 1e-4 and apart < 0.1 * moved
+    )  # AdamW's first steps have the gradient's sign, and some are nearly zero
     close = torch.cat([((two[name] - x).abs() < 1e-6).flatten() for name, x in one.items()])
     assert close.float().mean() > 0.99

@@ -86,7 +86,7 @@ def test_killed_and_resumed_is_byte_for_byte_the_same(whole: Generation, tmp_pat
 
 def test_two_processes_draw_what_one_draws(whole: Generation, tmp_path: Path):
     options = replace(whole, output_dir=str(tmp_path / "gen"))
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     run = command(options, *launcher)
     subprocess.run(run, cwd=ROOT, env=ONE_THREAD, check=True, capture_output=True)
     assert contents(options.output_dir) == contents(whole.output_dir)
