@@ -17,8 +17,8 @@ from erase_sd.runtime import digest
 
 def unlearned(plan: Plan) -> dict[str, Any]:
     """The record of the plan's run, which is carried out if it is not there yet."""
-    from classification.accelerators import accelerator
     from classification.runs import unlearn
+    from erase_sd.devices import accelerator
 
     return unlearn(plan, accelerator(None))
 
@@ -29,10 +29,11 @@ def records(
     description: str,
     work: Callable[[Plan], dict[str, Any]] = unlearned,
 ) -> list[dict[str, Any]]:
-    """What `work` returns for every job, `classification.plan.make`'s values, in their order; finished ones cost little.
+    """What `work` returns for every job, `classification.plan.make`'s values, in their order.
 
-    A run's folder belongs to one process at a time. Jobs that come to the same run are therefore carried out once, and
-    one job of each network that is to forget goes ahead, to train it. Raises UserError as `make` and `work` do.
+    Finished runs cost little. A run's folder belongs to one process at a time: jobs that come to the same run are
+    carried out once, and one job of each network that is to forget goes ahead, to train it. Raises UserError as `make`
+    and `work` do.
     """
     plans = [make(**job) for job in jobs]
     names = [digest([plan.config(), plan.job.output_dir]) for plan in plans]

@@ -32,8 +32,8 @@ def run(
     progress = (folder and folder.resume(weights)) or Progress(None, [], {})
     steps = method.steps
     try:
-        hidden = os.environ.get("RANK", "0") != "0"
-        with StopFlag() as stop, tqdm(total=steps, desc=description, unit="step", disable=hidden) as bar:
+        hidden = {"disable": True} if os.environ.get("RANK", "0") != "0" else {}  # False would overrule TQDM_DISABLE
+        with StopFlag() as stop, tqdm(total=steps, desc=description, unit="step", **hidden) as bar:
             bar.update(len(progress.trace))
             for record, state in method(task, progress.state):
                 progress = progress.after(record, state)

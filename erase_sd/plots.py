@@ -55,11 +55,11 @@ def write_trace(folder: str | Path, rows: list[dict]) -> None:
         (coefficient, r"coefficient $c$ of $g_f$"),
         (share, "steps so far in which the projection bit, %"),
     ):
-        _tidy(axes, title)
+        tidy(axes, title)
     for axes in (coefficient, share):
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _write_png(Path(folder) / "trace.png", figure)
+    write_png(Path(folder) / "trace.png", figure)
 
 
 def write_saliency(folder: str | Path, changed: dict[str, int], sizes: dict[str, int]) -> None:
@@ -82,8 +82,8 @@ def write_saliency(folder: str | Path, changed: dict[str, int], sizes: dict[str,
     axes = figure.subplots()
     _bars(axes, entries, {kind: counts[kind] for kind in KINDS if any(counts[kind].values())})
     total, whole = sum(changed.values()), sum(sizes.values())
-    _tidy(axes, f"{total:,} of {whole:,} entries re-initialised ({_percent(100 * total / whole)})")
-    _write_png(Path(folder) / "saliency.png", figure)
+    tidy(axes, f"{total:,} of {whole:,} entries re-initialised ({_percent(100 * total / whole)})")
+    write_png(Path(folder) / "saliency.png", figure)
 
 
 def _bars(axes: Axes, entries: dict[str, int], counts: dict[str, dict[str, int]]) -> None:
@@ -131,7 +131,8 @@ def _line(axes: Axes, rows: list[dict], key: str, colour: str, label: str | None
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=label)
 
 
-def _tidy(axes: Axes, title: str) -> None:
+def tidy(axes: Axes, title: str) -> None:
+    """A title on the left, no box, small numbers: how all our plots look."""
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK, labelsize=9)
@@ -145,7 +146,8 @@ def _write_csv(path: Path, rows: list[dict]) -> None:
     write_atomic(path, text.getvalue())
 
 
-def _write_png(path: Path, figure: Figure) -> None:
+def write_png(path: Path, figure: Figure) -> None:
+    """Write a figure in one piece; parent folders are made."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     write_atomic(path, picture.getvalue())

@@ -1,0 +1,144 @@
+"""Every method against Retrain, in one table like the paper's Table 1: `python -m classification.benchmark`.
+
+Run s of a method forgets the forget set of seed s from the network of seed s. Its Retrain starts from other weights
+than that network did, and a second Retrain from others again: their distance is the noise floor of all gaps.
+Runs that exist cost nothing, killed ones go on.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from classification.methods import METHODS
+from classification.tables import Record, Row, as_csv, as_markdown, of_paper, row, verdict
+from erase_sd.options import knob, parse
+from erase_sd.process import UserError, run_main
+from erase_sd.runtime import write_atomic
+
+AGAIN = "retrain again"
+OWN_INIT = {"retrain": 100, AGAIN: 200}  # added to the seed, so that no Retrain starts where the raw network did
+LEGEND = """Percent, mean ± sample standard deviation over {seeds} seeds. Avg. Gap: mean absolute difference of the
+means to Retrain's over the four columns before it; paired gap: the same of each seed to its own Retrain. RTE: wall
+time as a share of Retrain's. Relearn: median epochs of SGD (lr {lr:g}, batches of {batch_size}) on the forget set
+until the raw network's accuracy on it is back.
+"""
+SHADOWS = """LiRA: likelihood-ratio attack with {shadows} shadow models of each kind on one forget set; the AUC of
+exact unlearning is 0.5, its true positives are as rare as its false ones.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What to compare, on what, and where the table goes."""
+
+    dataset: str = knob("digits", "digits, cifar10, cifar100, svhn or celeba")
+    data_dir: str | None = knob(None, "folder with the data in their original format (default: the Hub)")
+    forget: tuple[str, ...] = knob(("random:0.1", "class:3"), "forget sets, one table each")
+    methods: tuple[str, ...] = knob(tuple(METHODS), "methods; Retrain is always among them")
+    seeds: int = knob(5, "runs of each, with seeds from 0 on")
+    relearn: bool = knob(True, "measure how many epochs bring the forget set back")
+    lira: int | None = knob(None, "shadow models of LiRA, 3 or more, 0 for none (default: 4 for digits, else 0)")
+    output_dir: str = knob("runs/benchmark", "folder of the runs")
+    report: str | None = knob(None, "folder of the tables and the plot (default: that of the runs)")
+    processes: int = knob(2, "runs at a time, one thread each")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for what cannot be compared."""
+        if unknown := [name for name in self.methods if name not in METHODS]:
+            raise UserError(f"unknown method {unknown[0]!r}: use one of {', '.join(METHODS)}")
+        for name, least in (("seeds", 1), ("processes", 1), ("lira", 3)):
+            if (value := getattr(self, name)) is not None and value < least and (name, value) != ("lira", 0):
+                raise UserError(f"--{name} {value} is too few: give {least} or more")
+
+    @property
+    def shadows(self) -> int:
+        """Shadow models of each kind."""
+        return (4 if self.dataset == "digits" else 0) if self.lira is None else self.lira
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is missing, then write and print the tables."""
+    argv = sys.argv[1:] if argv is None else argv
+    text = "Compare all methods with Retrain."
+    options = Benchmark(**parse(argv, prog="benchmark", description=text, benchmark=Benchmark)["benchmark"])
+    rows = results(options)
+    from classification import figures
+
+    place = Path(options.report or options.output_dir) / f"benchmark_{options.dataset}"
+    page = markdown(options, rows)
+    write_atomic(place.with_suffix(".csv"), as_csv(rows))
+    write_atomic(place.with_suffix(".md"), page)
+    figures.gaps(rows, AGAIN, place.with_suffix(".png"))
+    print(f"{page}\n{place}.csv, .md, .png")
+    return 0
+
+
+def jobs(options: Benchmark, runs: int, forget_seed: int | None = None) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Values of every run by forget set, name in the table and seed; all of one forget set if its seed is given."""
+    common = {"dataset": options.dataset, "data_dir": options.data_dir, "output_dir": options.output_dir}
+    names = ("retrain", AGAIN, *(name for name in options.methods if name != "retrain"))
+    return {
+        (forget, name, s): common
+        | {"method": "retrain" if name == AGAIN else name, "forget": forget}
+        | {
+            "forget_seed": s if forget_seed is None else forget_seed,
+            "train_seed": s,
+            "seed": s + OWN_INIT.get(name, 0),
+        }
+        for forget in options.forget
+        for name in names
+        for s in range(runs)
+    }
+
+
+def results(options: Benchmark) -> list[Row]:
+    """The rows, one per forget set and method."""
+    from classification.afterwards import measured
+    from classification.crew import records
+
+    def done(wanted: dict, relearning: bool, text: str) -> dict[tuple[str, str], list[Record]]:
+        found = records(wanted.values(), options.processes, text, partial(measured, relearning=relearning))
+        grouped: dict[tuple[str, str], list[Record]] = {}
+        for (forget, name, _), record in zip(wanted, found, strict=True):
+            grouped.setdefault((forget, name), []).append(record)
+        return grouped
+
+    main = done(jobs(options, options.seeds), options.relearn, "benchmark")
+    shadows = done(jobs(options, options.shadows, forget_seed=0), False, "shadow models") if options.shadows else {}
+    rows = []
+    for (forget, name), runs in main.items():
+        never = shadows.get((forget, "retrain"))
+        attack = attacked(shadows[forget, name], never) if never and name != "retrain" else {}
+        theirs = of_paper(options.dataset, forget).get(name)
+        rows.append(row(name, forget, runs, main[forget, "retrain"], attack=attack, paper=theirs))
+    return rows
+
+
+def attacked(unlearned: list[Record], never: list[Record]) -> dict[str, float]:
+    """How well LiRA tells these shadow models' forget sets from those that Retrain never saw."""
+    import torch
+
+    from classification.metrics.lira import attack
+
+    confidences = [torch.tensor([run["confidence"] for run in runs]) for runs in (unlearned, never)]
+    return attack(*confidences, pooled=True)._asdict()  # few shadow models: one variance
+
+
+def markdown(options: Benchmark, rows: list[Row]) -> str:
+    """The tables, each with its verdict, and what their numbers mean."""
+    from classification.afterwards import RELEARN
+
+    page = [f"# Unlearning on {options.dataset}\n\n{LEGEND.format(seeds=options.seeds, **RELEARN)}"]
+    page += [SHADOWS.format(shadows=options.shadows)] if options.shadows else []
+    for forget in options.forget:
+        mine = [row for row in rows if row.forget == forget]
+        page.append(f"\n## {forget}\n\n{as_markdown(mine)}\n{verdict(mine, AGAIN)}\n")
+    return "".join(page)
+
+
+if __name__ == "__main__":
+    run_main(main)
