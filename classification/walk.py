@@ -45,7 +45,8 @@ class Walk:
     """One set and its order for every purpose."""
 
     def __init__(self, images: Images, dataset: Dataset, name: str, seed: int) -> None:
-        self.images, self.augment, self.classes = images, dataset.augment, len(dataset.classes)
+        self.images, self.dataset = images, dataset
+        self.augment, self.classes = dataset.augment, len(dataset.classes)
         self.name, self.seed = name, seed
         self._epochs: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
 
@@ -59,6 +60,14 @@ class Walk:
             rows[here], u[here] = order[positions[here] % n], draws[positions[here] % n]
         pixels = augment(self.images.pixels[rows], self.augment, u[:, 1:])
         return self._with_others(to_float(pixels), self.images.labels[rows], 1 + (u[:, 0] * (self.classes - 1)).long())
+
+    def part(self, share: float) -> Walk:
+        """A walk through a share of the set, in (0, 1], drawn once: at least one example, and itself for 1."""
+        if share == 1:
+            return self
+        n = len(self.images)
+        rows = torch.randperm(n, generator=generator(self.seed, "part", self.name))[: max(1, round(share * n))]
+        return Walk(self.images.take(rows), self.dataset, self.name, self.seed)
 
     def clean(self, rows: Tensor) -> Samples:
         """Examples by row (n,), as they are; the other label is the next one."""

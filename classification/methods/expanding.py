@@ -29,18 +29,15 @@ class BoundaryExpanding(Descent):
         from classification import heads
         from erase_sd.core.descent import descend
 
-        features = heads.Tap(task.model)
-        shadow = heads.new_output(features.head, task.seed)
-        if state is not None:
-            shadow = {name: torch.nn.Parameter(state["kept"][name].to(p.device)) for name, p in shadow.items()}
+        widened = heads.Widened(task.model, task.seed)
+        shadow = {f"shadow.{name}": p for name, p in widened.shadow.named_parameters()}
+        for name, p in shadow.items() if state is not None else ():
+            p.data.copy_(state["kept"][name])
 
         def objective(batch: Batch, step: int) -> Tensor:
-            logits = task.logits(batch.forget.x)
-            extra = F.linear(features.value, shadow["shadow.weight"], shadow["shadow.bias"])
-            return F.cross_entropy(
-                torch.cat([logits, extra.float()], 1), torch.full_like(batch.forget.y, logits.shape[1])
-            )
+            logits = widened.logits(task.logits(batch.forget.x))
+            return F.cross_entropy(logits, torch.full_like(batch.forget.y, logits.shape[1] - 1))
 
-        with features:
+        with widened:
             for record, now in descend(task, self, objective, state, besides=shadow):
                 yield record, now | {"kept": {name: p.detach() for name, p in shadow.items()}}

@@ -20,7 +20,7 @@ class Influence:
     """IU, Izzo et al., AISTATS 2021, arXiv 2002.10077, with WoodFisher as Jia et al. 2023 use it (their recursion)."""
 
     alpha: float = knob(1.0, "step along F^-1 (G_f - G_r)")
-    samples: int = knob(1000, "retain examples that F is estimated from")
+    samples: int = knob(1000, "N: retain examples that F is estimated from")
 
     steps: ClassVar[int] = 1
 
@@ -34,8 +34,8 @@ class Influence:
         n_f, n_r = len(task.walks["forget"].images), len(task.walks["retain"].images)
         k = self.total(task, "forget", 1 / (n_f + n_r))
         subtract_(k, self.total(task, "retain", n_f / ((n_f + n_r) * n_r)), 1.0)
-        n, o = min(self.samples, n_r - 1), self.total(task, "retain", 1.0, range(1))
-        for i in range(1, n + 1):
+        n, o = self.samples, self.total(task, "retain", 1.0, range(1))
+        for i in range(1, min(n + 2, n_r)):  # their loop ends after example N + 1
             g = self.total(task, "retain", 1.0, range(i, i + 1))
             s, kg = float(dot(o, g)), float(dot(k, g))
             subtract_(k, o, kg / (n + s))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from erase_sd.methods.scissorhands import Scissorhands
 from erase_sd.options import knob
+from erase_sd.process import UserError
 
 if TYPE_CHECKING:
     from classification.task import Batch, ClassificationTask
@@ -27,6 +28,13 @@ class ClassifierScissorhands(Scissorhands):
         None, "released loop: expression of the parameters that are projected (default: Algorithm 1, all and fresh)"
     )
     project_every: int = knob(1, "released loop: joint steps from one projection to the next")
+    trim_share: float = knob(1.0, "share p of D_f that saliency is measured on, in (0, 1] (Fig. 2)")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a share outside (0, 1]."""
+        super().__post_init__()
+        if not 0 < self.trim_share <= 1:
+            raise UserError(f"--trim_share {self.trim_share} is outside (0, 1]: it is a share of the forget set")
 
     def __call__(self, task: ClassificationTask, state: dict | None = None) -> Iterator[tuple[dict, dict | None]]:
         """Algorithm 1, or, with a memory scope, the released loop."""
@@ -38,12 +46,21 @@ class ClassifierScissorhands(Scissorhands):
             yield (yield from self.trim(task)), state
         yield from self.loop(task, state)
 
+    def sensitivity(self, task: ClassificationTask) -> Generator[tuple[dict, None], None, Params]:
+        """The saliency, measured on the share of D_f."""
+        whole = task.walks["forget"]
+        task.walks["forget"] = whole.part(self.trim_share)
+        s = yield from super().sensitivity(task)
+        task.walks["forget"] = whole
+        return s
+
     def loop(self, task: ClassificationTask, state: dict) -> Iterator[tuple[dict, dict]]:
         """Joint steps against a stale memory while an epoch's forget batches last, plain ones after."""
         from erase_sd.core.descent import descend
         from erase_sd.core.projection import coefficient, dot, subtract_
 
-        memory: Params = dict(state.get("kept", {}))
+        device = next(iter(task.trainable().values())).device
+        memory: Params = {name: g.to(device) for name, g in state.get("kept", {}).items()}
         joint, bit = task.epoch("forget"), {"c": 0.0}
 
         def objective(batch: Batch, step: int):
