@@ -43,7 +43,7 @@ def measured(plan: Plan, relearning: bool) -> dict[str, Any]:
             target = accuracy(logits(raw, cut.forget, device=device), cut.forget.labels)
             found["relearn"] = relearn(model, cut.forget, target=target, seed=plan.job.seed, device=device, **RELEARN)
         write_atomic(file, json.dumps(found))
-    return record | found
+    return record | {key: found[key] for key in (*sorted(wanted), "settings")}
 
 
 def finished(plan: Plan, cut: Parts, folder: str) -> nn.Module:

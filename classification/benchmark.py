@@ -79,20 +79,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def jobs(options: Benchmark, runs: int, forget_seed: int | None = None) -> dict[tuple[str, str, int], dict[str, Any]]:
     """Values of every run by forget set, name in the table and seed; all of one forget set if its seed is given."""
-    common = {"dataset": options.dataset, "data_dir": options.data_dir, "output_dir": options.output_dir}
     names = ("retrain", AGAIN, *(name for name in options.methods if name != "retrain"))
     return {
-        (forget, name, s): common
-        | {"method": "retrain" if name == AGAIN else name, "forget": forget}
-        | {
-            "forget_seed": s if forget_seed is None else forget_seed,
-            "train_seed": s,
-            "seed": s + OWN_INIT.get(name, 0),
-        }
+        (forget, name, s): job(options, forget, name, s)
+        | ({} if forget_seed is None else {"forget_seed": forget_seed})
         for forget in options.forget
         for name in names
         for s in range(runs)
     }
+
+
+def job(options: Any, forget: str, name: str, s: int) -> dict[str, Any]:
+    """Values of run s of a method, or of the second Retrain; data set and folders are those of the options."""
+    values = {key: getattr(options, key) for key in ("dataset", "data_dir", "output_dir")}
+    values |= {"method": "retrain" if name == AGAIN else name, "forget": forget}
+    return values | {"forget_seed": s, "train_seed": s, "seed": s + OWN_INIT.get(name, 0)}
 
 
 def results(options: Benchmark) -> list[Row]:
@@ -135,7 +136,7 @@ def markdown(options: Benchmark, rows: list[Row]) -> str:
     page = [f"# Unlearning on {options.dataset}\n\n{LEGEND.format(seeds=options.seeds, **RELEARN)}"]
     page += [SHADOWS.format(shadows=options.shadows)] if options.shadows else []
     for forget in options.forget:
-        mine = [row for row in rows if row.forget == forget]
+        mine = [row for row in rows if row.group == forget]
         page.append(f"\n## {forget}\n\n{as_markdown(mine)}\n{verdict(mine, AGAIN)}\n")
     return "".join(page)
 

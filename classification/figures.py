@@ -19,10 +19,10 @@ def gaps(rows: Sequence[Row], again: str, file: Path) -> None:
 
     A dot is the gap of the means, the paper's is hollow, and the ticks are single seeds.
     """
-    forgets = list(dict.fromkeys(row.forget for row in rows))
+    forgets = list(dict.fromkeys(row.group for row in rows))
     figure = Figure(figsize=(5 * len(forgets), 4.5), layout="constrained")
     for axes, forget in zip(figure.subplots(1, len(forgets), squeeze=False)[0], forgets, strict=True):
-        mine = [row for row in rows if row.forget == forget]
+        mine = [row for row in rows if row.group == forget]
         axes.axvspan(0, next(row.avg_gap for row in mine if row.name == again), color=QUIET, alpha=0.4, linewidth=0)
         shown = sorted((row for row in mine if row.name not in ("retrain", again)), key=lambda row: -row.avg_gap)
         for y, row in enumerate(shown):

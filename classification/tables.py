@@ -26,7 +26,7 @@ class Row:
     """One method on one forget set (or one per seed); means and sample standard deviations over the seeds, in %."""
 
     name: str
-    forget: str
+    group: str  # forget set or table that it stands in
     seeds: int
     mean: dict[str, float]  # by AXES
     std: dict[str, float | None]  # None for a single seed
@@ -40,7 +40,7 @@ class Row:
 
 def row(
     name: str,
-    forget: str,
+    group: str,
     runs: Sequence[Record],
     retrain: Sequence[Record],
     *,
@@ -55,7 +55,7 @@ def row(
     whole = [rte(a["seconds"], b["seconds"]) for a, b in pairs if not (a.get("resumed") or b.get("resumed"))]
     return Row(
         name=name,
-        forget=forget,
+        group=group,
         seeds=len(runs),
         mean=means,
         std={axis: stdev(x) if len(x) > 1 else None for axis, x in values.items()},
@@ -84,9 +84,9 @@ def of_paper(dataset: str, forget: str) -> dict[str, dict[str, float]]:
     return {name: rows[title] for name in (*TITLES, "l1-sparse") if (title := TITLES.get(name, name)) in rows}
 
 
-def as_csv(rows: Iterable[Row]) -> str:
-    """One line per row; what was not measured is empty."""
-    lines = [_flat(row) for row in rows]
+def as_csv(rows: Iterable[Row], group: str = "forget") -> str:
+    """One line per row; what was not measured is empty. `group` heads the column of the rows' groups."""
+    lines = [{group: row.group} | _flat(row) for row in rows]
     out = io.StringIO()
     writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
     writer.writeheader()
@@ -99,7 +99,6 @@ def _flat(row: Row) -> dict[str, Any]:
     cells = {k: number(v) for axis in AXES for k, v in ((axis, row.mean[axis]), (f"{axis}_std", row.std[axis]))}
     names = [*cells, "avg_gap"]
     return {
-        "forget": row.forget,
         "method": row.name,
         "seeds": row.seeds,
         **cells,
