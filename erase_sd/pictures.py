@@ -1,5 +1,8 @@
 """Pictures of pictures: contact sheets, pixelation, and the check that an image is an image at all."""
 
+import math
+from collections.abc import Iterable, Sequence
+
 from PIL import Image, ImageDraw, ImageFont
 
 INK, PAPER = (32, 32, 32), (255, 255, 255)
@@ -68,6 +71,20 @@ def pixelate(image: Image.Image, blocks: int = 8) -> Image.Image:
     """The image in `blocks` x `blocks` averaged squares, in its own size: the content is gone, the colours stay."""
     small = image.convert("RGB").resize((blocks, blocks), Image.Resampling.BOX)
     return small.resize(image.size, Image.Resampling.NEAREST)
+
+
+def censor(image: Image.Image, boxes: Iterable[Sequence[float]], blocks: int = 4) -> Image.Image:
+    """A copy whose `boxes` (x, y, width, height in pixels) and a tenth around them are `blocks` x `blocks` squares.
+
+    What lies outside the image is ignored. As in `pixelate`, nothing but average colours is left to sharpen again.
+    """
+    image = image.convert("RGB")  # a copy
+    for x, y, w, h in boxes:
+        left, top = max(0, math.floor(x - w / 10)), max(0, math.floor(y - h / 10))
+        right, bottom = min(image.width, math.ceil(x + 1.1 * w)), min(image.height, math.ceil(y + 1.1 * h))
+        if left < right and top < bottom:
+            image.paste(pixelate(image.crop((left, top, right, bottom)), blocks), (left, top))
+    return image
 
 
 def broken(image: Image.Image) -> str | None:

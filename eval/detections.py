@@ -40,8 +40,8 @@ def detected(folder: ImageFolder, detector: Detector, file: Path, workers: int, 
     pool, records = ThreadPoolExecutor(workers), {}
     batches = [folder.entries[i : i + batch_size] for i in range(0, len(folder.entries), batch_size)]
     try:
-        with _appending(file) as out, StopFlag() as stop, tqdm(total=len(folder.entries), unit="image") as bar:
-            bar.set_description(str(folder.path))
+        bar = tqdm(total=len(folder.entries), desc=str(folder.path), unit="image")
+        with _appending(file) as out, StopFlag() as stop, bar:
             futures = [pool.submit(_batch, folder, batch, detector, known) for batch in batches]
             for future in as_completed(futures):
                 if not future.cancelled():

@@ -52,8 +52,6 @@ def load(
     installed, or if the file is no such network.
     """
     path = file or packaged()
-    if not path.is_file():
-        raise UserError(f"--detector {path} does not exist: give the path of an ONNX file, or leave it out")
     session, answer = _opened(path, resolution, threads)
     if answer.ndim != 3 or answer.shape[1] != 4 + len(LABELS):
         shape = " x ".join(map(str, answer.shape))
@@ -82,13 +80,15 @@ def _opened(path: Path, resolution: int, threads: int) -> tuple[Any, np.ndarray]
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
     settings.log_severity_level = 4  # what it has to say of a file that it refuses is in the exception
-    refused = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented)
+    refused = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile)
     try:
         session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
         side = _side(session, resolution)
         return session, _run(session, np.zeros((1, 3, side, side), np.float32))
-    except (*refused, state.RuntimeException, ValueError, IndexError) as error:
-        raise UserError(f"--detector {path} is no detector that onnxruntime can run: {error}") from error
+    except (*refused, state.RuntimeException, state.NotImplemented, ValueError, IndexError) as error:
+        raise UserError(
+            f"--detector {path} is no detector that onnxruntime can run ({error}): give another"
+        ) from error
 
 
 def _side(session: Any, resolution: int) -> int:

@@ -1,10 +1,10 @@
-"""Contact sheets show every image, pixelation hides, and broken images are told from sound ones."""
+"""Contact sheets show every image, pixelation and censoring hide, and broken images are told from sound ones."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from erase_sd.pictures import broken, pixelate, sheet
+from erase_sd.pictures import broken, censor, pixelate, sheet
 
 
 def noise(size: int = 32, seed: int = 0) -> Image.Image:
@@ -52,3 +52,23 @@ def test_pixelate_keeps_size_and_hides_detail() -> None:
 )
 def test_broken(image: Image.Image, reason: str | None) -> None:
     assert broken(image) == reason
+
+
+def test_censor_leaves_at_most_sixteen_colours_in_a_region_and_the_rest_alone() -> None:
+    image = noise(64)
+    before, after = np.asarray(image), np.asarray(censor(image, [(20, 10, 20, 30)]))
+    assert len(np.unique(after[10:40, 20:40].reshape(-1, 3), axis=0)) <= 16
+    outside = np.ones((64, 64), dtype=bool)
+    outside[7:43, 18:42] = False  # a tenth of the size around the box
+    assert (after == before).all(-1)[outside].all() and (after != before).any(-1)[7:43, 18:42].mean() > 0.9
+    assert np.array_equal(np.asarray(image), before)  # a copy was changed
+
+
+@pytest.mark.parametrize("box", [(-10, -10, 5, 5), (70, 0, 9, 9), (3, 3, 0, 0)])
+def test_censor_ignores_what_is_not_in_the_image(box: tuple[int, ...]) -> None:
+    assert np.array_equal(np.asarray(censor(noise(), [box])), np.asarray(noise()))
+
+
+def test_censor_cuts_off_what_sticks_out_and_hides_all_of_overlapping_boxes() -> None:
+    hidden = np.asarray(censor(noise(), [(-5, -5, 100, 100), (4, 4, 8, 8)]))
+    assert len(np.unique(hidden.reshape(-1, 3), axis=0)) <= 32
