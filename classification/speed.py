@@ -1,0 +1,185 @@
+"""What the closed form of the projection saves at CIFAR-10's scale: `python -m classification.speed`, random data.
+
+Twice the same network takes the same steps in turn, once with the closed form and once with the projection done as the
+released code does it: gradients copied to the host, joined in float64, given to a quadratic-programming solver. Needs
+quadprog, which is in the extra "test".
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from erase_sd.options import knob, parse
+from erase_sd.process import UserError, run_main
+
+if TYPE_CHECKING:
+    import torch
+
+    from classification.task import ClassificationTask
+    from erase_sd.core.task import Params
+
+CHANNELS, CLASSES = 3, 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What to time; the defaults are CIFAR-10's, 10 % of it forgotten."""
+
+    model: str = knob("resnet18", "resnet18, resnet34 or smallnet")
+    batch_size: int = knob(256, "forget samples, and retain samples, per step")
+    steps: int = knob(20, "steps of each kind")
+    sensitivity_batches: int = knob(1, "batches of the saliency")
+    fraction: float = knob(0.03, "share of the weights that is re-initialised")
+    lam: float = knob(0.05, "weight lambda of the forget term")
+    retain: int = knob(40_500, "retain examples: what an epoch of the extrapolation walks through")
+    size: int = knob(32, "height and width of the images")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for nothing to time."""
+        for name in ("batch_size", "steps", "sensitivity_batches", "retain", "size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} is too few: give 1 or more")
+
+
+class Times(NamedTuple):
+    """Seconds."""
+
+    trim: float  # saliency and trim
+    closed: list[float]  # per step
+    solver: list[float]
+    acted: int  # steps whose gradient the constraint changed
+    apart: float  # largest difference of the two networks' weights after the last step
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Time and print."""
+    argv = sys.argv[1:] if argv is None else argv
+    text = "Time the projection in closed form and by a solver."
+    speed = Speed(**parse(argv, prog="speed", description=text, speed=Speed)["speed"])
+    times = measure(speed)
+    epoch = math.ceil(speed.retain / speed.batch_size)
+    closed, solver = median(times.closed), median(times.solver)
+    ratio = median(b / a for a, b in zip(times.closed, times.solver, strict=True))
+    print(f"{speed.model}, batches of {speed.batch_size} + {speed.batch_size} random images, {device()}")
+    print(f"saliency and trim                    {times.trim:9.3f} s")
+    print(f"step, projection in closed form      {closed:9.3f} s   (median of {speed.steps})")
+    print(f"step, float64 QP on the host         {solver:9.3f} s   (median of {speed.steps}, interleaved)")
+    print(f"ratio per step, QP to closed form    {ratio:9.3f}     (median of the pairs)")
+    print(f"the constraint acted in {times.acted} of {speed.steps} steps; weights differ by {times.apart:.1e} at most")
+    print(f"EXTRAPOLATED, not measured: an epoch of {epoch} steps takes {closed * epoch:.1f} s in closed form,")
+    print(f"                            {solver * epoch:.1f} s with the QP")
+    return 0
+
+
+def device() -> str:
+    """Where it runs, and with how many threads."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU with {torch.get_num_threads()} threads"
+
+
+def measure(speed: Speed) -> Times:
+    """Trim one network, then let both kinds of steps go on from it by turns."""
+    from classification.quadratic import solved_
+    from erase_sd.core.descent import make_optimizer
+    from erase_sd.methods.scissorhands import Scissorhands
+
+    method = Scissorhands(
+        steps=speed.steps, lr=5e-3, sensitivity_batches=speed.sensitivity_batches, fraction=speed.fraction
+    )
+    tasks = [task_of(speed), task_of(speed)]
+    trims = [clock(list, method.trim(task))[0] for task in tasks]
+    optimizers = [make_optimizer(task.trainable(), method) for task in tasks]
+    seconds: list[list[float]] = [[], []]
+    acted = 0
+    for n in range(speed.steps):
+        for task, optimizer, project, found in zip(tasks, optimizers, (closed_, solved_), seconds, strict=True):
+            took, c = clock(step, task, optimizer, project, n, speed.lam)
+            found.append(took)
+        acted += c > 0
+    pairs = zip(*(task.trainable().values() for task in tasks), strict=True)
+    apart = max(float((a - b).detach().abs().max()) for a, b in pairs)
+    return Times(trims[1], *seconds, acted, apart)  # the second trim: the first one warms up as well
+
+
+def task_of(speed: Speed) -> ClassificationTask:
+    """A fresh network with random images to forget and to retain, the same at every call."""
+    import torch
+
+    from classification.data import Dataset, Images
+    from classification.knobs import Losses
+    from classification.models import build
+    from classification.task import ClassificationTask
+    from erase_sd.devices import accelerator
+    from erase_sd.runtime import generator
+
+    def images(name: str) -> Images:
+        n, g = 2 * speed.batch_size, generator(0, "speed", name)
+        pixels = torch.randint(0, 256, (n, CHANNELS, speed.size, speed.size), generator=g, dtype=torch.uint8)
+        return Images(
+            pixels=pixels, labels=torch.randint(0, CLASSES, (n,), generator=g), ids=tuple(map(str, range(n)))
+        )
+
+    forget, retain = images("forget"), images("retain")
+    grey = {"mean": (0.5,) * CHANNELS, "std": (0.25,) * CHANNELS}
+    names = tuple(map(str, range(CLASSES)))
+    dataset = Dataset(name="random", train=retain, test=retain, classes=names, augment="crop-flip", **grey)
+    model = build(speed.model, classes=CLASSES, channels=CHANNELS, seed=0, **grey)
+    return ClassificationTask(
+        model, dataset, forget, retain, Losses(batch_size=speed.batch_size), 0, accelerator(None)
+    )
+
+
+def step(
+    task: ClassificationTask,
+    optimizer: torch.optim.Optimizer,
+    project: Callable[[Params, Params, float], float],
+    n: int,
+    lam: float,
+) -> float:
+    """A step of Algorithm 1's repair; returns the multiplier v."""
+    from erase_sd.core.descent import apply
+    from erase_sd.core.task import gradient
+
+    theta, batch = task.trainable(), task.batch("repair", n)
+    g_f = gradient(task, task.forget(batch), theta)
+    g = gradient(task, task.retain(batch), theta)
+    v = project(g, g_f, lam)
+    apply(optimizer, theta, g)
+    return v
+
+
+def closed_(g: Params, g_f: Params, lam: float) -> float:
+    """g_r becomes the projected g in place, as `core.repair` does it; returns v."""
+    from erase_sd.core.projection import collapsed, dot, subtract_
+
+    c = collapsed(float(dot(g, g_f)), float(dot(g_f, g_f)), lam)
+    subtract_(g, g_f, c)
+    return c - lam
+
+
+def clock(work: Callable, *args: Any) -> tuple[float, Any]:
+    """Seconds until work(*args) is really done, and its result."""
+    import torch
+
+    def wait() -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+    wait()
+    start = time.perf_counter()
+    result = work(*args)
+    wait()
+    return time.perf_counter() - start, result
+
+
+if __name__ == "__main__":
+    run_main(main)
