@@ -11,7 +11,6 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from classification.metrics.gap import AXES, avg_gap, paper, rte
-from classification.metrics.relearn import shown
 
 TITLES = {"retrain": "Retrain", "ft": "FT", "ga": "GA", "iu": "IU", "be": "BE", "bs": "BS", "salun": "SalUn"}
 TITLES |= {"neggrad+": "NegGrad+", "scrub": "SCRUB", "ssd": "SSD", "scissorhands": "Scissorhands"}
@@ -72,6 +71,8 @@ def relearned(runs: Sequence[Record]) -> str:
     """Median epochs until D_f is back, ">200" where the cap ended more than half; nothing if it was not measured."""
     if not all("relearn" in run for run in runs):
         return ""
+    from classification.metrics.relearn import shown
+
     middle = median(math.inf if run["relearn"] is None else run["relearn"] for run in runs)
     return shown(None, runs[0]["settings"]["max_epochs"]) if math.isinf(middle) else f"{middle:g}"
 

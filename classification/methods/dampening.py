@@ -36,7 +36,7 @@ class Dampening:
             everywhere = (n_f * importance_f[name] + n_r * importance_r[name]) / (n_f + n_r)
             chosen = importance_f[name] > self.alpha * everywhere
             share = (self.lam * everywhere / importance_f[name]).clamp(max=1)
-            p.data = torch.where(chosen, p * share, p)
+            p.data.copy_(torch.where(chosen, p * share, p))  # in place: whoever saves the weights holds p
             selected += int(chosen.sum())
         yield {"step": 0, "loss": 0.0, "lr": 0.0, "selected": selected}, {"step": 1, "optimizer": {}}
 

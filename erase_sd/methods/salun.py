@@ -53,7 +53,7 @@ class SalUn(Descent):
 
         def after() -> None:
             for name, p in theta.items() if self.mask_mode == "hard" else ():
-                p.data = torch.where(masks[name], p, frozen[name])
+                p.data.copy_(torch.where(masks[name], p, frozen[name]))  # in place: others hold it
 
         for record, now in descend(task, self, objective, state, edit=edit, after=after):
             yield record, now | {"kept": masks}
