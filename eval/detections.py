@@ -40,8 +40,8 @@ def detected(folder: ImageFolder, detector: Detector, file: Path, workers: int, 
     pool, records = ThreadPoolExecutor(workers), {}
     batches = [folder.entries[i : i + batch_size] for i in range(0, len(folder.entries), batch_size)]
     try:
-        bar = tqdm(total=len(folder.entries), desc=str(folder.path), unit="image")
-        with _appending(file) as out, StopFlag() as stop, bar:
+        total, name = len(folder.entries), str(folder.path)
+        with _appending(file) as out, StopFlag() as stop, tqdm(total=total, desc=name, unit="image") as bar:
             futures = [pool.submit(_batch, folder, batch, detector, known) for batch in batches]
             for future in as_completed(futures):
                 if not future.cancelled():
@@ -54,8 +54,8 @@ def detected(folder: ImageFolder, detector: Detector, file: Path, workers: int, 
                     _cancel(futures)
     finally:
         pool.shutdown(cancel_futures=True)
-    if len(records) < len(folder.entries):
-        text = f"stopped: {len(records)} of {len(folder.entries)} images of {folder.path} are done"
+    if len(records) < total:
+        text = f"stopped: {len(records)} of {total} images of {folder.path} are done"
         print(f"{text}; the same command goes on", file=sys.stderr)
         raise SystemExit(128 + stop.signum)
     ordered = [records[entry.file] for entry in folder.entries]
