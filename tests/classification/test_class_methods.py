@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -273,7 +274,7 @@ def test_the_memory_is_stale_scoped_and_measured_in_evaluation_mode(tiny_task: M
     task = tiny_task(**losses)
     kept = [dict(state["kept"]) for record, state in method(task) if record.get("step") is not None]
     assert set(kept[0]) == {name for name in task.trainable() if in_scope(name)}
-    same_as_before = [all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(kept, kept[1:], strict=False)]
+    same_as_before = [all(torch.equal(a[n], b[n]) for n in a) for a, b in pairwise(kept)]
     assert same_as_before == [True, True, False, True, True, False, True, True]
     assert task.model.training
 
