@@ -160,5 +160,5 @@ def verdict(rows: Sequence[Row], again: str, ours: str = "scissorhands") -> str:
     text += f" Smallest Avg. Gap: {title(best)}."
     if mine is None or mine is best:
         return text
-    near = "within" if mine.avg_gap - best.avg_gap <= floor else "more than"
-    return f"{text} {title(mine)} is {near} the noise floor of it."
+    near = "within the noise floor of" if mine.avg_gap - best.avg_gap <= floor else "more than the noise floor from"
+    return f"{text} {title(mine)} is {near} it."

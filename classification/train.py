@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):  # run as a file: its folder would hide real modules
     sys.path[0] = os.path.dirname(sys.path[0])
@@ -12,18 +13,27 @@ elif not __package__:  # python -P puts nothing there
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from classification.knobs import Data
-from classification.plan import Job, Training, training
-from erase_sd.options import filled, parse
+from classification.plan import Training, training
+from erase_sd.options import filled, knob, parse
 from erase_sd.process import run_main
 from erase_sd.terminal import quiet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Which network of many, and where it goes."""
+
+    train_seed: int = knob(0, "seed of the weights and of the order of the data")
+    output_dir: str = knob("runs/classification", "folder of all runs, each in a folder of its own")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = knob(None, "autocast; by default accelerate's setting")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train on everything but the validation set; the same command again resumes or costs nothing."""
     argv = sys.argv[1:] if argv is None else argv
     text = "Train a classifier on all of its data."
-    given = parse(argv, prog="train", description=text, job=Job, data=Data, training=Training)
-    data, job = filled(Data, given["data"]), filled(Job, given["job"])
+    given = parse(argv, prog="train", description=text, run=Run, data=Data, training=Training)
+    data, place = filled(Data, given["data"]), filled(Run, given["run"])
     recipe = replace(training(data.dataset), **given["training"])
 
     from pathlib import Path
@@ -33,8 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     from classification.runs import train
     from erase_sd.devices import accelerator
 
-    accel = accelerator(job.mixed_precision)
-    folder = train(data, recipe, job.train_seed, Path(job.output_dir), accel)
+    accel = accelerator(place.mixed_precision)
+    folder = train(data, recipe, place.train_seed, Path(place.output_dir), accel)
     if accel.is_main_process:
         print(f"{folder}: model.safetensors, run.json")
     return 0

@@ -108,7 +108,7 @@ def test_preserving_is_zero_until_something_changes(tiny_task: MakeTask):
     p = task.model(batch.retain.x).softmax(1).double()
     change(task)
     q = task.model(batch.retain.x).softmax(1).double()
-    assert task.preserve(batch).item() == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-5)
+    assert task.preserve(batch).item() == pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-5)
 
 
 def test_batch_norms_use_the_statistics_that_are_asked_for(tiny_task: MakeTask):

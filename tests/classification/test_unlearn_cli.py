@@ -1,0 +1,232 @@
+"""The commands as a user types them: train, unlearn, kill, resume, several processes, and every kind of mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from classification import ablation, benchmark, speed, train, unlearn
+from classification.models import build
+from classification.plan import make
+from erase_sd.runtime import run_main
+
+ROOT = Path(__file__).parents[2]
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network for digits with random weights, in a folder as train.py leaves one: nothing has to be trained."""
+    folder = tmp_path_factory.mktemp("raw")
+    model = build("smallnet", classes=10, channels=1, mean=(0.3062,), std=(0.3766,), seed=0)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def weights(root: Path) -> dict[str, torch.Tensor]:
+    (file,) = root.glob("digits/*/model.safetensors")
+    return load_file(file)
+
+
+def test_train_then_unlearn_then_nothing_is_left_to_do(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):
+    trained = ["--dataset", "digits", "--epochs", "0.5", "--output_dir", str(tmp_path)]
+    assert train.main(trained) == 0
+    folder = capsys.readouterr().out.partition(":")[0]
+    command = ["--method", "scissorhands", "--steps", "3", "--raw", folder, "--output_dir", str(tmp_path / "runs")]
+    assert unlearn.main(command) == 0
+    said = capsys.readouterr().out
+    assert "accuracy on the forget set" in said and "forget set taken for unseen" in said
+    (place,) = (tmp_path / "runs" / "digits").iterdir()
+    record = json.loads((place / "run.json").read_text())
+    assert record["trace"]["steps"] == 3 and record["reinitialised"] > 0 and not record["resumed"]
+    assert set(record["scores"]) == {"acc_f", "acc_r", "acc_t", "acc_val", "mia", "mia_val"}
+    assert len(record["forget_ids"]) == 122 and record["samples"]["forward"] > 0
+    before, after = load_file(Path(folder) / "model.safetensors"), load_file(place / "model.safetensors")
+    assert before.keys() == after.keys() and any(not torch.equal(x, after[n]) for n, x in before.items())
+
+    stamp = (place / "run.json").stat().st_mtime_ns
+    monkeypatch.setattr("classification.runs.run", None)  # whoever calls it fails
+    assert unlearn.main(command) == 0 and train.main(trained) == 0
+    assert capsys.readouterr().out.startswith(said) and (place / "run.json").stat().st_mtime_ns == stamp
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, raw: Path):
+    command = ["--method", "scrub", "--steps", "60", "--raw", str(raw), "--checkpointing_steps", "10"]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / "classification" / "unlearn.py"),
+                *command,
+                "--output_dir",
+                str(tmp_path / "a"),
+            ],
+            env=ENV,
+            stdout=log,
+            stderr=log,
+        )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("a/digits/*/checkpoints/[!.]*")):
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(tmp_path.glob("a/digits/*/run.json"))
+    for root in ("a", "b"):
+        assert unlearn.main([*command, "--output_dir", str(tmp_path / root)]) == 0
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(x, b[name]) for name, x in a.items())
+    (record,) = (json.loads(file.read_text()) for file in tmp_path.glob("a/digits/*/run.json"))
+    assert record["resumed"] and record["trace"]["steps"] == 60  # RTE leaves it out
+
+
+FOUR = {"steps": 4, "batch_size": 16}
+BY_METHOD: dict[str, dict] = {
+    name: {**FOUR, "method": name} for name in ("ft", "ga", "be", "bs", "l1-sparse", "neggrad+", "retrain")
+}
+BY_METHOD |= {
+    "salun": {**FOUR, "method": "salun", "sensitivity_batches": 2},
+    "scrub": {"steps": 4, "batch_size": 64, "method": "scrub"},  # two max steps, two min steps
+    "iu": {"method": "iu", "samples": 6},
+    "ssd": {"method": "ssd", "batch_size": 128},
+    "scissorhands": {**FOUR, "method": "scissorhands", "sensitivity_batches": 2, "lr": 0.01, "release_at": None},
+    "released": {**FOUR, "method": "scissorhands", "memory_scope": "layer3|layer4|fc", "margin": 0.5, "ridge": 1e-3},
+}
+SCRIPT = """
+import json, sys
+from classification.plan import make
+from classification.runs import unlearn
+from erase_sd.devices import accelerator
+accel = accelerator(None)
+for job in json.loads(sys.argv[1]):
+    unlearn(make(**job), accel)
+"""
+
+
+def jobs(raw: Path, root: Path) -> dict[str, dict]:
+    """Of every method, with the same global batches; GroupNorm needs no statistics."""
+    common = {"dataset": "digits", "raw": str(raw)}
+    return {name: common | values | {"output_dir": str(root / name)} for name, values in BY_METHOD.items()}
+
+
+def test_two_processes_find_what_one_finds(tmp_path: Path, raw: Path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    for root, launcher in (
+        ("one", ()),
+        ("two", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")),
+    ):
+        values = json.dumps(list(jobs(raw, tmp_path / root).values()))
+        command = [sys.executable, *launcher, str(script), values]
+        done = subprocess.run(command, env=ENV | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    start = load_file(raw / "model.safetensors")
+    for name in BY_METHOD:
+        one, two = (weights(tmp_path / root / name) for root in ("one", "two"))
+        moved = max(float((one[key] - x).abs().max()) for key, x in start.items())
+        apart = max(float((two[key] - x).abs().max()) for key, x in one.items())
+        assert moved > 1e-4 and apart <= 1e-5 * max(1, moved), f"{name}: moved {moved}, apart {apart}"
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "hint"),
+    [
+        (unlearn, "--method sculpt", "unknown method 'sculpt': use one of retrain, ft"),
+        (unlearn, "--preset ours", "unknown preset 'ours': scissorhands has paper"),
+        (unlearn, "--dataset mnist", "'mnist' is not one of digits"),
+        (unlearn, "--batch_norm sometimes", "'sometimes' is not one of train, eval"),
+        (unlearn, "--fraction 2", "--fraction 2.0 is outside [0, 1]"),
+        (unlearn, "--batch_size 0", "--batch_size 0 is too small"),
+        (unlearn, "--trim_share 0", "--trim_share 0.0 is outside (0, 1]"),
+        (unlearn, "--method ft --fraction 0.1", "there is no option --fraction"),
+        (unlearn, "--forget everything --raw RAW", "--forget 'everything' is not understood: give random:0.1"),
+        (unlearn, "--forget class:12 --raw RAW", "no example has this class"),
+        (unlearn, "--raw nowhere", "nowhere holds no model.safetensors"),
+        (unlearn, "--raw RESNET", "does not fit SmallNet"),
+        (unlearn, "--trim_scope layer9 --raw RAW", "--trim_scope 'layer9' matches no parameter"),
+        (benchmark, "--methods ft sculpt", "unknown method 'sculpt'"),
+        (benchmark, "--seeds 0", "--seeds 0 is too few"),
+        (benchmark, "--lira 2", "--lira 2 is too few: give 3 or more"),
+        (benchmark, "--dataset mnist", "'mnist' is none of digits"),
+        (ablation, "--seeds 0", "--seeds 0 is too few"),
+        (ablation, "--preset ours", "unknown preset 'ours'"),
+        (speed, "--steps 0", "--steps 0 is too few"),
+        (speed, "--model vgg", "unknown model vgg"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture, command, words: str, hint: str
+):
+    other = tmp_path / "resnet"
+    if "RESNET" in words:
+        other.mkdir()
+        model = build("resnet18", classes=10, channels=1, mean=(0.5,), std=(0.5,), seed=0)
+        save_file(model.state_dict(), other / "model.safetensors")
+    argv = words.replace("RAW", str(raw)).replace("RESNET", str(other)).split()
+    argv += [] if command is speed else ["--output_dir", str(tmp_path / "runs")]
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: command.main(argv))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and said[-1].startswith("error: ") and hint in said[-1]
+    assert not list((tmp_path / "runs").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("command", ["train", "unlearn", "benchmark", "ablation", "speed"])
+def test_help_needs_no_torch(command: str):
+    code = f"""
+import sys
+from classification import {command}
+try:
+    {command}.main(["--help"])
+except SystemExit as stopped:
+    assert stopped.code == 0
+assert "torch" not in sys.modules, "torch was imported for --help"
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0 and "--" in done.stdout, done.stderr
+
+
+def test_speed_measures_both_kinds_of_steps(capsys: pytest.CaptureFixture):
+    quick = speed.Speed(model="smallnet", size=8, batch_size=8, steps=2)
+    times = speed.measure(quick)
+    assert len(times.closed) == len(times.solver) == 2 and times.trim > 0
+    assert times.apart < 1e-6
+    assert speed.main("--model smallnet --size 8 --batch_size 8 --steps 1 --retain 20".split()) == 0
+    said = capsys.readouterr().out
+    assert "ratio per step" in said and "EXTRAPOLATED, not measured: an epoch of 3 steps" in said
+
+
+def test_every_job_of_the_tables_is_a_plan():
+    """No run of a long table may find out that its knobs do not exist."""
+    options = benchmark.Benchmark()
+    plans = {key: make(**values) for key, values in benchmark.jobs(options, 5).items()}
+    assert len(plans) == 2 * 13 * 5
+    for (forget, name, s), plan in plans.items():
+        assert (plan.data.forget, plan.data.forget_seed, plan.job.train_seed) == (forget, s, s)
+        if name in ("retrain", benchmark.AGAIN):  # it must not start where the network that is to forget did
+            assert plan.job.method == "retrain" and plan.job.seed not in range(5)
+    varied = ablation.variants(ablation.Ablation())
+    base = make(**benchmark.job(options, "random:0.1", "scissorhands", 0)).config()
+    for rows in varied.values():
+        for knobs in rows.values():
+            config = make(**benchmark.job(options, "random:0.1", "scissorhands", 0) | knobs).config()
+            assert {k for k, v in config.items() if v != base[k]} <= knobs.keys()
+
+
+@pytest.mark.slow
+def test_the_benchmark_resumes_and_then_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture):
+    words = f"--seeds 1 --methods ga --forget random:0.1 --lira 0 --output_dir {tmp_path}"
+    assert benchmark.main(words.split()) == 0
+    first = capsys.readouterr().out
+    assert "| GA |" in first and "Noise floor" in first and (tmp_path / "benchmark_digits.png").stat().st_size > 5000
+    stamps = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("digits/*/*.json")}
+    assert benchmark.main(words.split()) == 0
+    assert capsys.readouterr().out == first
+    assert stamps == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("digits/*/*.json")}
