@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from erase_sd.process import UserError
 from eval.detections import pixels
-from eval.detector import LABELS, Detector, detect, load, packaged
+from eval.detector import LABELS, Detector, _boxes, detect, load, packaged
 from eval.images import Entry, ImageFolder, read
 
 nudenet = pytest.importorskip("nudenet")
@@ -99,6 +99,21 @@ def test_box_for_box_what_nudenet_finds(photographs: ImageFolder, oracle: dict[s
         part = files[start : start + batch]
         for file, found in zip(part, detect(mine, [seen[file] for file in part]), strict=True):
             assert same(found, oracle[file]), file
+
+
+@pytest.mark.parametrize(("wide", "high"), [(512, 512), (640, 427), (193, 900)])
+def test_crowded_answers_become_the_boxes_that_nudenet_makes_of_them(detector: Detector, wide: int, high: int):
+    """Hundreds of boxes that overlap, stick out and share scores near the limits, as in no photograph here."""
+    draw = np.random.default_rng(wide)
+    answer = np.zeros((22, 2100), np.float32)
+    answer[:2] = draw.uniform(-40, 360, (2, 2100))
+    answer[2:4] = draw.uniform(5, 150, (2, 2100))
+    answer[4:] = draw.choice(np.array([0, 0.1, 0.2, 0.25, 0.2500001, 0.3, 0.6, 0.9], np.float32), (18, 2100))
+    answer[4:] *= draw.random((18, 2100)) < 0.05
+    side = max(wide, high)
+    padding, ratios = (side - wide, side - high), (side / wide, side / high)
+    theirs = nudenet.nudenet._postprocess([answer[None]], *padding, *ratios, wide, high, 320, 320)
+    assert _boxes(answer, high, wide, detector) == theirs and len(theirs) > 50
 
 
 def test_pixels_are_those_that_nudenet_reads(photographs: ImageFolder):

@@ -118,11 +118,11 @@ def test_broken_images_are_counted_in_n_and_said_to_be_broken(folder: Path, caps
 
 
 def test_the_manifest_says_which_images_there_are_and_which_are_nan(folder: Path):
-    lines = [{"file": "coffee.png"}, {"file": "gone.png"}, {"file": CAT, "broken": "nan"}]
+    lines = [{"file": "coffee.png"}, {"file": "gone.png"}, {"file": "astronaut.png", "broken": "nan"}]
     (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main([str(folder)]) == 1
-    got = [(line["file"], line["broken"]) for line in stored(folder / "detections.jsonl")]
-    assert got == [("coffee.png", None), ("gone.png", "unreadable"), (CAT, "nan")]
+    got = [(line["file"], line["broken"], line["detections"]) for line in stored(folder / "detections.jsonl")]
+    assert got == [("coffee.png", None, []), ("gone.png", "unreadable", []), ("astronaut.png", "nan", [])]
     assert main([str(folder)]) == 1  # and the same from what is stored
 
 
