@@ -1,7 +1,7 @@
 """Choose every method's knobs on a validation forget set, with one budget: `python -m classification.search`.
 
-The forget sets and the test data of the benchmark are not looked at: other seeds draw the forget sets, and validation
-examples stand in for test examples. Writes every draw to a table and the best ones to where the presets read them.
+The forget sets, networks and test data of the benchmark are not looked at: other seeds draw and train them, another
+class is forgotten, and validation examples stand in for test examples. Writes every draw to a table and the best ones to where the presets read them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from erase_sd.runtime import generator, write_atomic
 
 TUNED = Path(__file__).parent / "tuned.json"
 AXES = ("acc_f", "acc_r", "acc_val", "mia_val")
-FIRST = 1000  # forget seeds of a search; a benchmark counts from 0
+FIRST = 1000  # seeds of a search; a benchmark counts from 0
+SEEDS = ("forget_seed", "seed", "train_seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +32,12 @@ class Search:
 
     dataset: str = knob("digits", "data set")
     data_dir: str | None = knob(None, "folder with the data in their original format (default: the Hub)")
-    forget: tuple[str, ...] = knob(("random:0.1", "class:3"), "kinds of forget set, each with knobs of its own")
+    forget: tuple[str, ...] = knob(
+        ("random:0.1", "class:5"), "one forget set of each kind; of no class that a benchmark reports"
+    )
     methods: tuple[str, ...] = knob(tuple(SPACES), "methods to search for")
     budget: int = knob(12, "draws per method and kind of forget set")
-    seeds: int = knob(2, "forget sets per draw")
+    seeds: int = knob(3, "runs per draw, each with a forget set and a trained network of its own")
     output_dir: str = knob("runs/search", "folder of the runs")
     table: str = knob("docs/search.csv", "file of every draw and its gap")
     processes: int = knob(2, "runs at a time")
@@ -94,7 +97,7 @@ def results(search: Search) -> list[dict[str, Any]]:
             for knobs in points:
                 rows.append({"forget": forget, "method": method, "knobs": knobs})
                 jobs += [
-                    common | {"forget": forget, "method": method, "forget_seed": s, "seed": s, **knobs} for s in seeds
+                    common | {"forget": forget, "method": method, **dict.fromkeys(SEEDS, s), **knobs} for s in seeds
                 ]
     done = records(jobs, search.processes, "search")
     for i, row in enumerate(rows):
