@@ -1,7 +1,8 @@
 """Choose every method's knobs on a validation forget set, with one budget: `python -m classification.search`.
 
 The forget sets, networks and test data of the benchmark are not looked at: other seeds draw and train them, another
-class is forgotten, and validation examples stand in for test examples. Writes every draw to a table and the best ones to where the presets read them.
+class is forgotten, and validation examples stand in for test examples. Writes every draw to a table and the best ones
+to where the presets read them.
 """
 
 from __future__ import annotations
