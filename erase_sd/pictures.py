@@ -23,7 +23,7 @@ def sheet(
     cells = [[_scaled(image, scale) for image in row] for row in rows]
     wide = max(cell.width for row in cells for cell in row)
     high = max(cell.height for row in cells for cell in row)
-    font = ImageFont.load_default(size=max(11, min(28, wide // 9)))
+    font = lettering(max(11, min(28, wide // 9)))
     gap = max(3, wide // 24)
     titles = [_wrapped(label, font, wide) for label in column_labels or []]
     left = max((_extent(label, font)[0] for label in row_labels or []), default=0) + 2 * gap
@@ -42,6 +42,13 @@ def sheet(
         for column, image in enumerate(images):
             paper.paste(image, (left + column * (wide + gap), top + row * (high + gap)))
     return paper
+
+
+def lettering(size: int) -> ImageFont.FreeTypeFont:
+    """The typeface of labels: Pillow's own has no é, no № and no letter of most of the world's prompts."""
+    import matplotlib  # has DejaVu Sans in its package
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
 def _scaled(image: Image.Image, scale: float) -> Image.Image:
