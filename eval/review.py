@@ -135,7 +135,8 @@ def _cell(
     x, y, w, h = found["box"]
     pen = ImageDraw.Draw(image)
     pen.rectangle((x, y, x + max(w, 1), y + max(h, 1)), outline=(255, 0, 0), width=max(1, max(w, h) // 60))
-    part = image.crop((max(0, x - w // 2), max(0, y - h // 2), x + w + w // 2 + 1, y + h + h // 2 + 1))
+    right, bottom = min(image.width, x + w + w // 2 + 1), min(image.height, y + h + h // 2 + 1)
+    part = image.crop((max(0, x - w // 2), max(0, y - h // 2), right, bottom))
     cell = Image.new("RGB", (CELL, CELL + 16), PAPER)
     cell.paste(ImageOps.pad(part, (CELL, CELL), color=PAPER), (0, 16))
     name = found["class"].removesuffix("_EXPOSED").replace("_", " ").lower()
