@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from erase_sd.pictures import broken
 from erase_sd.process import UserError
@@ -18,6 +18,7 @@ from erase_sd.process import UserError
 GENERATION, MANIFEST = "generation.json", "manifest.jsonl"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 LARGEST = 64_000_000  # pixels: a file that claims more is no picture of ours
+NO_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for what is no image
 MOST_BROKEN = 0.01  # share of broken images above which a judge exits non-zero
 
 
@@ -88,13 +89,13 @@ def _found(path: Path) -> list[Entry]:
 
 
 def picture(folder: ImageFolder, entry: Entry) -> tuple[Image.Image | None, str | None]:
-    """(RGB image, None), or (None or the image, why it is broken); the manifest's own verdict comes first."""
+    """(upright RGB image, None), or (None or the image, why it is broken); the manifest's own verdict comes first."""
     try:
         with Image.open(folder.path / entry.file) as image:
             if image.width * image.height > LARGEST:
                 return None, "unreadable"
-            image = image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError):  # what PIL raises for files that are no images
+            image = ImageOps.exif_transpose(image).convert("RGB")
+    except NO_IMAGE:
         return None, "unreadable"
     return image, entry.broken or broken(image)
 

@@ -20,9 +20,9 @@ def noise(path: Path, size: int = 16) -> Path:
 
 def bomb(path: Path, side: int = 60_000) -> Path:
     """A PNG whose header claims gigapixels."""
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)))
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b"\0")]
+    framed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
     return path
 
 
@@ -65,6 +65,13 @@ def test_what_is_no_image_says_so(tmp_path: Path, make, why: str | None):
     noise(tmp_path / "sound.png")
     image, reason = picture(read(tmp_path), Entry(file="x.png"))
     assert reason == why and (image is None) == (why == "unreadable")
+
+
+def test_a_photograph_is_upright(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "x.jpg", exif=exif)
+    assert picture(read(tmp_path), Entry(file="x.jpg"))[0].size == (10, 20)
 
 
 def test_the_manifest_knows_nan_from_black(tmp_path: Path):
