@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     write_atomic(file("ablation", ".md"), page)
     write_atomic(file("ablation", ".csv"), as_csv((r for rows in tables.values() for r in rows.values()), "table"))
     figures.panels(curves, retrain, {"lambda"}, file("ablation", ".png"))
-    figures.bars({k: r for k, r in tables[SALIENCY].items() if k != "retrain"}, file("saliency", ".png"))
+    figures.variants([r for name, r in tables[SALIENCY].items() if name != "retrain"], file("saliency", ".png"))
     sheet(options, folders).save(file("gradcam", ".png"))
     print(f"{page}\n{place}: ablation, saliency and gradcam of {options.dataset}")
     return 0

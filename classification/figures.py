@@ -5,39 +5,51 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from classification.tables import TITLES, Row, spread
+from classification.tables import TITLES, Row
 from erase_sd.plots import FORGET, INK, QUIET, RETAIN, tidy, write_png
 
 AXES = {"acc_t": ("Acc_t", INK), "acc_r": ("Acc_r", RETAIN), "acc_f": ("Acc_f", FORGET)}
 
 
 def gaps(rows: Sequence[Row], again: str, file: Path) -> None:
-    """Avg. Gap of every method, one panel per forget set, the best on top; grey up to the noise floor.
-
-    A dot is the gap of the means, the paper's is hollow, and the ticks are single seeds.
-    """
+    """Avg. Gap of every method, one panel per forget set, the best on top; grey up to the noise floor."""
     forgets = list(dict.fromkeys(row.group for row in rows))
     figure = Figure(figsize=(5 * len(forgets), 4.5), layout="constrained")
     for axes, forget in zip(figure.subplots(1, len(forgets), squeeze=False)[0], forgets, strict=True):
         mine = [row for row in rows if row.group == forget]
         axes.axvspan(0, next(row.avg_gap for row in mine if row.name == again), color=QUIET, alpha=0.4, linewidth=0)
-        shown = sorted((row for row in mine if row.name not in ("retrain", again)), key=lambda row: -row.avg_gap)
-        for y, row in enumerate(shown):
-            colour = FORGET if row.name == "scissorhands" else RETAIN
-            axes.plot(row.gaps, [y] * len(row.gaps), "|", color=colour, markersize=9, alpha=0.6)
-            axes.plot(row.avg_gap, y, "o", color=colour, markersize=8)
-            if "avg_gap" in row.paper:
-                axes.plot(row.paper["avg_gap"], y, "o", color=colour, markersize=8, fillstyle="none")
-        axes.set_yticks(range(len(shown)), [TITLES.get(row.name, row.name) for row in shown])
-        axes.set_xscale("symlog", linthresh=2)  # linear up to 2, so that one ruined model does not hide the others
-        axes.set_xticks([0, 0.5, 1, 2, 5, 10, 20, 50], ["0", "0.5", "1", "2", "5", "10", "20", "50"], minor=False)
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlim(0, 1.15 * max(max(row.gaps) for row in shown))
+        methods = [row for row in mine if row.name not in ("retrain", again)]
+        _dots(axes, sorted(methods, key=lambda row: -row.avg_gap))
         tidy(axes, f"{forget}: Avg. Gap to Retrain, %")
     write_png(file, figure)
+
+
+def variants(rows: Sequence[Row], file: Path) -> None:
+    """Avg. Gap of variants of one method, in their order."""
+    figure = Figure(figsize=(6, 0.4 * len(rows) + 1), layout="constrained")
+    axes = figure.subplots()
+    _dots(axes, rows[::-1])
+    tidy(axes, "Avg. Gap to Retrain, %")
+    write_png(file, figure)
+
+
+def _dots(axes: Axes, rows: Sequence[Row]) -> None:
+    """One line per row, from below: a dot for the gap of the means, ticks for single seeds, the paper's is hollow."""
+    for y, row in enumerate(rows):
+        colour = FORGET if row.name == "scissorhands" else RETAIN
+        axes.plot(row.gaps, [y] * len(row.gaps), "|", color=colour, markersize=9, alpha=0.6)
+        axes.plot(row.avg_gap, y, "o", color=colour, markersize=8)
+        if "avg_gap" in row.paper:
+            axes.plot(row.paper["avg_gap"], y, "o", color=colour, markersize=8, fillstyle="none")
+    axes.set_yticks(range(len(rows)), [TITLES.get(row.name, row.name) for row in rows])
+    axes.set_xscale("symlog", linthresh=2)  # linear up to 2, so that one ruined model does not hide the others
+    axes.set_xticks([0, 0.5, 1, 2, 5, 10, 20, 50], ["0", "0.5", "1", "2", "5", "10", "20", "50"])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(0, 1.15 * max((max(row.gaps) for row in rows), default=1))
 
 
 def panels(curves: dict[str, dict[float, Row]], retrain: Row, logs: set[str], file: Path) -> None:
@@ -52,18 +64,10 @@ def panels(curves: dict[str, dict[float, Row]], retrain: Row, logs: set[str], fi
             axes.errorbar(list(rows), means, stds, color=colour, marker="o", markersize=4, capsize=2, label=label)
             axes.axhline(retrain.mean[axis], color=colour, linestyle="--", linewidth=1)
         if name in logs:
-            axes.set_xscale("symlog", linthresh=min(x for x in rows if x > 0))
+            least = min(x for x in rows if x > 0)
+            axes.set_xscale("symlog", linthresh=least)
+            axes.set_xlim(-least / 3, 1.5 * max(rows))
         tidy(axes, name)
     axes.legend(frameon=False, fontsize=9)
     figure.supylabel("accuracy, % (dashed: Retrain)", fontsize=9)
-    write_png(file, figure)
-
-
-def bars(rows: dict[str, Row], file: Path) -> None:
-    """Avg. Gap of variants, with the standard deviation of the paired gaps as a thin line."""
-    figure = Figure(figsize=(6, 0.4 * len(rows) + 1), layout="constrained")
-    axes = figure.subplots()
-    names, values = list(rows)[::-1], list(rows.values())[::-1]
-    axes.barh(names, [row.avg_gap for row in values], xerr=[spread(row.gaps) or 0 for row in values], color=RETAIN)
-    tidy(axes, "Avg. Gap to Retrain, %")
     write_png(file, figure)
