@@ -1,0 +1,155 @@
+"""The sections of a report that judges of images fill: exposed parts, the worst images, quality."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from erase_sd.process import UserError
+from eval.detections import DETECTIONS
+from eval.detections import stored as detections
+from eval.evidence import Images, Run
+from eval.figures import PROTOCOL, Panel, fig3, panel, part_name, percent
+from eval.protocols import EXPOSED
+from eval.sections import Block, Gallery, Note, Table, cell, draw
+
+SOURCES = {"nudity": "1K, the prompts of the concept nudity", "i2p": "I2P"}
+WORST = 6  # images of a folder
+
+
+def exposed(images: list[Images]) -> list[Block]:
+    """Both panels of the paper's Fig. 3, with their numbers."""
+    blocks: list[Block] = []
+    for source, title in SOURCES.items():
+        of_source = [judged for judged in images if judged.source == source]
+        blocks += _panel(source, title, of_source) if of_source else [_nothing(source, title)]
+    return blocks
+
+
+def _nothing(source: str, title: str) -> Note:
+    text = f"{title}: no images were given. Draw them with the original model and with --unet RUN, judge both with "
+    text += "python -m eval.nudity, and name both with --images."
+    return Note(text, f"python -m eval.generate --prompts {source} --output_dir gen/{source}")
+
+
+def _panel(source: str, title: str, images: list[Images]) -> list[Block]:
+    """The panel of one source, or what is missing for it."""
+    ready = [judged for judged in images if judged.nudity and PROTOCOL in judged.nudity["protocols"]]
+    if len(ready) < len(images):
+        paths = [str(judged.folder.path) for judged in images]
+        text = f"{title}: not all folders were counted by the protocol {PROTOCOL}."
+        return [Note(text, shlex.join(["python", "-m", "eval.nudity", *paths, "--protocol", PROTOCOL]))]
+    baselines = [judged for judged in ready if judged.is_baseline]
+    models = [judged for judged in ready if not judged.is_baseline]
+    if len(baselines) > 1:
+        paths = " and ".join(str(judged.folder.path) for judged in baselines)
+        raise UserError(f"{paths} are both of an original model: give one, all changes are relative to it")
+    if not (baselines and models):
+        kind = "an erased model" if baselines else "the original model"
+        more = " --unet RUN" if baselines else ""
+        text = (
+            f"{title}: a change needs the images of {kind} as well: draw and judge them, then name them with --images."
+        )
+        return [Note(text, f"python -m eval.generate --prompts {source}{more} --output_dir gen/{source}-more")]
+    numbers = panel(baselines[0], models)
+    return [Gallery([fig3(f"fig3-{source}", title, numbers)]), _table(baselines[0].label, numbers)]
+
+
+def _table(original: str, numbers: Panel) -> Table:
+    head = ["part", original]
+    for model in numbers.after:
+        head += [model, "change"]
+    rows = []
+    for part, before in numbers.before.items():
+        row = [part_name(part), str(before)]
+        for model, counts in numbers.after.items():
+            row += [str(counts[part]), percent(numbers.change[model][part])]
+        rows.append(row)
+    return Table(head, rows, 1, f"{numbers.unit}, as the protocol {PROTOCOL} counts them")
+
+
+def worst(runs: list[Run], images: list[Images]) -> list[Block]:
+    """The images of erased models that show most of what was to be forgotten."""
+    blocks: list[Block] = []
+    for number, judged in enumerate(judged for judged in images if not judged.is_baseline):
+        if judged.concepts is not None:
+            found, words = _seen(judged.concepts), "in which the judge still sees the concept"
+        elif (judged.folder.path / DETECTIONS).is_file():
+            found, words = _scored(judged), "on which the detector sees an exposed part at all, highest score first"
+        else:
+            path = str(judged.folder.path)
+            tool, more = ("concepts", " --concept CONCEPT") if judged.source == "pocket" else ("nudity", "")
+            command = f"python -m eval.{tool} {shlex.quote(path)}{more}"
+            blocks.append(Note(f"{judged.label}: nobody judged its images.", command))
+            continue
+        entries = [entry for entry in judged.folder.entries if entry.file in found]
+        entries.sort(key=lambda entry: -found[entry.file][0])
+        text = f"{judged.label}: {len(entries)} of {len(judged.folder.entries)} images {words}"
+        shown = [cell(judged, entry, f"worst-{number}", found[entry.file][1]) for entry in entries[:WORST]]
+        blocks.append(Gallery(shown, text) if shown else Note(f"{text}."))
+    if not blocks:
+        text = "No images of an erased model were given: draw them, judge them and name them with --images."
+        blocks.append(Note(text, draw(runs[0])))
+    return blocks
+
+
+def _seen(concepts: dict[str, Any]) -> dict[str, tuple[float, str]]:
+    """{file: (1, what is seen)} of the images that show a concept."""
+    found = {}
+    for file, answer in concepts["values"].items():
+        if words := [f"{word} ({kind})" for kind, word in concepts["concepts"] if answer.get(kind) == word]:
+            found[file] = (1.0, f"sees {', '.join(words)}")
+    return found
+
+
+def _scored(judged: Images) -> dict[str, tuple[float, str]]:
+    """{file: (score, part and score)} of the highest exposed part of every image that has one."""
+    found = {}
+    for record in detections(judged.folder.path / DETECTIONS):
+        parts = [(d["score"], d["class"]) for d in record["detections"] if d["class"] in EXPOSED]
+        if parts:
+            score, part = max(parts)
+            found[record["file"]] = (score, f"{part_name(part)} {score:.2f}")
+    return found
+
+
+def quality(runs: list[Run], images: list[Images]) -> list[Block]:
+    """What was kept, metric by metric, and the pocket judge's rates."""
+    head = ["images", "metric", "features", "against", "better", "value", "n"]
+    rows = [
+        [judged.label, *_metric(entry)] for judged in images if judged.quality for entry in judged.quality["metrics"]
+    ]
+    broken = [f"{x.label}: {x.quality['broken']} of {x.quality['n']} images broken" for x in images if x.quality]
+    blocks: list[Block] = [Table(head, rows, 5, "; ".join(broken))] if rows else []
+    if rates := [[judged.label, *_concepts(judged.concepts)] for judged in images if judged.concepts]:
+        caption = (
+            "UA: share of the concept's prompts on which it is gone; IRA and CRA: share of the others on which the "
+        )
+        caption += "same kind and the other kinds are right; in brackets the 95 % interval. Higher is better."
+        blocks.append(Table(["images", "concept", "UA", "IRA", "CRA", "broken"], rates, 2, caption))
+    missing = [judged for judged in images if not (judged.quality or judged.concepts)]
+    if missing:
+        paths = [str(judged.folder.path) for judged in missing]
+        labels = ", ".join(judged.label for judged in missing)
+        blocks.append(Note(f"{labels}: not measured.", shlex.join(["python", "-m", "eval.quality", *paths])))
+    if not images:
+        text = "No images were given: draw them, measure them with python -m eval.quality and name them with --images."
+        blocks.append(Note(text, draw(runs[0])))
+    return blocks
+
+
+def _metric(entry: dict[str, Any]) -> list[str]:
+    n = entry["n"] if isinstance(entry["n"], list) else [entry["n"]]
+    value = "undefined" if entry["value"] is None else f"{entry['value']:.4g} {entry['unit'] or ''}".strip()
+    better = "higher" if entry["higher_is_better"] else "lower"
+    against = entry["against"] or "its prompts"
+    return [entry["name"], entry["features"] or "", against, better, value, " and ".join(map(str, n))]
+
+
+def _concepts(found: dict[str, Any]) -> list[str]:
+    names = ", ".join(f"{word} ({kind})" for kind, word in found["concepts"])
+    rates = []
+    for rate in (found[name] for name in ("UA", "IRA", "CRA")):
+        low, high = rate["ci95"]
+        rates.append("not measured" if rate["value"] is None else f"{rate['value']:.3f} ({low:.3f} to {high:.3f})")
+    return [names, *rates, f"{found['broken']} of {found['n']}"]

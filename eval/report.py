@@ -1,0 +1,131 @@
+"""Everything in one page: `python -m eval.report runs/a runs/b --images gen/grid/sd gen/grid/a gen/grid/b`.
+
+Writes report.html, one file that opens offline and runs no script, and report.md with its pictures beside it.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from erase_sd.options import argument, knob, parse
+from erase_sd.process import UserError, run_main
+from erase_sd.runtime import write_atomic
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+    from eval.evidence import Images, Run
+    from eval.sections import Section
+
+PICTURES = "images"  # folder beside report.md
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What to show and where to write it."""
+
+    run: tuple[str, ...] = argument("run folders of erase-sd")
+    images: tuple[str, ...] = knob(
+        (), "folders of images of eval.generate or eval.grid, the original model's included"
+    )
+    output_dir: str = knob("report", "folder of report.html and report.md")
+    censor: bool = knob(True, "make what is exposed unrecognisable")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the page and say where it is."""
+    argv = sys.argv[1:] if argv is None else argv
+    text = "Show runs and the images of their models on one page."
+    options = Report(**parse(argv, prog="eval.report", description=text, report=Report)["report"])
+    from eval import evidence
+
+    _check_place(Path(options.output_dir))
+    runs = [evidence.run(path) for path in options.run]
+    images = evidence.images(options.images, options.censor)
+    for path in write(Path(options.output_dir), runs, images, options.censor):
+        print(path)
+    return 0
+
+
+def _check_place(place: Path) -> None:
+    if place.exists() and not place.is_dir():
+        raise UserError(f"--output_dir {place} is a file: name a folder")
+
+
+def write(place: Path, runs: list[Run], images: list[Images], censored: bool) -> list[Path]:
+    """Write the HTML page, then the Markdown and its pictures; returns the paths of the two."""
+    content: dict[str, Any] = {"title": title(runs), "lead": lead(runs, censored), "sections": sections(runs, images)}
+    page, text = place / "report.html", place / "report.md"
+    write_atomic(page, _html().get_template("report.html.j2").render(content))
+    for section in content["sections"]:
+        for picture in section.pictures:
+            write_atomic(place / PICTURES / picture.name, picture.data)
+    write_atomic(text, _markdown().get_template("report.md.j2").render(content, images=PICTURES) + "\n")
+    return [page, text]
+
+
+def sections(runs: list[Run], images: list[Images]) -> list[Section]:
+    """All sections, in the order of reading: results first, how they came about last."""
+    from eval.judgements import exposed, quality, worst
+    from eval.records import protocols, record
+    from eval.sections import Section, grid, plots, scores
+
+    return [
+        Section("scores", "Scores", scores(runs)),
+        Section("before-after", "Before and after", plots(runs, "before_after", "same prompts, same seeds")),
+        Section("grid", "Side by side", grid(runs, images)),
+        Section("exposed", "Exposed parts", exposed(images)),
+        Section("worst", "Worst remaining images", worst(runs, images)),
+        Section("quality", "Quality", quality(runs, images)),
+        Section("losses", "Loss curves", plots(runs, "trace", "the repair, step by step")),
+        Section("saliency", "Saliency by layer", plots(runs, "saliency", "where the trim re-initialised entries")),
+        Section("record", "Run record", record(runs)),
+        Section("protocols", "Protocols", protocols(runs, images)),
+    ]
+
+
+def title(runs: list[Run]) -> str:
+    """What was erased from what."""
+    concepts = list(dict.fromkeys(run.concept for run in runs))
+    models = list(dict.fromkeys(str(run.record["config"].get("model", "a model")) for run in runs))
+    return f"{', '.join(concepts)} erased from {', '.join(models)}"
+
+
+def lead(runs: list[Run], censored: bool) -> str:
+    """One or two sentences: by which method, and whether pictures are whole."""
+    made = ", ".join(f"{run.name} by {run.record['config'].get('method', 'an unknown method')}" for run in runs)
+    kind = "Runs" if len(runs) > 1 else "Run"
+    return f"{kind} {made}. {'Exposed regions are pixelated.' if censored else 'Images are not censored.'}"
+
+
+def _html() -> Environment:
+    """Every value is escaped as HTML."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+
+
+def _markdown() -> Environment:
+    """Every value is made inert in Markdown, but for those that the template says are `raw`."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    from erase_sd.card import inert
+
+    def safe(value: object) -> str:
+        return value if isinstance(value, Markup) else re.sub(r"([_#~$!])", r"\\\1", inert(value))
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    page = Environment(loader=loader, finalize=safe, undefined=StrictUndefined, keep_trailing_newline=True)
+    page.filters["raw"] = Markup
+    page.filters["code"] = lambda command: Markup(html.escape(command, quote=False))
+    return page
+
+
+if __name__ == "__main__":
+    run_main(main)
