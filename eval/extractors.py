@@ -11,7 +11,6 @@ Nothing imports torchvision. Weights are safetensors only, except for a TorchScr
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +27,8 @@ from torch import Tensor, nn
 
 from erase_sd.process import UserError
 from erase_sd.runtime import digest, file_digest
+from eval import preprocessing
 
-PREPROCESSING = ("preprocessor_config.json", "processor_config.json")  # the second is what a CLIPProcessor writes
 NAMES = "clip:ID_OR_FOLDER, dinov2:ID_OR_FOLDER, torchscript:FILE or pocket"
 
 
@@ -70,11 +69,16 @@ def _pocket() -> Extractor:
 def _clip(name: str, source: str) -> Extractor:
     from transformers import AutoTokenizer, CLIPModel
 
-    how = _preprocessing(name, source)
+    with _explained(name):
+        how = preprocessing.of_model(source)
     model, key = _pretrained(CLIPModel, name, source)
     with _explained(name):
         tokenizer = AutoTokenizer.from_pretrained(source)
-    longest = model.config.text_config.max_position_embeddings
+    config = model.config.text_config
+    if len(tokenizer) != config.vocab_size:  # transformers makes an empty tokenizer of a folder without its files
+        text = f"--features {name}: the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}"
+        raise UserError(f"{text}: copy the tokenizer's files from the base model")
+    longest = config.max_position_embeddings
 
     def texts(sentences: list[str]) -> Tensor:
         tokens = tokenizer(sentences, padding=True, truncation=True, max_length=longest, return_tensors="pt")
@@ -85,7 +89,7 @@ def _clip(name: str, source: str) -> Extractor:
     return Extractor(
         name=name,
         key=digest(["clip", key, how]),
-        prepare=partial(prepared, how=how),
+        prepare=partial(preprocessing.prepared, how=how),
         images=lambda x: model.get_image_features(x.to(model.device)).pooler_output,
         texts=texts,
     )
@@ -94,12 +98,13 @@ def _clip(name: str, source: str) -> Extractor:
 def _dinov2(name: str, source: str) -> Extractor:
     from transformers import Dinov2Model
 
-    how = _preprocessing(name, source)
+    with _explained(name):
+        how = preprocessing.of_model(source)
     model, key = _pretrained(Dinov2Model, name, source)
     return Extractor(
         name=name,
         key=digest(["dinov2", key, how]),
-        prepare=partial(prepared, how=how),
+        prepare=partial(preprocessing.prepared, how=how),
         images=lambda x: model(x.to(model.device)).pooler_output,
     )
 
@@ -120,54 +125,6 @@ def _torchscript(name: str, source: str) -> Extractor:
 
 
 _KINDS = {"clip": _clip, "dinov2": _dinov2, "torchscript": _torchscript}
-
-
-def prepared(image: Image.Image, how: dict[str, Any]) -> Tensor:
-    """(3, H, W) normalised: resized (by its shorter side, or to a fixed size), cut from the middle, standardised.
-
-    The numbers are those of transformers' own image processors on PIL.
-    """
-    size, crop = how["size"], how["crop"]
-    if isinstance(size, int):
-        short = min(image.size)
-        size = [int(size * side / short) for side in reversed(image.size)]
-    image = image.resize((size[1], size[0]), Image.Resampling(how["resample"]))
-    if crop:
-        top, left = (image.height - crop[0]) // 2, (image.width - crop[1]) // 2
-        image = image.crop((left, top, left + crop[1], top + crop[0]))
-    x = torch.from_numpy(np.array(image)).movedim(-1, 0).float() / 255
-    mean, std = (torch.tensor(how[part])[:, None, None] for part in ("mean", "std"))
-    return (x - mean) / std
-
-
-def _preprocessing(name: str, source: str) -> dict[str, Any]:
-    """size, crop (pixels), mean, std and resample from the model's own file. Raises UserError where it has none."""
-    from transformers.utils import cached_file
-
-    with _explained(name):
-        found = [cached_file(source, f, _raise_exceptions_for_missing_entries=False) for f in PREPROCESSING]
-        files = [json.loads(Path(path).read_text(encoding="utf-8")) for path in found if path]
-    stored = files[0].get("image_processor", files[0]) if files else {}
-    if absent := {"size", "image_mean", "image_std"} - stored.keys():
-        raise UserError(f"--features {name}: its {PREPROCESSING[0]} says nothing of {min(absent)}: add that file")
-    return {
-        "size": _pixels(stored["size"]),
-        "crop": _pair(stored["crop_size"]) if stored.get("do_center_crop", "crop_size" in stored) else None,
-        "mean": stored["image_mean"],
-        "std": stored["image_std"],
-        "resample": stored.get("resample", Image.Resampling.BICUBIC.value),
-    }
-
-
-def _pixels(size: int | dict[str, int]) -> int | list[int]:
-    """The length of the shorter side, or [height, width]."""
-    if isinstance(size, dict) and "shortest_edge" not in size:
-        return _pair(size)
-    return size["shortest_edge"] if isinstance(size, dict) else size
-
-
-def _pair(size: int | dict[str, int]) -> list[int]:
-    return [size["height"], size["width"]] if isinstance(size, dict) else [size, size]
 
 
 def _pretrained(cls: Any, name: str, source: str) -> tuple[Any, str]:
@@ -192,6 +149,8 @@ def _explained(name: str) -> Iterator[None]:
     """Turn what the libraries raise while loading into one sentence."""
     try:
         yield
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = shorten(str(error), 200, placeholder=" ...").rstrip(". ")
         raise UserError(f"--features {name} cannot be loaded ({reason}): give a local copy, one of {NAMES}") from error

@@ -282,6 +282,7 @@ def one_image(folder: Path) -> None:
         (["{images}", "--baseline", "{plain}", "--features", "torchscript:no.pt"], "there is no file no.pt"),
         (["{images}", "--baseline", "{plain}", "--features", "torchscript:{foreign}"], "cannot be loaded"),
         (["{images}", "--baseline", "{plain}", "--features", "dinov2:{empty}"], "says nothing of image_mean"),
+        (["{images}", "--baseline", "{plain}", "--features", "clip:nobody/nothing"], "cannot be loaded"),
     ],
 )
 def test_what_cannot_be_measured_says_why(tmp_path: Path, clip_folder: Path, script: Path, words, sentence: str):
@@ -309,6 +310,12 @@ def test_nan_features_and_partial_weights_are_refused(images: Path, clip_folder:
     del weights["visual_projection.weight"]
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="has no value for visual_projection.weight"):
+        main([str(images), "--features", f"clip:{model}"])
+
+
+def test_a_clip_without_its_tokenizer_is_refused(images: Path, clip_folder: Path, tmp_path: Path):
+    model = Path(shutil.copytree(clip_folder, tmp_path / "clip", ignore=shutil.ignore_patterns("*token*", "*.txt")))
+    with pytest.raises(UserError, match="copy the tokenizer's files|cannot be loaded"):
         main([str(images), "--features", f"clip:{model}"])
 
 
