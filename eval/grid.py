@@ -58,12 +58,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     text = "Show models side by side: rows are prompts, columns are models."
     options = Grid(**parse(argv, prog="eval.grid", description=text, grid=Grid)["grid"])
-    quiet()
     if options.folders:
         from eval.images import read
 
         folders = [read(path) for path in options.folders]
     else:
+        quiet()
         from accelerate import PartialState
 
         folders = [draw(column) for column in columns(options)]
