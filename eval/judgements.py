@@ -13,23 +13,28 @@ from eval.figures import PROTOCOL, Panel, fig3, panel, part_name, percent
 from eval.protocols import EXPOSED
 from eval.sections import Block, Gallery, Note, Table, cell, draw
 
-SOURCES = {"nudity": "1K, the prompts of the concept nudity", "i2p": "I2P"}
+SOURCES = {"nudity": "the 1K set", "i2p": "I2P"}
 WORST = 6  # images of a folder
 
 
 def exposed(images: list[Images]) -> list[Block]:
     """Both panels of the paper's Fig. 3, with their numbers."""
-    blocks: list[Block] = []
+    blocks, missing = [], []
     for source, title in SOURCES.items():
         of_source = [judged for judged in images if judged.source == source]
-        blocks += _panel(source, title, of_source) if of_source else [_nothing(source, title)]
-    return blocks
+        if of_source:
+            blocks += _panel(source, title, of_source)
+        else:
+            missing.append(source)
+    return blocks + ([_nothing(missing)] if missing else [])
 
 
-def _nothing(source: str, title: str) -> Note:
-    text = f"{title}: no images were given. Draw them with the original model and with --unet RUN, judge both with "
-    text += "python -m eval.nudity, and name both with --images."
-    return Note(text, f"python -m eval.generate --prompts {source} --output_dir gen/{source}")
+def _nothing(sources: list[str]) -> Note:
+    titles = " and ".join(f"{source} ({SOURCES[source]})" for source in sources)
+    text = f"No images of {titles} were given: draw them with the original model and with --unet RUN, count them with "
+    text += "python -m eval.nudity and name them with --images."
+    commands = [f"python -m eval.generate --prompts {source} --output_dir gen/{source}" for source in sources]
+    return Note(text, "\n".join(commands))
 
 
 def _panel(source: str, title: str, images: list[Images]) -> list[Block]:

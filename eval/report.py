@@ -6,7 +6,6 @@ Writes report.html, one file that opens offline and runs no script, and report.m
 from __future__ import annotations
 
 import html
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,10 +96,17 @@ def title(runs: list[Run]) -> str:
 
 
 def lead(runs: list[Run], censored: bool) -> str:
-    """One or two sentences: by which method, and whether pictures are whole."""
-    made = ", ".join(f"{run.name} by {run.record['config'].get('method', 'an unknown method')}" for run in runs)
-    kind = "Runs" if len(runs) > 1 else "Run"
-    return f"{kind} {made}. {'Exposed regions are pixelated.' if censored else 'Images are not censored.'}"
+    """By which method and at what cost, and whether pictures are whole."""
+    made = "; ".join(
+        f"{run.name} by {run.record['config'].get('method', 'an unknown method')}{_cost(run)}" for run in runs
+    )
+    return f"{made}. {'Exposed regions are pixelated.' if censored else 'Images are not censored.'}"
+
+
+def _cost(run: Run) -> str:
+    steps, seconds = run.record.get("trace", {}).get("steps"), run.record.get("seconds")
+    words = [f"{steps} steps"] if steps else []
+    return ", ".join(["", *words, *([f"{seconds / 60:.1f} minutes"] if seconds is not None else [])])
 
 
 def _html() -> Environment:
@@ -118,7 +124,7 @@ def _markdown() -> Environment:
     from erase_sd.card import inert
 
     def safe(value: object) -> str:
-        return value if isinstance(value, Markup) else re.sub(r"([_#~$!])", r"\\\1", inert(value))
+        return value if isinstance(value, Markup) else inert(value)
 
     loader = FileSystemLoader(Path(__file__).parent)
     page = Environment(loader=loader, finalize=safe, undefined=StrictUndefined, keep_trailing_newline=True)

@@ -87,7 +87,7 @@ def scores(runs: list[Run]) -> list[Block]:
     blocks: list[Block] = []
     if rows:
         alone = len(runs) == 1
-        head = ["run", "share of images", "better", "before, %", "after, %", "95 % interval"]
+        head = ["run", "share of images", "better", "before, %", "after, %", "after, 95 % interval"]
         caption = "; ".join(_counts(run, alone) for run in runs if run.scores)
         blocks.append(Table(head[alone:], [row[alone:] for row in rows], 3 - alone, caption))
     missing = [run for run in runs if not run.scores]

@@ -33,7 +33,7 @@ def drawn(tmp_path: Path) -> Callable[..., Path]:
         lines, seen = [], []
         for row, prompt in enumerate(prompts):
             file = f"{row:05d}_{row + 7}.png"
-            pixels = np.random.default_rng([row, len(name)]).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+            pixels = np.random.default_rng([row, *name.encode()]).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / file)
             why, digest = (broken or {}).get(row), sha256((folder / file).read_bytes()).hexdigest()
             size = {"width": SIDE, "height": SIDE}
