@@ -315,7 +315,7 @@ def test_nan_features_and_partial_weights_are_refused(images: Path, clip_folder:
 
 def test_a_clip_without_its_tokenizer_is_refused(images: Path, clip_folder: Path, tmp_path: Path):
     model = Path(shutil.copytree(clip_folder, tmp_path / "clip", ignore=shutil.ignore_patterns("*token*", "*.txt")))
-    with pytest.raises(UserError, match="copy the tokenizer's files|cannot be loaded"):
+    with pytest.raises(UserError, match="copy the tokenizer's files"):
         main([str(images), "--features", f"clip:{model}"])
 
 
