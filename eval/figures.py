@@ -133,7 +133,7 @@ def fig3(name: str, title: str, numbers: Panel) -> Picture:
     axes.set_ylim(len(parts) - 0.45, -0.55)
     ends = [value for model in models for value in numbers.change[model].values() if value is not None]
     low, top = min([*ends, -100]), max([*ends, 0])
-    axes.set_xlim(low - 0.1 * (top - low), top + 0.14 * (top - low))
+    axes.set_xlim(low - 0.13 * (top - low), top + 0.14 * (top - low))
     axes.axvline(0, color=QUIET, linewidth=0.8, zorder=0)
     axes.set_xlabel(f"change of the number of {numbers.unit}, %; in brackets the original model's number")
     tidy(axes, title)

@@ -10,6 +10,8 @@ from eval.detections import DETECTIONS
 from eval.detections import stored as detections
 from eval.evidence import Images, Run
 from eval.figures import PROTOCOL, Panel, fig3, panel, part_name, percent
+from eval.grid import brief
+from eval.images import Entry
 from eval.protocols import EXPOSED
 from eval.sections import Block, Gallery, Note, Table, cell, draw
 
@@ -30,7 +32,7 @@ def exposed(images: list[Images]) -> list[Block]:
 
 
 def _nothing(sources: list[str]) -> Note:
-    titles = " and ".join(f"{source} ({SOURCES[source]})" for source in sources)
+    titles = " and ".join(f"{SOURCES[source]} (--prompts {source})" for source in sources)
     text = f"No images of {titles} were given: draw them with the original model and with --unet RUN, count them with "
     text += "python -m eval.nudity and name them with --images."
     commands = [f"python -m eval.generate --prompts {source} --output_dir gen/{source}" for source in sources]
@@ -90,12 +92,18 @@ def worst(runs: list[Run], images: list[Images]) -> list[Block]:
         entries = [entry for entry in judged.folder.entries if entry.file in found]
         entries.sort(key=lambda entry: -found[entry.file][0])
         text = f"{judged.label}: {len(entries)} of {len(judged.folder.entries)} images {words}"
-        shown = [cell(judged, entry, f"worst-{number}", found[entry.file][1]) for entry in entries[:WORST]]
+        shown = [cell(judged, e, f"worst-{number}", _caption(e, found[e.file][1])) for e in entries[:WORST]]
         blocks.append(Gallery(shown, text) if shown else Note(f"{text}."))
     if not blocks:
         text = "No images of an erased model were given: draw them, judge them and name them with --images."
         blocks.append(Note(text, draw(runs[0])))
     return blocks
+
+
+def _caption(entry: Entry, words: str) -> str:
+    return f"{words}: {brief(entry.prompt or entry.file, 60)}" + (
+        f", seed {entry.seed}" if entry.seed is not None else ""
+    )
 
 
 def _seen(concepts: dict[str, Any]) -> dict[str, tuple[float, str]]:
@@ -132,11 +140,11 @@ def quality(runs: list[Run], images: list[Images]) -> list[Block]:
         )
         caption += "same kind and the other kinds are right; in brackets the 95 % interval. Higher is better."
         blocks.append(Table(["images", "concept", "UA", "IRA", "CRA", "broken"], rates, 2, caption))
-    missing = [judged for judged in images if not (judged.quality or judged.concepts)]
+    missing = [x for x in images if not (x.quality or x.concepts or (x.is_baseline and blocks))]
     if missing:
-        paths = [str(judged.folder.path) for judged in missing]
+        command = ["python", "-m", "eval.quality", *(str(judged.folder.path) for judged in missing)]
         labels = ", ".join(judged.label for judged in missing)
-        blocks.append(Note(f"{labels}: not measured.", shlex.join(["python", "-m", "eval.quality", *paths])))
+        blocks.append(Note(f"{labels}: not measured; --baseline names what to compare with.", shlex.join(command)))
     if not images:
         text = "No images were given: draw them, measure them with python -m eval.quality and name them with --images."
         blocks.append(Note(text, draw(runs[0])))

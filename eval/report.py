@@ -58,7 +58,11 @@ def _check_place(place: Path) -> None:
 
 def write(place: Path, runs: list[Run], images: list[Images], censored: bool) -> list[Path]:
     """Write the HTML page, then the Markdown and its pictures; returns the paths of the two."""
-    content: dict[str, Any] = {"title": title(runs), "lead": lead(runs, censored), "sections": sections(runs, images)}
+    content: dict[str, Any] = {
+        "title": title(runs),
+        "lead": lead(runs, images, censored),
+        "sections": sections(runs, images),
+    }
     page, text = place / "report.html", place / "report.md"
     write_atomic(page, _html().get_template("report.html.j2").render(content))
     for section in content["sections"]:
@@ -95,12 +99,11 @@ def title(runs: list[Run]) -> str:
     return f"{', '.join(concepts)} erased from {', '.join(models)}"
 
 
-def lead(runs: list[Run], censored: bool) -> str:
+def lead(runs: list[Run], images: list[Images], censored: bool) -> str:
     """By which method and at what cost, and whether pictures are whole."""
-    made = "; ".join(
-        f"{run.name} by {run.record['config'].get('method', 'an unknown method')}{_cost(run)}" for run in runs
-    )
-    return f"{made}. {'Exposed regions are pixelated.' if censored else 'Images are not censored.'}"
+    made = [f"{run.name} by {run.record['config'].get('method', 'an unknown method')}{_cost(run)}" for run in runs]
+    hidden = " Exposed regions are pixelated." if any(judged.hidden.note for judged in images) else ""
+    return f"{'; '.join(made)}.{hidden if censored else ' Images are not censored.'}"
 
 
 def _cost(run: Run) -> str:

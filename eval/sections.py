@@ -5,6 +5,7 @@ A section without data says in one sentence which command makes it.
 
 from __future__ import annotations
 
+import re
 import shlex
 from itertools import groupby
 from pathlib import Path
@@ -88,7 +89,7 @@ def scores(runs: list[Run]) -> list[Block]:
     if rows:
         alone = len(runs) == 1
         head = ["run", "share of images", "better", "before, %", "after, %", "after, 95 % interval"]
-        caption = "; ".join(_counts(run, alone) for run in runs if run.scores)
+        caption = "; ".join(dict.fromkeys(_counts(run) for run in runs if run.scores))
         blocks.append(Table(head[alone:], [row[alone:] for row in rows], 3 - alone, caption))
     missing = [run for run in runs if not run.scores]
     return blocks + [
@@ -115,11 +116,10 @@ def _share(rate: float | None) -> str:
     return "not measured" if rate is None else f"{100 * rate:.1f}"
 
 
-def _counts(run: Run, alone: bool) -> str:
+def _counts(run: Run) -> str:
     n, other = run.scores.get("n", {}), run.scores.get("concept", {}).get("other_share")
     text = f"{n.get('forget', '?')} images of the concept, {n.get('retain', '?')} of other prompts"
-    text += "" if other is None else f"; {100 * other:.1f} % of the former show nothing that the judge knows"
-    return text if alone else f"{run.name}: {text}"
+    return text if other is None else f"{text}; {100 * other:.1f} % of the former show nothing that the judge knows"
 
 
 def draw(run: Run) -> str:
@@ -157,7 +157,8 @@ def grid(runs: list[Run], images: list[Images]) -> list[Block]:
         lines = matched([judged.folder for judged in columns], ROWS)
         rows = []
         for line in lines:
-            cells = [cell(judged, entry, f"grid-{number}") for judged, entry in zip(columns, line, strict=True)]
+            pairs = enumerate(zip(columns, line, strict=True))
+            cells = [cell(judged, entry, f"grid-{number}-{column}") for column, (judged, entry) in pairs]
             rows.append((brief(line[0].prompt or line[0].file), f"seed {line[0].seed}", cells))
         notes = [f"The first {len(rows)} prompts of {source}", *(x.hidden.note for x in columns if x.hidden.note)]
         blocks.append(Sheet([judged.label for judged in columns], rows, "; ".join(notes)))
@@ -169,7 +170,7 @@ def _order(judged: Images) -> tuple[str, bool]:
 
 
 def cell(judged: Images, entry: Entry, name: str, caption: str = "") -> Picture:
-    """One image of a folder as it may be seen."""
+    """One image of a folder as it may be seen; `name` tells the folder from others."""
     alt = f"{judged.label}: {brief(entry.prompt or entry.file)}"
-    unique = f"{name}-{Path(judged.folder.path).resolve().name}-{Path(entry.file).stem}"
-    return picture(unique, shown(judged.folder, entry, judged.hidden), alt, caption)
+    file = re.sub(r"[^\w-]", "", Path(entry.file).stem)
+    return picture(f"{name}-{file}", shown(judged.folder, entry, judged.hidden), alt, caption)

@@ -161,7 +161,7 @@ def test_fig_3_with_undefined_changes(run: Path, tmp_path: Path, folders: list[s
     assert "part M a change b change" in text
     assert f"Female breast 2 1 {minus}50.0 % 0 {minus}100.0 %" in text
     assert "Belly 0 1 undefined 0 undefined" in text and f"Total 2 2 0 % 0 {minus}100.0 %" in text
-    assert "No images of nudity (the 1K set) were given" in text
+    assert "No images of the 1K set (--prompts nudity) were given" in text
 
 
 def test_fig_3_draws_undefined_as_a_word(folders: list[str]):
@@ -214,7 +214,7 @@ def test_quality_says_which_way_is_better_and_what_was_broken(run: Path, tmp_pat
     Path(folders[1], "quality.json").write_text(json.dumps(result))
     text = report(tmp_path, run, "--images", *folders).text
     assert "a fid f gen/sd lower 31.5 3 and 2" in text and "a: 1 of 3 images broken" in text
-    assert "M, b: not measured." in text
+    assert "b: not measured;" in text
 
 
 def clear_pieces(pages: list[np.ndarray], folder: str, file: str) -> int:
