@@ -37,8 +37,9 @@ def veil(folder: ImageFolder, censored: bool) -> Veil:
     from eval.detections import DETECTIONS, flagged, stored
     from eval.protocols import RECIPES
 
-    there = bool(stored(folder.path / DETECTIONS))
-    if not there and folder.generation.get("prompts") in EXPLICIT:
+    known = {record["sha256"] for record in stored(folder.path / DETECTIONS)}
+    explicit = folder.generation.get("prompts") in EXPLICIT
+    if explicit and not all(entry.sha256 in known for entry in folder.entries):
         if find_spec("nudenet") is None:
             return Veil({}, True, f"{folder.label}: pixelated whole, for want of nudenet (pip install .[eval])")
         _detect(folder)

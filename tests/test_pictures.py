@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from erase_sd.pictures import broken, censor, pixelate, sheet
+from erase_sd.pictures import broken, censor, lettering, pixelate, sheet
 
 
 def noise(size: int = 32, seed: int = 0) -> Image.Image:
@@ -72,3 +72,9 @@ def test_censor_ignores_what_is_not_in_the_image(box: tuple[int, ...]) -> None:
 def test_censor_cuts_off_what_sticks_out_and_hides_all_of_overlapping_boxes() -> None:
     hidden = np.asarray(censor(noise(), [(-5, -5, 100, 100), (4, 4, 8, 8)]))
     assert len(np.unique(hidden.reshape(-1, 3), axis=0)) <= 32
+
+
+@pytest.mark.parametrize("letter", "é№“…ß–я")
+def test_labels_have_the_letters_of_prompts(letter: str) -> None:
+    drawn, missing = (lettering(20).getmask(text) for text in (letter, "\U0010ffff"))
+    assert bytes(drawn) != bytes(missing)

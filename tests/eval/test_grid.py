@@ -100,11 +100,14 @@ def test_without_detector_and_detections_explicit_sources_are_hidden_whole(drawn
     assert where(page, pixels(folders[1] / "00000_7.png"))
 
 
-def test_explicit_sources_are_detected_first(drawn, tmp_path: Path):
+@pytest.mark.parametrize("known", [0, 2])
+def test_images_of_explicit_sources_that_nobody_looked_at_are_detected_first(drawn, tmp_path: Path, known: int):
     pytest.importorskip("nudenet")
-    folder = drawn("sd", PROMPTS)
+    folder = drawn("sd", PROMPTS, {})
+    file = folder / "detections.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:known]))
     assert main(["--folders", str(folder), "--output_dir", str(tmp_path / "grid")]) == 0
-    assert (folder / "detections.jsonl").read_text().count("\n") == 3
+    assert file.read_text().count("\n") == 3
 
 
 def test_a_broken_image_is_a_crossed_cell_with_the_word(drawn, tmp_path: Path):
