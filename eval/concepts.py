@@ -4,7 +4,7 @@ The rates are UnlearnCanvas's (Zhang et al., arXiv:2402.11846), in [0, 1], highe
 
     UA    1 - accuracy of the erased concept on the prompts that ask for it: is it forgotten?
     IRA   accuracy of its kind on the prompts without it: are the other objects still drawn?
-    CRA   accuracy of the other kinds on the prompts without it: are styles and backgrounds still drawn?
+    CRA   accuracy of the other kinds on all prompts, its own included: are styles and backgrounds still drawn?
 
 What a prompt asks for is read back from its sentence. A broken image shows nothing, which is wrong in IRA and CRA; it
 does not count as forgotten in UA either. The judge's "other", a picture of nothing it knows, does: see `other_share`.

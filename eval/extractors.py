@@ -5,7 +5,8 @@
     torchscript:FILE       a TorchScript module on bytes in [0, 255], such as StyleGAN's inception-2015-12-05.pt
     pocket                 the pooled features of the pocket world's oracle
 
-Nothing imports torchvision. Weights are safetensors only, except for a TorchScript file, which the user has to have.
+Nothing imports torchvision. Weights are safetensors, or what torch loads as weights only; a TorchScript file is the
+user's own.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ _KINDS = {"clip": _clip, "dinov2": _dinov2, "torchscript": _torchscript}
 def _pretrained(cls: Any, name: str, source: str) -> tuple[Any, str]:
     """The model in evaluation mode and the hash of its weights; transformers invents weights that a file lacks."""
     with _explained(name):
-        model, info = cls.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+        model, info = cls.from_pretrained(source, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"--features {name} has no value for {missing[0]}: give a complete {cls.__name__}")
     model = model.eval().requires_grad_(False)

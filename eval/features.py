@@ -1,4 +1,4 @@
-"""The features of a folder's images, computed once: <folder>/.cache/features-<hash>.safetensors, and their statistics.
+"""The features of a folder's images and their statistics, computed once, chunk by chunk: <folder>/.cache.
 
 The hash stands for the extractor's weights and preprocessing and for every image's bytes, so that a changed image or
 another model never finds old numbers. Broken images have no features; which ones they are is stored with the others'.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -24,6 +24,7 @@ from eval.distances import Statistics, statistics
 from eval.extractors import Extractor
 from eval.images import Entry, ImageFolder, picture
 
+CHUNK = 256  # images per cache file: what a killed run loses at most
 Stored = tuple[dict[str, Tensor], dict[str, str]]  # tensors and metadata of a safetensors file
 
 
@@ -46,17 +47,22 @@ def of_folder(folder: ImageFolder, extractor: Extractor, batch_size: int) -> Fea
     """Features of every sound image. Raises UserError for NaN features, and for fewer than 2 sound images."""
     files = [folder.path / entry.file for entry in folder.entries]
     hashes = [file_digest(file) if file.is_file() else None for file in files]
-    images = digest([[sha256, entry.broken] for sha256, entry in zip(hashes, folder.entries, strict=True)])
-    tensors, notes = _cached(
-        folder.path / ".cache" / f"features-{digest([extractor.key, images])[:32]}.safetensors",
-        lambda: _computed(folder, extractor, batch_size),
-    )
-    reasons = json.loads(notes["broken"])
+    known = [[sha256, entry.broken] for sha256, entry in zip(hashes, folder.entries, strict=True)]
+    values, reasons = [], []
+    with tqdm(total=len(files), desc=str(folder.path), unit="image") as bar:
+        for start in range(0, len(files), CHUNK):
+            chunk, name = folder.entries[start : start + CHUNK], digest([extractor.key, known[start : start + CHUNK]])
+            file = folder.path / ".cache" / f"features-{name[:32]}.safetensors"
+            tensors, notes = _cached(file, partial(_computed, folder, chunk, extractor, batch_size))
+            values.append(tensors["features"])
+            reasons += json.loads(notes["broken"])
+            bar.update(len(chunk))
     entries = [replace(e, broken=reason) for e, reason in zip(folder.entries, reasons, strict=True)]
-    if len(tensors["features"]) < 2:
-        text = f"of {len(entries)} images of {folder.path} only {len(tensors['features'])} can be used"
+    sound = torch.cat([part for part in values if len(part)] or values)
+    if len(sound) < 2:
+        text = f"of {len(entries)} images of {folder.path} only {len(sound)} can be used"
         raise UserError(f"{text}: 2 or more are needed, generate the images again")
-    return Features(path=folder.path, values=tensors["features"], entries=entries, images=images)
+    return Features(path=folder.path, values=sound, entries=entries, images=digest(known))
 
 
 def of_texts(ours: Features, extractor: Extractor, batch_size: int) -> Tensor:
@@ -105,11 +111,11 @@ def read_statistics(file: Path, extractor: Extractor) -> tuple[Statistics, str]:
     return Statistics(tensors["mean"], tensors["covariance"], int(notes["n"])), notes["images"]
 
 
-def _computed(folder: ImageFolder, extractor: Extractor, batch_size: int) -> Stored:
+def _computed(folder: ImageFolder, entries: list[Entry], extractor: Extractor, batch_size: int) -> Stored:
     """The features of the sound images, and for every image why it is broken or None."""
     features, reasons, batch = [torch.zeros(0, 0)], [], []
-    for entry in tqdm(folder.entries, desc=str(folder.path), unit="image"):
-        image, reason = opened(folder, entry)
+    for entry in entries:
+        image, reason = picture(folder, entry)
         reasons.append(reason)
         if not reason:
             batch.append(extractor.prepare(image))
@@ -119,19 +125,11 @@ def _computed(folder: ImageFolder, extractor: Extractor, batch_size: int) -> Sto
     if batch:
         features.append(_forward(extractor, batch))
     values = torch.cat([part for part in features if len(part)] or features)
-    sound = [e.file for e, reason in zip(folder.entries, reasons, strict=True) if not reason]
+    sound = [e.file for e, reason in zip(entries, reasons, strict=True) if not reason]
     if not (fine := values.isfinite().all(1)).all():
         file = sound[int(fine.logical_not().nonzero()[0])]
         raise UserError(f"{extractor.name} makes NaN or infinite features of {folder.path / file}: give other weights")
     return {"features": values}, {"extractor": extractor.name, "broken": json.dumps(reasons)}
-
-
-def opened(folder: ImageFolder, entry: Entry) -> tuple[Image.Image | None, str | None]:
-    """What `eval.images.picture` answers; "unreadable" also where a header claims more than Pillow would even open."""
-    try:
-        return picture(folder, entry)
-    except Image.DecompressionBombError:
-        return None, "unreadable"
 
 
 @torch.no_grad()

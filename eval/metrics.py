@@ -39,6 +39,8 @@ def fid(ours: Features, setting: Setting) -> list[Metric]:
     """Squared Fréchet distance of two normal distributions: 0 for the same images, biased upwards for few of them."""
     mine, other = statistics_of(ours, setting.extractor), setting.statistics
     note = {"estimator": "Fréchet distance, float64, covariance divided by n - 1", "bias": "compare only equal n"}
+    if (n := min(mine.n, other.n)) <= (d := len(mine.mean)):
+        note["warning"] = f"{n} images span fewer than the {d} dimensions of the features: the bias is large"
     return [_entry(ours, setting, "fid", distances.frechet(mine, other), "squared distance", [mine.n, other.n], note)]
 
 
@@ -74,8 +76,12 @@ def drift(ours: Features, setting: Setting) -> list[Metric]:
 
     One value for every pair of sound images. Raises UserError if there is none, or if their sizes differ.
     """
-    there = {(e.row, e.seed): i for i, e in enumerate(setting.theirs.sound)}
-    pairs = [(i, there[e.row, e.seed]) for i, e in enumerate(ours.sound) if (e.row, e.seed) in there]
+    there, here = _by_seed(setting.theirs), _by_seed(ours)
+    pairs = [(i, there[key]) for key, i in here.items() if key in there]
+    for i, j in pairs:
+        if ours.sound[i].prompt != setting.theirs.sound[j].prompt:
+            text = f"{ours.path / ours.sound[i].file} and {setting.against} have other prompts for one row and seed"
+            raise UserError(f"{text}: generate both from the same prompts")
     if not pairs:
         text = f"{ours.path} and {setting.against} share no row and seed"
         raise UserError(f"{text}: drift needs images of the same prompts and seeds")
@@ -88,6 +94,16 @@ def drift(ours: Features, setting: Setting) -> list[Metric]:
         _entry(ours, setting, name, float(np.mean(values)), unit, len(pairs), note) | {"values": values}
         for name, values, unit in found
     ]
+
+
+def _by_seed(side: Features) -> dict[tuple[int | None, int | None], int]:
+    """The place of every sound image by row and seed. Raises UserError where two images share them."""
+    places: dict[tuple[int | None, int | None], int] = {}
+    for i, entry in enumerate(side.sound):
+        if places.setdefault((entry.row, entry.seed), i) != i:
+            text = f"{side.path} holds two images of row {entry.row} and seed {entry.seed}"
+            raise UserError(f"{text}: drift needs a folder of eval.generate, where every image has its own")
+    return places
 
 
 def _rmse(ours: Features, one: Entry, theirs: Features, other: Entry) -> float:

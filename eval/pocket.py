@@ -13,8 +13,7 @@ from erase_sd.pocket.oracle import OTHER, load, name
 from erase_sd.pocket.score import wilson
 from erase_sd.process import UserError
 from erase_sd.runtime import digest, file_digest
-from eval.features import opened
-from eval.images import Entry, ImageFolder
+from eval.images import Entry, ImageFolder, picture
 
 Part = tuple[str, str]  # ("object", "cat")
 Answer = dict[str, str]  # what the judge sees: {"object": "cat", "style": "pencil", "background": "other"}
@@ -56,7 +55,7 @@ def judged(folder: ImageFolder, wanted: list[Scene], batch_size: int) -> Judged:
     with tqdm(total=len(folder.entries), desc=str(folder.path), unit="image") as bar:
         for start in range(0, len(folder.entries), batch_size):
             batch = folder.entries[start : start + batch_size]
-            pictures = [opened(folder, entry) for entry in batch]
+            pictures = [picture(folder, entry) for entry in batch]
             named = iter(name(oracle, [image for image, reason in pictures if not reason], batch_size))
             answers += [dict.fromkeys(KINDS, OTHER) if reason else next(named) for _, reason in pictures]
             entries += [replace(e, broken=reason) for e, (_, reason) in zip(batch, pictures, strict=True)]
@@ -73,15 +72,16 @@ def rates(seen: Judged, parts: list[Part]) -> dict[str, dict[str, Any]]:
     """
     erased, images = {kind for kind, _ in parts}, list(zip(seen.entries, seen.scenes, seen.answers, strict=True))
     kept = [(s, a) for _, s, a in images if not any(getattr(s, kind) == word for kind, word in parts)]
+    everywhere = [(s, a) for _, s, a in images]  # other kinds have to survive on the concept's own prompts too
 
-    def right(kinds: set[str]) -> list[list[bool]]:
-        return [[a[k] == getattr(s, k) for k in KINDS if k in kinds and getattr(s, k)] for s, a in kept]
+    def right(kinds: set[str], asked: list[tuple[Scene, dict[str, str]]]) -> list[list[bool]]:
+        return [[a[k] == getattr(s, k) for k in KINDS if k in kinds and getattr(s, k)] for s, a in asked]
 
     gone = [
         [not entry.broken and a[kind] != word for kind, word in parts if getattr(s, kind) == word]
         for entry, s, a in images
     ]
-    found = (gone, right(erased), right(KINDS.keys() - erased))
+    found = (gone, right(erased, kept), right(KINDS.keys() - erased, everywhere))
     return {name: _rate([answers for answers in group if answers]) for name, group in zip(RATES, found, strict=True)}
 
 

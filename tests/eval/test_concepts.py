@@ -71,8 +71,8 @@ def test_rates_by_hand(scripted, batch: str):
     assert found["concepts"] == [["object", "cat"]] and (found["n"], found["broken"]) == (7, 0)
     assert found["UA"] == {"value": 2 / 3, "ci95": list(wilson(2 / 3, 3)), "n": 3}
     assert found["IRA"] == {"value": 2 / 3, "ci95": list(wilson(2 / 3, 3)), "n": 3}  # dog, bear and bear
-    # styles: neon, flat, not flat, pencil; backgrounds: red, red, not green; of four images
-    assert found["CRA"] == {"value": 5 / 7, "ci95": list(wilson(5 / 7, 4)), "n": 7}
+    # styles: all but one flat; backgrounds: all but the green; of six images, the cat's own among them
+    assert found["CRA"] == {"value": 9 / 11, "ci95": list(wilson(9 / 11, 6)), "n": 11}
     assert found["other_share"] == 1 / 3 and found["before"] is None
     assert found["values"]["00004_4.png"] == {"object": "bear", "style": "flat", "background": "red"}
     assert list(found["values"]) == [entry.file for entry in read(folder).entries]
@@ -89,7 +89,7 @@ def test_two_concepts_of_two_kinds(scripted):
     assert found["UA"]["ci95"] == list(wilson(2 / 5, 4))  # four images
     # dog flat red, bear flat, pencil on green: objects wrong, right; styles right, wrong, right
     assert (found["IRA"]["value"], found["IRA"]["n"]) == (3 / 5, 5)
-    assert (found["CRA"]["value"], found["CRA"]["n"]) == (1 / 2, 2)  # backgrounds red, not green
+    assert (found["CRA"]["value"], found["CRA"]["n"]) == (4 / 5, 5)  # backgrounds red, blue, red, red, not green
     assert found["other_share"] == 1 / 5
 
 
@@ -111,7 +111,7 @@ def test_broken_images_are_wrong_everywhere_and_never_forgotten(scripted, capsys
     assert (found["n"], found["broken"]) == (7, 2) and "2 of 7 images" in capsys.readouterr().err
     assert (found["UA"]["value"], found["UA"]["n"]) == (1 / 3, 3)
     assert (found["IRA"]["value"], found["IRA"]["n"]) == (1 / 3, 3)
-    assert (found["CRA"]["value"], found["CRA"]["n"]) == (3 / 7, 7)
+    assert (found["CRA"]["value"], found["CRA"]["n"]) == (5 / 11, 11)
     assert found["values"]["00003_3.png"] == dict.fromkeys(KINDS, OTHER) and found["other_share"] == 2 / 3
 
 

@@ -254,6 +254,27 @@ def test_drift_pairs_by_row_and_seed(images: Path, originals: Path):
     assert entry["values"] == pytest.approx((1 - cosines(a[1:], b.flip(0))).tolist())
 
 
+def test_drift_pairs_nothing_that_was_not_asked_for_alike(images: Path, tmp_path: Path):
+    others = folder_of(tmp_path / "others", 1, prompts=["a frog"] * len(PROMPTS))
+    with pytest.raises(UserError, match="have other prompts for one row and seed"):
+        main([str(images), "--baseline", str(others), "--features", "pocket", "--metrics", "drift"])
+    lines = (images / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (images / "manifest.jsonl").write_text("".join(lines) + lines[0].replace("00000_7.png", "00001_8.png"))
+    with pytest.raises(UserError, match="two images of row 0 and seed 7"):
+        main([str(images), "--baseline", str(others), "--features", "pocket", "--metrics", "drift"])
+
+
+def test_a_killed_run_keeps_the_chunks_that_are_done(images: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(features, "CHUNK", 3)
+    whole = features.of_folder(read(images), extractors.load("pocket"), 8).values
+    for file in list((images / ".cache").glob("features-*"))[1:]:
+        file.unlink()
+    seen, computed = [], features._computed
+    monkeypatch.setattr(features, "_computed", lambda *words: seen.append(words[1]) or computed(*words))
+    assert torch.equal(features.of_folder(read(images), extractors.load("pocket"), 8).values, whole)
+    assert 0 < sum(map(len, seen)) < len(PROMPTS)
+
+
 def one_image(folder: Path) -> None:
     for file in sorted(folder.glob("*.png"))[1:]:
         file.write_bytes(b"no image")
