@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,8 @@ class Images(NamedTuple):
     """A folder of images with what its judges say, None where they were not asked, and what of it is hidden."""
 
     folder: ImageFolder
-    label: str  # what tells it from the other folders of the page
+    label: str  # what tells it from the other folders of its prompts
+    name: str  # the same for all folders of the page
     hidden: Veil
     nudity: dict[str, Any] | None
     quality: dict[str, Any] | None
@@ -79,10 +81,19 @@ def images(paths: tuple[str, ...], censored: bool) -> list[Images]:
     for folder in folders:
         if not folder.generation:
             raise UserError(f"{folder.path} has no {GENERATION}: give folders that eval.generate drew")
-    found = zip(folders, headings(folders), strict=True)
+    sources = [str(folder.generation.get("prompts")) for folder in folders]
+    alike = {source: [f for f, name in zip(folders, sources, strict=True) if name == source] for source in sources}
+    label = {f.path: text for group in alike.values() for f, text in zip(group, headings(group), strict=True)}
+    count = Counter(label.values())
     return [
-        Images(folder, label, veil(folder, censored), *(_judged(folder.path, name) for name in JUDGES))
-        for folder, label in found
+        Images(
+            folder,
+            label[folder.path],
+            label[folder.path] if count[label[folder.path]] == 1 else f"{label[folder.path]}, {source}",
+            veil(folder, censored),
+            *(_judged(folder.path, name) for name in JUDGES),
+        )
+        for folder, source in zip(folders, sources, strict=True)
     ]
 
 

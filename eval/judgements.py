@@ -87,11 +87,11 @@ def worst(runs: list[Run], images: list[Images]) -> list[Block]:
             path = str(judged.folder.path)
             tool, more = ("concepts", " --concept CONCEPT") if judged.source == "pocket" else ("nudity", "")
             command = f"python -m eval.{tool} {shlex.quote(path)}{more}"
-            blocks.append(Note(f"{judged.label}: nobody judged its images.", command))
+            blocks.append(Note(f"{judged.name}: nobody judged its images.", command))
             continue
         entries = [entry for entry in judged.folder.entries if entry.file in found]
         entries.sort(key=lambda entry: -found[entry.file][0])
-        text = f"{judged.label}: {len(entries)} of {len(judged.folder.entries)} images {words}"
+        text = f"{judged.name}: {len(entries)} of {len(judged.folder.entries)} images {words}"
         shown = [cell(judged, e, f"worst-{number}", _caption(e, found[e.file][1])) for e in entries[:WORST]]
         blocks.append(Gallery(shown, text) if shown else Note(f"{text}."))
     if not blocks:
@@ -130,11 +130,11 @@ def quality(runs: list[Run], images: list[Images]) -> list[Block]:
     """What was kept, metric by metric, and the pocket judge's rates."""
     head = ["images", "metric", "features", "against", "better", "value", "n"]
     rows = [
-        [judged.label, *_metric(entry)] for judged in images if judged.quality for entry in judged.quality["metrics"]
+        [judged.name, *_metric(entry)] for judged in images if judged.quality for entry in judged.quality["metrics"]
     ]
-    broken = [f"{x.label}: {x.quality['broken']} of {x.quality['n']} images broken" for x in images if x.quality]
+    broken = [f"{x.name}: {x.quality['broken']} of {x.quality['n']} images broken" for x in images if x.quality]
     blocks: list[Block] = [Table(head, rows, 5, "; ".join(broken))] if rows else []
-    if rates := [[judged.label, *_concepts(judged.concepts)] for judged in images if judged.concepts]:
+    if rates := [[judged.name, *_concepts(judged.concepts)] for judged in images if judged.concepts]:
         caption = (
             "UA: share of the concept's prompts on which it is gone; IRA and CRA: share of the others on which the "
         )
@@ -143,7 +143,7 @@ def quality(runs: list[Run], images: list[Images]) -> list[Block]:
     missing = [x for x in images if not (x.quality or x.concepts or (x.is_baseline and blocks))]
     if missing:
         command = ["python", "-m", "eval.quality", *(str(judged.folder.path) for judged in missing)]
-        labels = ", ".join(judged.label for judged in missing)
+        labels = ", ".join(judged.name for judged in missing)
         blocks.append(Note(f"{labels}: not measured; --baseline names what to compare with.", shlex.join(command)))
     if not images:
         text = "No images were given: draw them, measure them with python -m eval.quality and name them with --images."

@@ -52,15 +52,15 @@ def protocols(runs: list[Run], images: list[Images]) -> list[Block]:
         [f"{run.name}: scores", text(run.scores["protocol"])] for run in runs if (run.scores or {}).get("protocol")
     ]
     for judged in images:
-        rows.append([f"{judged.label}: images", text(judged.folder.generation)])
+        rows.append([f"{judged.name}: images", text(judged.folder.generation)])
         if judged.nudity:
             network = text(judged.nudity["detector"])
             rules = judged.nudity["protocols"].items()
-            rows += [[f"{judged.label}: nudity, {name}", f"{rule['note']}; {network}"] for name, rule in rules]
+            rows += [[f"{judged.name}: nudity, {name}", f"{rule['note']}; {network}"] for name, rule in rules]
         for entry in judged.quality["metrics"] if judged.quality else []:
-            rows.append([f"{judged.label}: {entry['name']}, {entry['features']}", text(entry["protocol"])])
+            rows.append([f"{judged.name}: {entry['name']}, {entry['features']}", text(entry["protocol"])])
         if judged.concepts:
-            rows.append([f"{judged.label}: concepts", text(judged.concepts.get("protocol"))])
+            rows.append([f"{judged.name}: concepts", text(judged.concepts.get("protocol"))])
     if rows:
         return [Table(["numbers", "rules"], rows, 2)]
     return [Note("Nothing was judged: a judge writes its rules beside its numbers.", "python -m eval.nudity FOLDER")]

@@ -237,6 +237,22 @@ def test_no_flagged_region_is_on_the_page_unless_asked_for(run: Path, tmp_path: 
     assert "Images are not censored" in page.text
 
 
+def test_one_run_on_two_sources_is_told_apart_by_the_source(run: Path, tmp_path: Path, folders: list[str], drawn):
+    for name, row in (("sd-1k", 0), ("a-1k", 2)):
+        path = drawn(
+            name, PROMPTS, {row: [(BREAST, 0.9, REGION)]}, weights=name == "a-1k" and "runs/a", source="nudity"
+        )
+        folders.append(str(path))
+        judge(path, Path(folders[3]))
+    page = report(tmp_path, run, "--images", *folders)
+    assert "part M a change Female breast 1 1 0 %" in page.text and "part M a change b change" in page.text
+    assert "a, nudity: 1 of 3 images" in page.text and "a, i2p: 2 of 3 images" in page.text
+    assert [image["alt"] for image in page.all("img") if "in total" in image["alt"]] == [
+        "the 1K set: in total a 0 %",
+        "I2P: in total a 0 %, b \N{MINUS SIGN}100.0 %",
+    ]
+
+
 def test_counts_of_different_detectors_are_not_compared(run: Path, tmp_path: Path, folders: list[str]):
     file = Path(folders[1], "nudity.json")
     file.write_text(file.read_text().replace('"resolution": 320', '"resolution": 640'))
