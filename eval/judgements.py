@@ -136,9 +136,9 @@ def quality(runs: list[Run], images: list[Images]) -> list[Block]:
     blocks: list[Block] = [Table(head, rows, 5, "; ".join(broken))] if rows else []
     if rates := [[judged.name, *_concepts(judged.concepts)] for judged in images if judged.concepts]:
         caption = (
-            "UA: share of the concept's prompts on which it is gone; IRA and CRA: share of the others on which the "
+            "UA: share of the concept's prompts on which it is gone; IRA: accuracy of its kind on the other prompts; "
         )
-        caption += "same kind and the other kinds are right; in brackets the 95 % interval. Higher is better."
+        caption += "CRA: of the other kinds on all prompts; in brackets the 95 % interval. Higher is better."
         blocks.append(Table(["images", "concept", "UA", "IRA", "CRA", "broken"], rates, 2, caption))
     missing = [x for x in images if not (x.quality or x.concepts or (x.is_baseline and blocks))]
     if missing:
