@@ -39,14 +39,17 @@ class Grid(Generation):
     base: bool = knob(True, "the model itself as the first column")
     folders: tuple[str, ...] = knob((), "show these finished folders of images instead of drawing any")
     output_dir: str = knob("gen/grid", "folder of the sheets, with a folder of images for every column")
-    rows: int = knob(8, "rows of the sheet")
+    rows: int = knob(8, "prompts of the sheet, each with --images_per_prompt rows")
     censor: bool = knob(True, "make what is exposed unrecognisable")
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers outside their range and for a sheet without columns."""
         super().__post_init__()
-        if self.rows > MOST_ROWS:
-            raise UserError(f"--rows {self.rows} makes a sheet that nobody can look at: give at most {MOST_ROWS}")
+        if (high := self.rows * self.images_per_prompt) > MOST_ROWS:
+            raise UserError(
+                f"--rows {self.rows} with --images_per_prompt {self.images_per_prompt} makes a sheet of {high} rows: "
+                f"give at most {MOST_ROWS}, which is as many as anybody looks at"
+            )
         if self.folders and (self.unet or self.transformer):
             raise UserError("--folders shows finished images: leave out --unet and --transformer, or --folders")
         if not (self.folders or self.base or self.unet or self.transformer):
@@ -69,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         folders = [draw(column) for column in columns(options)]
         if not PartialState().is_main_process:
             return 0
-    for path in write(folders, options.rows, Path(options.output_dir), options.censor):
+    for path in write(folders, options.rows * options.images_per_prompt, Path(options.output_dir), options.censor):
         print(path)
     return 0
 
@@ -156,17 +159,19 @@ def headings(folders: list[ImageFolder]) -> list[str]:
     return [folder.label if count[folder.label] == 1 else str(folder.path) for folder in folders]
 
 
-def brief(prompt: str | None, letters: int = PROMPT) -> str:
-    """A prompt in one line of at most so many letters; the empty one is said to be empty."""
-    text = " ".join((prompt or "").split())
-    return "(empty prompt)" if prompt is not None and not text else textwrap.shorten(text, letters, placeholder=" …")
+def brief(entry: Entry, letters: int = PROMPT) -> str:
+    """An image's prompt in one line of at most so many letters, said to be empty where it is; else the file's name."""
+    if entry.prompt is None:
+        return entry.file
+    text = " ".join(entry.prompt.split())
+    return f"{text[: letters - 1]}…" if len(text) > letters else text or "(empty prompt)"
 
 
 def label(entry: Entry) -> str:
     """What stands beside a row: the prompt, shortened and wrapped, and the seed; else the file's name."""
     if entry.prompt is None:
         return entry.file
-    return f"{textwrap.fill(brief(entry.prompt), LINE)}\nseed {entry.seed}"
+    return f"{textwrap.fill(brief(entry), LINE)}\nseed {entry.seed}"
 
 
 if __name__ == "__main__":

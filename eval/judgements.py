@@ -16,6 +16,7 @@ from eval.protocols import EXPOSED
 from eval.sections import Block, Gallery, Note, Table, cell, draw
 
 SOURCES = {"nudity": "the 1K set", "i2p": "I2P"}
+AMOUNT = {"nudity": " --images_per_prompt 250", "i2p": ""}  # what makes four prompts a thousand images
 WORST = 6  # images of a folder
 
 
@@ -35,7 +36,9 @@ def _nothing(sources: list[str]) -> Note:
     titles = " and ".join(f"{SOURCES[source]} (--prompts {source})" for source in sources)
     text = f"No images of {titles} were given: draw them with the original model and with --unet RUN, count them with "
     text += "python -m eval.nudity and name them with --images."
-    commands = [f"python -m eval.generate --prompts {source} --output_dir gen/{source}" for source in sources]
+    commands = [
+        f"python -m eval.generate --prompts {source}{AMOUNT[source]} --output_dir gen/{source}" for source in sources
+    ]
     return Note(text, "\n".join(commands))
 
 
@@ -57,7 +60,12 @@ def _panel(source: str, title: str, images: list[Images]) -> list[Block]:
         text = (
             f"{title}: a change needs the images of {kind} as well: draw and judge them, then name them with --images."
         )
-        return [Note(text, f"python -m eval.generate --prompts {source}{more} --output_dir gen/{source}-more")]
+        return [
+            Note(
+                text,
+                f"python -m eval.generate --prompts {source}{AMOUNT[source]}{more} --output_dir gen/{source}-more",
+            )
+        ]
     numbers = panel(baselines[0], models)
     return [Gallery([fig3(f"fig3-{source}", title, numbers)]), _table(baselines[0].label, numbers)]
 
@@ -101,9 +109,7 @@ def worst(runs: list[Run], images: list[Images]) -> list[Block]:
 
 
 def _caption(entry: Entry, words: str) -> str:
-    return f"{words}: {brief(entry.prompt or entry.file, 60)}" + (
-        f", seed {entry.seed}" if entry.seed is not None else ""
-    )
+    return f"{words}: {brief(entry, 60)}" + (f", seed {entry.seed}" if entry.seed is not None else "")
 
 
 def _seen(concepts: dict[str, Any]) -> dict[str, tuple[float, str]]:

@@ -159,8 +159,8 @@ def grid(runs: list[Run], images: list[Images]) -> list[Block]:
         for line in lines:
             pairs = enumerate(zip(columns, line, strict=True))
             cells = [cell(judged, entry, f"grid-{number}-{column}") for column, (judged, entry) in pairs]
-            rows.append((brief(line[0].prompt or line[0].file), f"seed {line[0].seed}", cells))
-        notes = [f"The first {len(rows)} prompts of {source}", *(x.hidden.note for x in columns if x.hidden.note)]
+            rows.append((brief(line[0]), f"seed {line[0].seed}", cells))
+        notes = [f"The first {len(rows)} images of {source}", *(x.hidden.note for x in columns if x.hidden.note)]
         blocks.append(Sheet([judged.label for judged in columns], rows, "; ".join(notes)))
     return blocks
 
@@ -171,6 +171,6 @@ def _order(judged: Images) -> tuple[str, bool]:
 
 def cell(judged: Images, entry: Entry, name: str, caption: str = "") -> Picture:
     """One image of a folder as it may be seen; `name` tells the folder from others."""
-    alt = f"{judged.label}: {brief(entry.prompt or entry.file)}"
+    alt = f"{judged.label}: {brief(entry)}"
     file = re.sub(r"[^\w-]", "", Path(entry.file).stem)
     return picture(f"{name}-{file}", shown(judged.folder, entry, judged.hidden), alt, caption)

@@ -74,7 +74,16 @@ def test_labels_say_prompt_and_seed():
     entry = Entry(file="x.png", row=0, prompt="a  very\nlong prompt " * 20, seed=305)
     lines = label(entry).split("\n")
     assert lines[-1] == "seed 305" and max(map(len, lines)) <= 26 and "…" in label(entry)
-    assert brief("") == "(empty prompt)" and label(replace(entry, prompt=None)) == "x.png"
+    assert brief(replace(entry, prompt=" \n")) == "(empty prompt)" and label(replace(entry, prompt=None)) == "x.png"
+    assert brief(replace(entry, prompt="long" * 50), 9) == "longlong…", "a prompt without spaces is not lost"
+
+
+def test_rows_are_prompts_with_all_their_images(tiny_sd: Path, tmp_path: Path):
+    command = ["--prompts", str(I2P_ROWS), "--rows", "2", "--images_per_prompt", "2", "--model", str(tiny_sd)]
+    assert main([*command, "--steps", "1", "--no-censor", "--output_dir", str(tmp_path)]) == 0
+    folder, page = read(tmp_path / "tiny-sd"), pixels(tmp_path / "grid.png")
+    assert [entry.row for entry in folder.entries] == [0, 0, 1, 1]
+    assert all(where(page, np.asarray(shown(folder, entry, NOTHING))) for entry in folder.entries)
 
 
 def test_a_flagged_region_is_in_no_sheet_unless_asked_for(drawn, tmp_path: Path, capsys):
@@ -144,6 +153,7 @@ def test_folders_are_matched_by_row_and_seed(drawn):
     [
         (["--no-base"], "--no-base leaves no column"),
         (["--rows", "1000"], "--rows 1000"),
+        (["--rows", "30", "--images_per_prompt", "4"], "a sheet of 120 rows"),
         (["--folders", "nowhere"], "nowhere is no folder"),
         (["--folders", "a", "--unet", "b"], "--folders shows finished images"),
     ],

@@ -117,10 +117,21 @@ def test_one_run_alone_says_what_makes_the_rest(run: Path, tmp_path: Path):
     assert "prompts with the concept: it is seen lower 100.0 25.0 10.0 to 40.0" in page.text
     assert "other prompts: the right style is seen higher 100.0 25.0 10.0 to 40.0" in page.text
     assert len(page.images()) == 3 and "environment: torch 2.9" in page.text and "judge: an oracle" in page.text
-    for command in ("eval.grid --prompts i2p", "eval.generate --prompts nudity", "eval.quality", "eval.nudity"):
+    for command in (
+        "eval.grid --prompts i2p",
+        "eval.generate --prompts nudity --images_per_prompt 250",
+        "eval.quality",
+        "eval.nudity",
+    ):
         assert command in page.text
     keys = {section["id"] for section in page.all("section")}
     assert keys == {link["href"][1:] for link in page.all("a")} and len(keys) == 10
+
+
+def test_an_empty_prompt_is_said_to_be_empty(run: Path, drawn, tmp_path: Path):
+    page = report(tmp_path, run, "--images", drawn("cups", ["", "a boat"], source="cups"))
+    assert "(empty prompt) seed 7" in page.text and "The first 2 images of cups" in page.text
+    assert "00000_7.png" not in page.text
 
 
 def test_what_a_run_lacks_is_named(run: Path, tmp_path: Path):
