@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from erase_sd.options import argument, knob, parse
 from erase_sd.process import UserError, run_main
-from erase_sd.runtime import write_atomic
+from erase_sd.runtime import new_folder, write_atomic
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -64,10 +64,12 @@ def write(place: Path, runs: list[Run], images: list[Images], censored: bool) ->
         "sections": sections(runs, images),
     }
     page, text = place / "report.html", place / "report.md"
+    if (place / PICTURES).exists() and not text.is_file():
+        raise UserError(f"--output_dir {place} holds a folder {PICTURES} of something else: name another")
     write_atomic(page, _html().get_template("report.html.j2").render(content))
-    for section in content["sections"]:
-        for picture in section.pictures:
-            write_atomic(place / PICTURES / picture.name, picture.data)
+    with new_folder(place / PICTURES) as folder:  # none of an earlier report stays, which may have been uncensored
+        for picture in (picture for section in content["sections"] for picture in section.pictures):
+            (folder / picture.name).write_bytes(picture.data)
     write_atomic(text, _markdown().get_template("report.md.j2").render(content, images=PICTURES) + "\n")
     return [page, text]
 

@@ -248,6 +248,22 @@ def test_no_flagged_region_is_on_the_page_unless_asked_for(run: Path, tmp_path: 
     assert "Images are not censored" in page.text
 
 
+def test_no_clear_picture_of_an_earlier_report_stays(run: Path, tmp_path: Path, folders: list[str]):
+    place = tmp_path / "report"
+    main([str(run), "--images", *folders, "--no-censor", "--output_dir", str(place)])
+    (place / "images" / "earlier.png").write_bytes(b"clear")
+    main([str(run), "--output_dir", str(place)])
+    text = (place / "report.md").read_text()
+    assert all(picture.name in text for picture in (place / "images").iterdir())
+
+
+def test_a_folder_of_the_user_s_pictures_is_left_alone(run: Path, tmp_path: Path):
+    (tmp_path / "mine" / "images").mkdir(parents=True)
+    with pytest.raises(UserError, match="of something else: name another"):
+        main([str(run), "--output_dir", str(tmp_path / "mine")])
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["images"]
+
+
 def test_one_run_on_two_sources_is_told_apart_by_the_source(run: Path, tmp_path: Path, folders: list[str], drawn):
     for name, row in (("sd-1k", 0), ("a-1k", 2)):
         path = drawn(
