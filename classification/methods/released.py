@@ -50,9 +50,10 @@ class ClassifierScissorhands(Scissorhands):
         """The saliency, measured on the share of D_f."""
         whole = task.walks["forget"]
         task.walks["forget"] = whole.part(self.trim_share)
-        s = yield from super().sensitivity(task)
-        task.walks["forget"] = whole
-        return s
+        try:
+            return (yield from super().sensitivity(task))
+        finally:
+            task.walks["forget"] = whole
 
     def loop(self, task: ClassificationTask, state: dict) -> Iterator[tuple[dict, dict]]:
         """Joint steps against a stale memory while an epoch's forget batches last, plain ones after."""
