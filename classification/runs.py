@@ -27,7 +27,7 @@ from erase_sd.loop import run
 from erase_sd.methods.finetune import FineTune
 from erase_sd.process import UserError
 from erase_sd.record import run_record, write_run
-from erase_sd.runtime import digest, write_atomic
+from erase_sd.runtime import digest, file_digest, write_atomic
 
 WEIGHTS = "model.safetensors"
 
@@ -41,7 +41,9 @@ def train(data: Data, recipe: Training, seed: int, root: Path, accelerator: Acce
     task = task_of(
         network(dataset, recipe, seed), dataset, pool.take(torch.arange(0)), pool, recipe, seed, accelerator
     )
-    carry_out(_epochs(recipe, recipe.epochs, task, "retain"), task, folder, config, every=1000, judge=None)
+    own = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(FineTune)}  # training is FT with its knobs
+    method = lasting(FineTune(**own), recipe.epochs, task, "retain")
+    carry_out(method, task, folder, config, every=1000, judge=None)
     return folder
 
 
@@ -65,10 +67,9 @@ def task_of(
     return ClassificationTask(model, dataset, forget, retain, Losses(batch_size=recipe.batch_size), seed, accel)
 
 
-def _epochs(recipe: Training, epochs: float, task: ClassificationTask, name: str) -> FineTune:
-    """Training as a method: FT with the recipe's knobs."""
-    own = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(FineTune)}
-    return FineTune(**own | {"steps": max(1, math.ceil(epochs * task.epoch(name)))})
+def lasting(method: Any, epochs: float, task: ClassificationTask, name: str) -> Any:
+    """The method with the steps that walk so often through the forget or the retain set, one at least."""
+    return replace(method, steps=max(1, math.ceil(epochs * task.epoch(name))))
 
 
 def unlearn(plan: Plan, accelerator: Accelerator) -> dict[str, Any]:
@@ -85,8 +86,8 @@ def unlearn(plan: Plan, accelerator: Accelerator) -> dict[str, Any]:
     walked = "forget" if job.method in FORGET_WALKERS else "retain"
     method = plan.method
     if job.epochs is not None:
-        method = replace(method, steps=max(1, math.ceil(job.epochs * task.epoch(walked))))
-    config = plan.config() | {"raw": digest((known / WEIGHTS).read_bytes()) if not fresh else None}
+        method = lasting(method, job.epochs, task, walked)
+    config = plan.config() | {"raw": file_digest(known / WEIGHTS) if not fresh else None}
     folder = root / plan.data.dataset / f"{job.method}-{digest(config)[:10]}"
     ids = {"forget_ids": list(cut.forget.ids), "raw_folder": str(known)}
     return carry_out(method, task, folder, config, every=job.checkpointing_steps, judge=cut, **ids)

@@ -57,13 +57,11 @@ def _detect(folder: ImageFolder) -> None:
 
 def shown(folder: ImageFolder, entry: Entry, hidden: Veil) -> Image.Image:
     """One image as it may be seen, in a size to look at; a broken one is a crossed cell that says why."""
-    from eval.detections import upright
-
     image, why = picture(folder, entry)
     if why:
         side = (entry.width or LARGE, entry.height or LARGE) if image is None else image.size
         return crossed(_fitted(Image.new("RGB", side)).size, why)
-    image = pixelate(upright(image)) if hidden.whole else censor(upright(image), hidden.boxes.get(entry.file, []))
+    image = pixelate(image) if hidden.whole else censor(image, hidden.boxes.get(entry.file, []))
     return _fitted(image)
 
 

@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from erase_sd.runtime import StopFlag, UserError, file_digest, write_atomic
@@ -153,13 +152,5 @@ def pixels(folder: ImageFolder, entry: Entry) -> tuple[np.ndarray | None, str | 
     The pixels are those of cv2.imread, which nudenet reads with: equal on PNG, JPEG and WebP, to one level on CMYK.
     Unlike it, Pillow tells a truncated file from a whole one.
     """
-    try:
-        image, reason = picture(folder, entry)
-    except Image.DecompressionBombError:  # the header claims more than Pillow would even open
-        return None, "unreadable"
-    return (None if image is None else np.asarray(upright(image))[:, :, ::-1]), reason
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says, as viewers and the detector see it."""
-    return ImageOps.exif_transpose(image)
+    image, reason = picture(folder, entry)
+    return (None if image is None else np.asarray(image)[:, :, ::-1]), reason

@@ -21,7 +21,6 @@ from PIL import Image, ImageDraw, ImageOps
 from erase_sd.pictures import INK, PAPER, censor, sheet
 from erase_sd.process import UserError
 from erase_sd.runtime import write_atomic
-from eval.detections import upright
 from eval.images import Entry, ImageFolder, picture
 from eval.protocols import EXPOSED, Protocol, Record, count
 
@@ -129,7 +128,6 @@ def _cell(
         raise UserError(
             f"{images.path / entry.file} is gone since it was detected: run the same command without --review"
         )
-    image = upright(image)
     if censored:  # all that is exposed, not only this box: another one may be in its surroundings
         image = censor(image, [d["box"] for d in record["detections"] if d["class"] in EXPOSED])
     x, y, w, h = found["box"]

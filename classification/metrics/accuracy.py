@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from classification.data import Images
+from classification.transforms import to_float
 
 
 @torch.no_grad()
@@ -25,7 +26,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 def scaled(pixels: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """uint8 pixels as the models take them: float32 in [0, 1], on `device`."""
-    return pixels.to(device).float() / 255
+    return to_float(pixels.to(device))
 
 
 @contextmanager
