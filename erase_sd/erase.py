@@ -69,7 +69,7 @@ def carry_out(pipe: StableDiffusionPipeline, plan: Plan, accelerator: Accelerato
             cache = folder and folder.path.parent / ".cache"
             before = asked.look(pipe, base_hash, cache, "before")
             samples = collect(pipe, asked.sources, plan.sampling, job.seed, base_hash, cache)
-            progress = _train(pipe, plan, samples, accelerator, folder)
+            progress, method_seconds = _train(pipe, plan, samples, accelerator, folder)
             after = asked.look(pipe, base_hash + " erased", None, "after")
             record = run_record(
                 config,
@@ -77,6 +77,7 @@ def carry_out(pipe: StableDiffusionPipeline, plan: Plan, accelerator: Accelerato
                 base=job.model,
                 base_hash=base_hash,
                 seconds=time.monotonic() - start,
+                method_seconds=round(method_seconds, 2),
                 trace=progress.trace,
                 reinitialised=sum(progress.changed.values()),
                 scores=asked.scores(before, after),
@@ -98,12 +99,13 @@ def _check(pipe: StableDiffusionPipeline, plan: Plan) -> None:
 
 def _train(
     pipe: StableDiffusionPipeline, plan: Plan, samples: Samples, accelerator: Accelerator, folder: RunFolder | None
-) -> Progress:
-    """Run the method from its last checkpoint to its end."""
+) -> tuple[Progress, float]:
+    """Run the method from its last checkpoint to its end; the seconds are its own, without pictures and scores."""
+    start = time.monotonic()
     task = DenoisingTask(pipe, samples, plan.losses, plan.job.seed, accelerator)
     weights = task.trimmable() | task.trainable()
     try:
-        return run(
+        progress = run(
             plan.method,
             task,
             weights,
@@ -112,6 +114,7 @@ def _train(
             check=lambda step: _check_finite(task, weights, step),
             description=plan.job.method,
         )
+        return progress, time.monotonic() - start
     finally:
         task.release()
 

@@ -91,6 +91,7 @@ def test_it_edits_the_unet_only_and_puts_everything_back(
     assert not list(tmp_path.rglob("*"))
     assert record["config"]["concept"] == ["cat"] and record["trace"]["steps"] == 3 and record["reinitialised"] > 100
     assert record["scores"] is None and json.loads(json.dumps(record, allow_nan=False)) == record
+    assert 0 < record["method_seconds"] < record["seconds"]
 
 
 def test_everything_is_in_the_folder(finished: Path) -> None:
