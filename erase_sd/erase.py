@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,13 @@ def _check(pipe: StableDiffusionPipeline, plan: Plan) -> None:
         raise UserError(f"the UNet is {pipe.unet.dtype}: load it in float32, mixed_precision saves the same time")
     scopes = plan.losses.trim_scope, plan.losses.rank_scope or "full", plan.losses.train_scope
     trimmed, *_ = (without_norms(pipe.unet, select(pipe.unet, scope)) for scope in scopes)
-    if plan.method.fraction and not trimmed:
+    if _trims(plan) and not trimmed:
         raise UserError(f"--trim_scope {scopes[0]} holds norms only, which are never re-initialised: widen it")
+
+
+def _trims(plan: Plan) -> bool:
+    """Whether the method re-initialises weights: only then has trim_scope a meaning."""
+    return bool(getattr(plan.method, "fraction", 0))
 
 
 def _train(
@@ -102,7 +108,8 @@ def _train(
 ) -> tuple[Progress, float]:
     """Run the method from its last checkpoint to its end; the seconds are its own, without pictures and scores."""
     start = time.monotonic()
-    task = DenoisingTask(pipe, samples, plan.losses, plan.job.seed, accelerator)
+    losses = plan.losses if _trims(plan) else replace(plan.losses, trim_scope=plan.losses.train_scope, rank_scope=None)
+    task = DenoisingTask(pipe, samples, losses, plan.job.seed, accelerator)
     weights = task.trimmable() | task.trainable()
     try:
         progress = run(
@@ -124,9 +131,9 @@ def _check_finite(task: DenoisingTask, weights: dict[str, torch.nn.Parameter], s
     """Raise FloatingPointError if the last step lost the model, which the loop itself would notice in the next one."""
     for name, p in weights.items():
         if not p.isfinite().all():
-            raise FloatingPointError(f"after {step} repair steps {name} holds NaN or infinity")
+            raise FloatingPointError(f"after {step} steps {name} holds NaN or infinity")
     if not task.mean(task.retain(task.batch("repair", step))).isfinite():  # finite weights can be too large to compute
-        raise FloatingPointError(f"after {step} repair steps the retain loss is not finite")
+        raise FloatingPointError(f"after {step} steps the retain loss is not finite")
 
 
 @contextmanager

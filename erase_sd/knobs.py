@@ -19,14 +19,14 @@ class Job:
     model: str = knob(
         SD_V1, "diffusers folder or Hub id, or 'pocket', the embedded model", ("pretrained_model_name_or_path",)
     )
-    method: str = knob("scissorhands", "how to erase")
+    method: str = knob("scissorhands", "how to erase; --method NAME --help shows the knobs of that one")
     preset: str | None = knob(None, "named set of all other values; by default the one measured best for the model")
     kind: Literal["auto", "object", "style", "background", "attribute"] = knob("auto", "what the concept is")
     anchor: str | None = knob(None, "what the model may draw instead, as a caption")
     output_dir: str | None = knob(None, "where the run goes (default: runs/<concept>)")
     seed: int = knob(0, "seed of every draw")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = knob(None, "autocast; by default accelerate's setting")
-    checkpointing_steps: int = knob(25, "repair steps between two checkpoints")
+    checkpointing_steps: int = knob(25, "steps between two checkpoints")
     eval_forget: int = knob(128, "pictures scored on the concept's prompts, pocket model only")
     eval_retain: int = knob(320, "pictures scored on the other prompts, pocket model only")
 
@@ -60,7 +60,7 @@ class Losses:
     batch_size: int = knob(16, "samples of each set per step, over all processes", ("train_batch_size",))
     trim_scope: str = knob("attn", "parameters that may be re-initialised: a named group or re:<regex>; norms never")
     rank_scope: str | None = knob(None, "parameters among which the top k is taken (default: those of trim_scope)")
-    train_scope: str = knob("full", "parameters that the repair trains: a named group or re:<regex>")
+    train_scope: str = knob("full", "parameters that are trained: a named group or re:<regex>")
     anchor_model: Literal["original", "current"] = knob("original", "network that says what the anchor looks like")
     drop_captions: float = knob(0.1, "share of retain samples without caption, which guidance needs, in [0, 1]")
 

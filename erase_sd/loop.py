@@ -26,11 +26,12 @@ def run(
 ) -> Progress:
     """Run the method from its last checkpoint in `folder` to its end, editing `weights` in place.
 
-    `every` is the number of steps between two checkpoints; `check(step)` raises FloatingPointError for weights that
-    must not be saved. Raises UserError when the model is lost, SystemExit with 128 + signal when stopped.
+    A method without `steps` counts as one step. `every` is the number of steps between two checkpoints; `check(step)`
+    raises FloatingPointError for weights that must not be saved. Raises UserError when the model is lost, SystemExit
+    with 128 + signal when stopped.
     """
     progress = (folder and folder.resume(weights)) or Progress(None, [], {})
-    steps = method.steps
+    steps = getattr(method, "steps", 1)
     try:
         hidden = {"disable": True} if os.environ.get("RANK", "0") != "0" else {}  # False would overrule TQDM_DISABLE
         with StopFlag() as stop, tqdm(total=steps, desc=description, unit="step", **hidden) as bar:
@@ -46,15 +47,20 @@ def run(
                 if stop.is_set():
                     raise SystemExit(128 + stop.signum)
     except FloatingPointError as error:
-        raise UserError(f"{error}: the model is lost, nothing was saved; lower --lr, --lam or --fraction") from error
+        raise UserError(f"{error}: the model is lost, nothing was saved; lower {_gentler(method)}") from error
     return progress
 
 
 def show(bar: tqdm, record: dict) -> None:
-    """What the method has just done: a sensitivity batch, the trim, or a step."""
-    if record.get("phase") == "sensitivity":
-        return bar.set_postfix_str("measuring sensitivity")
+    """What the method has just done: part of a phase before the steps, the trim, or a step."""
     if "changed" in record:
         return bar.set_postfix_str(f"{sum(record['changed'].values()):,} entries re-initialised")
+    if "phase" in record:
+        return bar.set_postfix_str(f"measuring {record['phase']}")
     bar.update()
     bar.set_postfix({key: f"{record[key]:.3g}" for key in ("loss", "loss_r", "cos", "c") if key in record})
+
+
+def _gentler(method: Any) -> str:
+    """The knobs of a method that can be too strong."""
+    return " or ".join(f"--{name}" for name in ("lr", "lam", "fraction") if hasattr(method, name)) or "its weights"

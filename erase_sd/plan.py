@@ -60,7 +60,8 @@ def _values(plan: Plan) -> dict[str, Any]:
 def make(**given: Any) -> Plan:
     """The plan for these values; the others come from the preset, then from the knobs' defaults.
 
-    Raises UserError for an unknown method, preset, knob or choice, for a missing concept, and as the knobs do.
+    Raises UserError for an unknown method, preset, knob or choice, for a missing concept, for a method that needs the
+    original network but may not keep it, and as the knobs do.
     """
     method = given.get("method", "scissorhands")
     classes = groups(method)
@@ -76,4 +77,7 @@ def make(**given: Any) -> Plan:
     if preset not in PRESETS[method]:
         raise UserError(f"unknown preset {preset!r}: {method} has {', '.join(PRESETS[method])}")
     values = PRESETS[method][preset] | given | {"preset": preset}
-    return Plan(*(filled(cls, values) for cls in classes.values()))
+    plan = Plan(*(filled(cls, values) for cls in classes.values()))
+    if getattr(plan.method, "needs_original", False) and plan.losses.anchor_model != "original":
+        raise UserError(f"{method} learns from the original network: give --anchor_model original")
+    return plan

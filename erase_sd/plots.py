@@ -1,4 +1,4 @@
-"""What happened during a run, as numbers and as pictures: the trace of the repair and the map of the trim."""
+"""What happened during a run, as numbers and as pictures: the trace of its steps and the map of the trim."""
 
 import csv
 import io
@@ -24,41 +24,46 @@ KINDS = {  # layer kind -> pattern in a parameter's name, colour; the first matc
 }
 
 
-def write_trace(folder: str | Path, rows: list[dict]) -> None:
-    """Write folder/trace.csv and trace.png from the rows of the repair loop, one per step.
+LOSSES = {  # column of a trace -> label, colour; other losses are drawn without colours of their own
+    "loss": ("objective", INK),
+    "loss_r": ("retain", RETAIN),
+    "loss_f": ("forget", FORGET),
+    "loss_o": ("objective", REDIRECT),
+}
+TITLES = {  # column -> title of its panel; flags are drawn as shares
+    "cos": r"$\cos(g_r, g_f)$",
+    "c": r"coefficient $c$ of $g_f$",
+    "bit": "steps so far in which the projection bit, %",
+    "ceiling": "steps so far above the ceiling, %",
+    "lr": "learning rate",
+}
 
-    Columns: step, loss_r, loss_f, loss_o (None without a redirect objective), cos (of g_r and g_f), c, bit (the
-    projection changed this step), ceiling, lr. Without rows (closed-form methods take no steps) nothing is written.
+
+def write_trace(folder: str | Path, rows: list[dict]) -> None:
+    """Write folder/trace.csv and trace.png from the records of a method's steps, one row each; nothing without rows.
+
+    Every column with a value is drawn over `step`: those named loss* together, each other one in a panel of its own,
+    flags as the share of steps so far in which they were set. None stands for no value.
     """
     if not rows:
         return
     _write_csv(Path(folder) / "trace.csv", rows)
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    losses, cosine, coefficient, share = figure.subplots(2, 2, sharex=True).flat
-    for key, label, colour in (
-        ("loss_r", "retain", RETAIN),
-        ("loss_f", "forget", FORGET),
-        ("loss_o", "objective", REDIRECT),
-    ):
-        _line(losses, rows, key, colour, label)
-    losses.legend(frameon=False, fontsize=9)
-    _line(cosine, rows, "cos", INK)
-    _line(coefficient, rows, "c", INK)
-    for axes in (cosine, coefficient):
-        axes.axhline(0, color=QUIET, linewidth=0.8, zorder=0)
-    bits = [100 * total / (index + 1) for index, total in enumerate(accumulate(bool(row["bit"]) for row in rows))]
-    share.plot([row["step"] for row in rows], bits, color=INK, linewidth=1.4)
-    share.set_ylim(-3, 103)
-    for axes, title in (
-        (losses, "losses"),
-        (cosine, r"$\cos(g_r, g_f)$"),
-        (coefficient, r"coefficient $c$ of $g_f$"),
-        (share, "steps so far in which the projection bit, %"),
-    ):
-        tidy(axes, title)
-    for axes in (coefficient, share):
+    columns = [key for key in _columns(rows) if key != "step" and any(row.get(key) is not None for row in rows)]
+    losses = [key for key in columns if key.startswith("loss")]
+    panels = [losses] * bool(losses) + [[key] for key in columns if key not in losses]
+    height = -(-len(panels) // 2)
+    figure = Figure(figsize=(9, 3 * height), layout="constrained")
+    grid = list(figure.subplots(height, 2, squeeze=False).flat)
+    for axes, keys in zip(grid, panels, strict=False):
+        tidy(axes, "losses" if keys is losses else TITLES.get(keys[0], keys[0]))
+        for key in keys:
+            _line(axes, rows, key, *LOSSES.get(key, (key, INK if len(keys) == 1 else None)))
+        if len(keys) > 1:
+            axes.legend(frameon=False, fontsize=9)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in grid[len(panels) :]:
+        axes.remove()
     write_png(Path(folder) / "trace.png", figure)
 
 
@@ -125,10 +130,17 @@ def _percent(value: float) -> str:
     return f"{value:.3g} %"
 
 
-def _line(axes: Axes, rows: list[dict], key: str, colour: str, label: str | None = None) -> None:
-    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=label)
+def _columns(rows: list[dict]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _line(axes: Axes, rows: list[dict], key: str, label: str, colour: str | None) -> None:
+    """A column over the steps; the share of True so far of a flag, in percent."""
+    steps, values = zip(*((row["step"], row[key]) for row in rows if row.get(key) is not None), strict=True)
+    if isinstance(values[0], bool):
+        values = [100 * total / n for n, total in enumerate(accumulate(values), start=1)]
+        axes.set_ylim(-3, 103)
+    axes.plot(steps, values, color=colour, linewidth=1.4, label=label, marker="o" if len(steps) == 1 else None)
 
 
 def tidy(axes: Axes, title: str) -> None:
@@ -140,7 +152,7 @@ def tidy(axes: Axes, title: str) -> None:
 
 def _write_csv(path: Path, rows: list[dict]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, _columns(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(path, text.getvalue())

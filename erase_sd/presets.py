@@ -2,7 +2,19 @@
 
 The paper prints no k and no lambda for Stable Diffusion: the `authors-*` values are those of the released command
 lines. One defect of that code is mended here: its batches were the same few images in every step, ours are shuffled.
+
+Every method has "sd" and "pocket". `train_scope` says which weights it moves, and `anchor_model` "original" that it
+learns from the network before any change, which costs a copy of it.
 """
+
+POCKET = {  # the same pictures for every method, so that runs side by side draw them once
+    "batch_size": 32,
+    "sample_guidance": 3.5,
+    "sample_steps": 15,
+    "forget_images": 192,
+    "retain_images": 384,
+}
+GENTLE = {"optimizer": "adamw", "schedule": "cosine", "train_scope": "full", "anchor_model": "current"}
 
 AUTHORS = {
     "saliency": "summed",
@@ -66,12 +78,32 @@ PRESETS: dict[str, dict[str, dict]] = {
             "lam": 1.0,
             "lr": 1.5e-4,
             "warmup_steps": 15,
-            "batch_size": 32,
             "steps": 300,
-            "sample_guidance": 3.5,
-            "sample_steps": 15,
-            "forget_images": 192,
-            "retain_images": 384,
-        },
-    }
+        }
+        | POCKET,
+    },
+    "salun": {
+        # SD/train-scripts/nsfw_removal.py: MSE to the current network's anchor + 0.1 L_r, one epoch of 800 pictures.
+        "authors-nsfw": GENTLE
+        | {"schedule": "constant", "mask_mode": "gradient", "redirect_weight": 10.0, "lr": 1e-6, "batch_size": 8}
+        | {"steps": 100, "drop_captions": 0.0},
+        # random_label.py: alpha 0.5, five epochs.
+        "authors-cls": GENTLE
+        | {"schedule": "constant", "mask_mode": "gradient", "redirect_weight": 2.0, "lr": 5e-6, "batch_size": 8}
+        | {"steps": 500, "drop_captions": 0.0},
+        "sd": GENTLE | {"redirect_weight": 2.0, "lr": 1e-5, "batch_size": 16, "steps": 125},
+        "pocket": GENTLE | POCKET | {"redirect_weight": 2.0, "lr": 1e-4, "steps": 300},
+    },
+    "ascent": {
+        # SalUn's SD/train-scripts/gradient_ascent.py: -L_f + 0.1 L_r, ten epochs, without a ceiling.
+        "authors-cls": GENTLE
+        | {"schedule": "constant", "alpha": 0.1, "lr": 1e-5, "batch_size": 8, "steps": 1000, "drop_captions": 0.0},
+        # Noise has variance 1, so that a model which answers nothing has L_f = 1.
+        "sd": GENTLE | {"alpha": 1.0, "forget_ceiling": 1.0, "lr": 1e-5, "batch_size": 16, "steps": 60},
+        "pocket": GENTLE | POCKET | {"alpha": 1.0, "forget_ceiling": 1.0, "lr": 5e-5, "steps": 100},
+    },
+    "finetune": {
+        "sd": GENTLE | {"lr": 1e-5, "batch_size": 16, "steps": 125},
+        "pocket": GENTLE | POCKET | {"lr": 1e-4, "steps": 300},
+    },
 }

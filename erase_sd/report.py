@@ -40,8 +40,8 @@ def write_results(pipe: StableDiffusionPipeline, plan: Plan, folder: RunFolder, 
     """Write everything into the folder, the word "complete" last."""
     save_unet(pipe.unet, folder.path)
     write_trace(folder.path, result.progress.trace)
-    sizes = {name: p.numel() for name, p in pipe.unet.named_parameters()}
-    write_saliency(folder.path, result.progress.changed, sizes)
+    if changed := result.progress.changed:
+        write_saliency(folder.path, changed, {name: p.numel() for name, p in pipe.unet.named_parameters()})
     if scores := result.run["scores"]:
         write_atomic(folder.path / "scores.json", json.dumps(scores, indent=2) + "\n")
     picture = io.BytesIO()

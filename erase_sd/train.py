@@ -12,6 +12,7 @@ if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):  # run as a file: 
 elif not __package__:  # python -P puts nothing there
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from erase_sd.methods import METHODS
 from erase_sd.options import parse, peek
 from erase_sd.plan import Plan, groups, make
 from erase_sd.process import run_main
@@ -22,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     """Carry out the job that the arguments describe; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     classes = groups(peek(argv, "method", "scissorhands"))
-    given = parse(argv, prog="erase-sd", description="Make a diffusers model unable to draw a concept.", **classes)
+    text = f"Make a diffusers model unable to draw a concept. Methods: {', '.join(METHODS)}."
+    given = parse(argv, prog="erase-sd", description=text, **classes)
     plan = make(**{name: value for values in given.values() for name, value in values.items()})
     return _run(_with_folder(plan))
 

@@ -237,7 +237,7 @@ def test_nan_weights_in_the_loop_stop_it_and_keep_the_last_good_checkpoint(
             unet.conv_out.weight.data[0, 0] = torch.nan
 
     monkeypatch.setattr(loop, "show", poison)
-    with pytest.raises(UserError, match="after 2 repair steps conv_out.weight holds NaN"):
+    with pytest.raises(UserError, match="after 2 steps conv_out.weight holds NaN"):
         erase(tiny_pipe, "cat", output_dir=tmp_path / "run", **QUICK)
     failed(tmp_path / "run", "conv_out.weight")
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["checkpoint-000001"]

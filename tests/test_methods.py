@@ -61,6 +61,7 @@ COMMON = {"steps": STEPS, "lr": 0.1}
 FORMULAS = [
     (FineTune(**COMMON), lambda t, b, k: t.retain(b)),
     (GradientAscent(**COMMON), lambda t, b, k: -t.forget(b)),
+    (GradientAscent(**COMMON, alpha=0.7), lambda t, b, k: 0.7 * t.retain(b) - t.forget(b)),
     (NegGradPlus(**COMMON, alpha=0.7), lambda t, b, k: 0.7 * t.retain(b) - 0.3 * t.forget(b)),
     (
         L1Sparse(**COMMON, l1=0.05),
@@ -89,6 +90,17 @@ def test_against_sgd_written_out(method: Descent, formula, momentum: float):
             p.data -= 0.1 * velocity[key]
     for key, p in task.trainable().items():
         assert torch.allclose(p, plain.trainable()[key], atol=1e-6), key
+
+
+def test_ascent_rests_above_its_ceiling():
+    knobs = {"steps": 40, "lr": 0.3}
+    free = [-record["loss"] for record, _ in GradientAscent(**knobs)(Toy())]
+    capped = [-record["loss"] for record, _ in GradientAscent(**knobs, forget_ceiling=3.0)(Toy())]
+    assert free[-1] > 10 and 2 < max(capped) <= 3  # a resting step counts as 0
+    task = Toy()
+    before = [p.detach().clone() for p in task.model.parameters()]
+    assert len(list(GradientAscent(**knobs, forget_ceiling=0.01)(task))) == 40  # above it from the start
+    assert all(torch.equal(x, p) for x, p in zip(before, task.model.parameters(), strict=True))
 
 
 def salient(task: Toy, k: int) -> Tensor:

@@ -90,6 +90,7 @@ WRONG = [
     ({"saliency": "abss"}, "--saliency 'abss' is none of abs, signed, summed, contrast"),
     ({"objective": "redirekt"}, "--objective 'redirekt'"),
     ({"anchor_model": "old"}, "--anchor_model 'old'"),
+    ({"anchor_model": "current"}, "scissorhands learns from the original network: give --anchor_model original"),
     ({"kind": "colour"}, "--kind 'colour'"),
     ({"mixed_precision": "fp8"}, "--mixed_precision 'fp8'"),
 ]

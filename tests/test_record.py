@@ -103,6 +103,12 @@ def test_trace_of_one_step_without_objective(tmp_path: Path) -> None:
     assert is_picture(tmp_path / "trace.png")
 
 
+def test_trace_of_any_record(tmp_path: Path) -> None:
+    write_trace(tmp_path, [{"step": 0, "loss": 0.5}, {"step": 1, "loss": 0.25, "penalty": 3.0, "full": True}])
+    assert (tmp_path / "trace.csv").read_text() == "step,loss,penalty,full\n0,0.5,,\n1,0.25,3.0,True\n"
+    assert is_picture(tmp_path / "trace.png")
+
+
 def test_no_steps_no_trace(tmp_path: Path) -> None:
     write_trace(tmp_path, [])
     assert not list(tmp_path.iterdir())

@@ -59,3 +59,8 @@ class Repair(Descent):
     project_from: int = knob(0, "first step at which the projection is on")
 
     SIGNED: ClassVar[frozenset[str]] = frozenset({"release_at"})
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether the network before any change has to be kept."""
+        return self.retain_loss == "original"

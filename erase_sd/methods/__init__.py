@@ -1,5 +1,16 @@
-"""Erasing methods: one file each, and the registry. A method is a frozen dataclass of its knobs, called on a task."""
+"""Erasing methods: one file each, and the registry. A method is a frozen dataclass of its knobs, called on a task.
 
+It yields (record, state) after each step, or once if it has no steps; given its last state, it does nothing.
+"""
+
+from erase_sd.methods.ascent import GradientAscent
+from erase_sd.methods.finetune import FineTune
+from erase_sd.methods.salun import SalUn
 from erase_sd.methods.scissorhands import Scissorhands
 
-METHODS = {"scissorhands": Scissorhands}
+METHODS = {
+    "scissorhands": Scissorhands,
+    "salun": SalUn,
+    "ascent": GradientAscent,
+    "finetune": FineTune,
+}

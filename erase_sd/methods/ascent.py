@@ -1,4 +1,4 @@
-"""Gradient ascent: make the forget data improbable, and nothing else."""
+"""Gradient ascent: make the forget data improbable, held back by the retain data if asked to."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from erase_sd.methods.objective import Objective
+from erase_sd.options import knob
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,8 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientAscent(Objective):
-    """GA, Thudi et al., EuroS&P 2022, arXiv 2109.13398: maximise L_f; only a tiny learning rate holds it back."""
+    """GA, Thudi et al., EuroS&P 2022, arXiv 2109.13398: maximise L_f; SalUn's code for diffusion adds alpha L_r."""
+
+    alpha: float = knob(0.0, "weight of the retain loss L_r beside -L_f; 0 asks for no retain data")
+    forget_ceiling: float | None = knob(None, "L_f above which a step only retains: L_f has no upper bound")
 
     def objective(self, task: Task, batch: Any, step: int) -> Tensor:
-        """-L_f."""
-        return -task.forget(batch)
+        """-L_f + alpha L_r, the first term resting above the ceiling."""
+        from erase_sd.core.descent import value
+
+        L_f = task.forget(batch)
+        if self.forget_ceiling is not None and value(task, L_f, "forget") > self.forget_ceiling:
+            L_f = 0 * L_f
+        return self.alpha * task.retain(batch) - L_f if self.alpha else -L_f
