@@ -28,9 +28,12 @@ def knob(default: Any, text: str, aliases: tuple[str, ...] = ()) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, "aliases": aliases})
 
 
-def argument(text: str) -> Any:
-    """Return a required field that is typed without an option's name, such as the folders a judge looks at."""
-    return dataclasses.field(metadata={"help": text, "positional": True})
+def argument(text: str, default: Any = dataclasses.MISSING) -> Any:
+    """Return a field that is typed without an option's name, such as the folders a judge looks at.
+
+    It is required, or a list that may be left away if it has a default.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "positional": True})
 
 
 def parse(argv: Sequence[str], *, prog: str, description: str, **groups: type) -> dict[str, dict[str, Any]]:
@@ -110,7 +113,8 @@ def _add_group(parser: argparse.ArgumentParser, name: str, cls: type) -> None:
         text = f"{field.metadata.get('help', '')} {_note(default)}"
         keywords = {"help": text.replace("%", "%%").strip(), **_reader(annotations[field.name])}
         if field.metadata.get("positional"):
-            group.add_argument(f"{name}.{field.name}", **keywords | {"metavar": field.name.upper()})
+            optional = {} if default is dataclasses.MISSING else {"nargs": "*"}
+            group.add_argument(f"{name}.{field.name}", **keywords | {"metavar": field.name.upper()} | optional)
             continue
         group.add_argument(
             *(f"--{option}" for option in (field.name, *field.metadata.get("aliases", ()))),

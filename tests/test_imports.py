@@ -59,6 +59,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"erase_sd.pocket", "prompts"},
     "classification": {*RECORDS, "erase_sd.core", "erase_sd.methods", "erase_sd.folder", "erase_sd.loop"},
     "eval": {*MODELS, *RECORDS, "erase_sd.knobs", "erase_sd.pocket", "prompts"},
+    "eval.speed": {"eval.speeds"},
+    "eval.speeds": {"eval", "erase_sd.knobs", "erase_sd.core"},
 }
 LIBRARIES: dict[str, set[str]] = {  # the only third-party packages these may import; the others are free
     "prompts": set(),

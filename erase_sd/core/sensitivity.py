@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from erase_sd.core.task import Params, Task, gradient
 from erase_sd.runtime import generator
 
-CHUNK = 1 << 20  # entries ranked at a time: bounds the extra memory whatever the size of the model
+CHUNK = 1 << 17  # entries ranked at a time: bounds the extra memory whatever the size of the model or of a tensor
 BINS = 1 << 16
+# The upper halves of fp32 bit patterns from the largest number to the smallest: negative ones order backwards.
+DESCENDING = np.concatenate([np.arange(BINS // 2)[::-1], np.arange(BINS // 2, BINS)])
+NOT_FINITE = (np.arange(BINS) & 0x7F80) == 0x7F80  # an exponent of ones
 
 
 def accumulate(
@@ -74,64 +77,66 @@ def top_k(scores: Params, k: int, strict: bool = False) -> dict[str, Tensor]:
     code's rule instead, s > the (k+1)-th largest, which leaves the tied ones out and so selects k at most.
     Raises ValueError unless 0 <= k <= all entries, FloatingPointError for NaN or infinity in a score.
     """
-    tau, wanted = threshold(scores, k)
-    if strict and k < sum(s.numel() for s in scores.values()):
-        tau, wanted = threshold(scores, k + 1)[0], 0
+    strict = strict and k < sum(s.numel() for s in scores.values())
+    tau, wanted = threshold(scores, k + strict)
+    if strict:
+        wanted = 0
     masks = {}
     for name, s in scores.items():
-        masks[name] = s.float() > tau
-        if wanted:
-            tied = _first(s.float() == tau, wanted)
-            wanted -= int(tied.sum())
-            masks[name] |= tied
+        masks[name] = torch.empty(s.shape, dtype=torch.bool, device=s.device)
+        rest = masks[name].view(-1)
+        for chunk in _chunks(s.detach()):
+            mask, rest = rest[: len(chunk)], rest[len(chunk) :]
+            torch.gt(chunk, tau, out=mask)
+            if wanted:
+                tied = (chunk == tau).nonzero()[:wanted]
+                mask[tied] = True
+                wanted -= len(tied)
     return masks
 
 
 def threshold(scores: Params, k: int) -> tuple[float, int]:
     """The k-th largest fp32 score, and how many of the entries equal to it belong to the k largest.
 
-    Exact, with O(65k) extra memory: two histogram passes over the upper and the lower half of a 32-bit key that orders
-    like the scores. Infinity for k = 0. Raises as `top_k` does.
+    Exact, with O(65k) extra memory: two histogram passes over the upper and the lower half of the bit patterns.
+    Infinity for k = 0. Raises as `top_k` does.
     """
     total = sum(s.numel() for s in scores.values())
     if not 0 <= k <= total:
         raise ValueError(f"cannot select {k} of {total} scores")
     if k == 0:
         return float("inf"), 0
-    upper = sum(np.bincount((key >> 16) + BINS // 2, minlength=BINS) for key in _keys(scores))
-    high, k = _descend(upper, k)
-    high -= BINS // 2
-    lower = sum(np.bincount(key[key >> 16 == high] & (BINS - 1), minlength=BINS) for key in _keys(scores))
-    low, k = _descend(lower, k)
-    key = np.array([(high << 16) | low], dtype=np.int32)
-    return _flip(key).view(np.float32).item(), k
-
-
-def _keys(scores: Params) -> Iterator[np.ndarray]:
-    """int32 keys ordered like the scores, chunk by chunk; -0.0 ranks as 0.0."""
+    upper, lower = np.zeros(BINS, dtype=np.int64), np.zeros(BINS, dtype=np.int64)
     for name, s in scores.items():
-        for chunk in s.detach().reshape(-1).split(CHUNK):
-            x = chunk.float().cpu() + 0.0
-            if not x.isfinite().all():
-                raise FloatingPointError(f"a score of {name} is NaN or infinite")
-            yield _flip(x.numpy().view(np.int32))
+        for bits in _bits(s):
+            upper += np.bincount(bits >> 16, minlength=BINS)
+        if upper[NOT_FINITE].any():
+            raise FloatingPointError(f"a score of {name} is NaN or infinite")
+    high, k = _descend(upper, DESCENDING, k)
+    for s in scores.values():
+        for bits in _bits(s):
+            lower += np.bincount(bits[bits >> 16 == high] & (BINS - 1), minlength=BINS)
+    low, k = _descend(lower, np.arange(BINS)[:: -1 if high < BINS // 2 else 1], k)
+    return np.array(high << 16 | low, dtype=np.uint32).view(np.float32).item(), k
 
 
-def _flip(b: np.ndarray) -> np.ndarray:
-    """Bits of fp32 <-> key, its own inverse: negative floats order backwards, so their 31 lower bits are inverted."""
-    return b ^ ((b >> 31) & 0x7FFFFFFF)
+def _bits(s: Tensor) -> Iterator[np.ndarray]:
+    """The bit patterns of the entries in fp32, uint32, chunk by chunk; those of -0.0 become those of 0.0."""
+    return ((chunk.cpu() + 0.0).numpy().view(np.uint32) for chunk in _chunks(s.detach()))
 
 
-def _descend(histogram: np.ndarray, k: int) -> tuple[int, int]:
-    """The bin that holds the k-th largest entry, and the entry's rank (from 1) inside that bin."""
-    from_top = histogram[::-1].cumsum()
-    i = int(np.searchsorted(from_top, k))
-    return len(histogram) - 1 - i, k - int(from_top[i] - histogram[::-1][i])
+def _descend(histogram: np.ndarray, order: np.ndarray, k: int) -> tuple[int, int]:
+    """The bin that holds the k-th entry when the bins are in this order, and its rank (from 1) inside that bin."""
+    so_far = histogram[order].cumsum()
+    i = int(np.searchsorted(so_far, k))
+    return int(order[i]), k - int(so_far[i] - histogram[order[i]])
 
 
-def _first(mask: Tensor, n: int) -> Tensor:
-    """The mask with only its first n true entries, by flat index."""
-    mask = mask.contiguous()
-    flat = mask.view(-1)
-    flat[flat.nonzero()[n:]] = False
-    return mask
+def _chunks(s: Tensor) -> Iterator[Tensor]:
+    """The entries in the order of their flat index, fp32, at most CHUNK at a time; never a copy of more than that."""
+    if s.is_contiguous():
+        for chunk in s.view(-1).split(CHUNK):
+            yield chunk.float()
+    else:  # channels_last, say: as many rows as fit
+        for rows in s.split(max(1, CHUNK * len(s) // s.numel())):
+            yield from [rows.reshape(-1).float()] if rows.numel() <= CHUNK else _chunks(rows[0])

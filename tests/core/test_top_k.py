@@ -96,3 +96,9 @@ def test_top_k_refuses_more_than_there_is(k):
 def test_top_k_refuses_scores_that_are_not_finite(bad):
     with pytest.raises(FloatingPointError, match="layer.weight"):
         top_k({"ok": torch.ones(3), "layer.weight": torch.tensor([1.0, bad])}, 2)
+
+
+@pytest.mark.parametrize("shape", [(7, 40_000), (40_000, 7), (300, 30, 3, 3)])
+def test_top_k_of_a_transposed_tensor_larger_than_a_chunk(shape):
+    s = torch.randint(0, 900, shape, generator=generator(0, "transposed", *shape)).float()
+    assert_same(top_k({"w": s.transpose(0, 1)}, 1234), by_sorting({"w": s.transpose(0, 1)}, 1234))
