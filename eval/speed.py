@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parse(argv, prog="eval.speed", description="Measure speed and memory, as ratios.", **GROUPS)
     groups = {name: cls(**given[name]) for name, cls in GROUPS.items()}
     suite = groups["suite"]
+    print(importlib.import_module("eval.speeds.clock").machine(), flush=True)
     for name in suite.benchmarks or BENCHMARKS:
         benchmark = importlib.import_module(f"eval.speeds.{name}")
         for line in benchmark.lines(suite, groups[BENCHMARKS[name]]):
