@@ -76,6 +76,7 @@ LIBRARIES: dict[str, set[str]] = {  # the only third-party packages these may im
     "erase_sd.plan": set(),
     "erase_sd.groups": {"torch"},
     "erase_sd.core": {"torch", "numpy"},
+    "erase_sd.core.optimisers": {"torch", "bitsandbytes"},
     "erase_sd.methods": {"torch"},
     "erase_sd.pictures": {"PIL", "matplotlib"},
 }

@@ -8,15 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from erase_sd.core.knobs import Descent
+from erase_sd.core.optimisers import apply, make_optimizer, put, slots
 from erase_sd.core.projection import dot
 from erase_sd.core.task import Params, Task, gradient
 
-OPTIMIZERS: dict[str, Callable[[Any, Descent], torch.optim.Optimizer]] = {
-    "sgd": lambda theta, k: torch.optim.SGD(
-        theta, lr=k.lr, momentum=k.momentum, weight_decay=k.weight_decay, fused=True
-    ),
-    "adamw": lambda theta, k: torch.optim.AdamW(theta, lr=k.lr, weight_decay=k.weight_decay, fused=True),
-}
 DECAY = {"constant": lambda x: 1.0, "linear": lambda x: 1 - x, "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x))}
 
 
@@ -49,14 +44,9 @@ def descend(
             raise FloatingPointError(f"step {step}: {error}") from error
         edit(g)
         clip_(task, g, knobs.max_grad_norm)
-        apply(optimizer, theta, g)
+        apply(optimizer, theta, g, knobs.rounding, task.seed, step)
         after()
         yield {"step": step, "loss": loss, "lr": lr}, state_of(optimizer, theta, step)
-
-
-def make_optimizer(theta: dict[str, nn.Parameter], knobs: Descent) -> torch.optim.Optimizer:
-    """The optimiser of the knobs over the parameters, in their order."""
-    return OPTIMIZERS[knobs.optimizer](theta.values(), knobs)
 
 
 def learning_rate(knobs: Descent, step: int) -> float:
@@ -66,14 +56,6 @@ def learning_rate(knobs: Descent, step: int) -> float:
     if knobs.schedule == "multistep":
         return knobs.lr * 0.1 ** sum(step >= share * knobs.steps for share in knobs.milestones)
     return knobs.lr * DECAY[knobs.schedule]((step - knobs.warmup_steps) / (knobs.steps - knobs.warmup_steps))
-
-
-def apply(optimizer: torch.optim.Optimizer, theta: dict[str, nn.Parameter], g: Params) -> None:
-    """One step of the optimiser along g; no parameter keeps a gradient."""
-    for name, p in theta.items():
-        p.grad = g[name].to(p.dtype)
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def value(task: Task, loss: Tensor, name: str) -> float:
@@ -99,13 +81,10 @@ def clip_(task: Task, g: Params, max_norm: float | None) -> None:
 
 def state_of(optimizer: torch.optim.Optimizer, theta: dict[str, nn.Parameter], step: int) -> dict:
     """{"step": next step, "optimizer": {"<parameter>/<slot>": tensor}}, the tensors being the optimiser's own."""
-    slots = {f"{name}/{slot}": x for name, p in theta.items() for slot, x in optimizer.state[p].items()}
-    return {"step": step + 1, "optimizer": slots}
+    return {"step": step + 1, "optimizer": slots(optimizer, theta)}
 
 
 def restore(optimizer: torch.optim.Optimizer, theta: dict[str, nn.Parameter], state: dict) -> int:
     """Put a yielded state back; returns the step to go on with."""
-    for key, x in state["optimizer"].items():
-        name, _, slot = key.rpartition("/")
-        optimizer.state[theta[name]][slot] = x.to(theta[name].device, copy=True)
+    put(optimizer, theta, state["optimizer"])
     return state["step"]

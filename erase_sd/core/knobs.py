@@ -13,7 +13,12 @@ class Descent:
 
     steps: int = knob(125, "steps")
     lr: float = knob(1e-5, "peak learning rate")
-    optimizer: Literal["sgd", "adamw"] = knob("sgd", "optimiser")
+    optimizer: Literal["sgd", "adamw", "adamw8bit", "paged-adamw8bit"] = knob(
+        "sgd", "optimiser; the 8-bit ones are those of bitsandbytes"
+    )
+    rounding: Literal["nearest", "stochastic", "kahan"] = knob(
+        "nearest", "of bf16 weights after a step: to the nearest, up or down by chance, or keeping the rest in 16 bits"
+    )
     momentum: float = knob(0.0, "momentum of sgd, in [0, 1)")
     weight_decay: float = knob(0.0, "weight decay, as the optimiser defines it")
     schedule: Literal["constant", "linear", "cosine", "multistep"] = knob(
@@ -59,6 +64,15 @@ class Repair(Descent):
     project_from: int = knob(0, "first step at which the projection is on")
 
     SIGNED: ClassVar[frozenset[str]] = frozenset({"release_at"})
+
+    def __post_init__(self) -> None:
+        """Raise UserError as Descent does, and for a projection that the rounding of bf16 weights would undo."""
+        super().__post_init__()
+        if self.projection == "after-preconditioning" and self.rounding != "nearest":
+            raise UserError(
+                f"--rounding {self.rounding} is for gradients that are projected before the optimiser: "
+                "give --projection on"
+            )
 
     @property
     def needs_original(self) -> bool:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from erase_sd.core.descent import apply, clip_, inner, learning_rate, make_optimizer, restore, state_of, value
+from erase_sd.core.descent import clip_, inner, learning_rate, restore, state_of, value
 from erase_sd.core.knobs import Repair
+from erase_sd.core.optimisers import apply, make_optimizer
 from erase_sd.core.projection import coefficient, collapsed, subtract_
 from erase_sd.core.task import Params, Task, gradient
 
@@ -71,7 +72,7 @@ def _step(
     clip_(task, g, knobs.max_grad_norm)
     after = projection == "after-preconditioning" and g_f is not None
     before = {name: p.detach().clone() for name, p in theta.items()} if after else {}
-    apply(optimizer, theta, g)
+    apply(optimizer, theta, g, knobs.rounding, task.seed, step)
     if after:
         u = before
         subtract_(u, theta, 1.0)  # the update the optimiser made, as a descent direction
