@@ -87,10 +87,7 @@ class RunFolder:
         tensors, meta = load_checkpoint(found)
         for name, p in weights.items():
             p.data.copy_(tensors[f"weights/{name}"])
-        state = {
-            part: {k.removeprefix(f"{part}/"): x for k, x in tensors.items() if k.startswith(f"{part}/")}
-            for part in PARTS
-        }
+        state = {part: tensors.below(f"{part}/") for part in PARTS}
         return Progress({"step": meta["step"], **state}, meta["trace"], meta["changed"])
 
     def forget_checkpoints(self) -> None:

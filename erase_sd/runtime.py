@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,15 +119,43 @@ def save_checkpoint(root: Path | str, step: int, tensors: dict[str, Tensor], met
     return root / f"checkpoint-{step:06d}"
 
 
-def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict]:
-    """(tensors on the CPU, meta) of a checkpoint folder; UserError if it is missing or damaged."""
-    from safetensors.torch import load_file
+class Stored(Mapping):
+    """The tensors of a safetensors file whose names begin with a prefix, under the rest of their names, on the CPU.
 
+    Each is read when it is asked for, and again when it is asked for again: a resumed run holds no second copy.
+    """
+
+    def __init__(self, path: Path | str, prefix: str = "") -> None:
+        from safetensors import safe_open
+
+        self._path, self._prefix = path, prefix
+        self._file = safe_open(path, framework="pt", backend="pread")  # pages of a mapped file would stay in memory
+        names = (name for name in self._file.keys() if name.startswith(prefix))  # noqa: SIM118
+        self._names = dict.fromkeys(name.removeprefix(prefix) for name in names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(self._prefix + name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def below(self, prefix: str) -> Stored:
+        """Those of the tensors whose names begin with the prefix."""
+        return Stored(self._path, self._prefix + prefix)
+
+
+def load_checkpoint(path: Path | str) -> tuple[Stored, dict]:
+    """(tensors, meta) of a checkpoint folder; UserError if it is missing or damaged."""
     path = Path(path)
     if (reason := _damage(path)) is not None:
         others = ", ".join(str(folder) for _, folder in _checkpoints(path.parent) if folder != path) or "none"
         raise UserError(f"cannot continue from {path}: {reason} (other checkpoints there: {others})")
-    return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())["meta"]
+    return Stored(path / "state.safetensors"), json.loads((path / "state.json").read_text())["meta"]
 
 
 def latest_checkpoint(root: Path | str) -> Path | None:
