@@ -4,8 +4,10 @@ import html
 import re
 from pathlib import Path
 
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
+from erase_sd.families import family, network
 from erase_sd.runtime import write_atomic
 
 TEMPLATE = """---
@@ -14,8 +16,8 @@ TEMPLATE = """---
 
 # {{ concepts }} erased from {{ model }}
 
-This UNet was edited so that the model no longer draws **{{ concepts }}** and keeps the rest. It replaces the UNet
-of `{{ model }}`; text encoder, VAE and tokenizer are the base model's own.
+This network was edited so that the model no longer draws **{{ concepts }}** and keeps the rest. It replaces that of
+`{{ model }}`; text encoder, VAE and tokenizer are the base model's own.
 
 ## How it was made
 
@@ -108,13 +110,20 @@ def _metadata(model: str, license: str) -> ModelCardData:
     )
 
 
-def swap_in_snippet(model: str, folder: str | Path, dtype: str = "torch.float32") -> str:
-    """Python that loads the base `model` and swaps in the UNet saved in `folder`. Both must have the same dtype."""
+def swap_in_snippet(
+    pipe: DiffusionPipeline, model: str, folder: str | Path, config: str | None = None, dtype: str = "torch.float32"
+) -> str:
+    """Python that loads the base `model` and swaps in the network saved in `folder`. Both must have the same dtype.
+
+    `config` is the layout of a model that is a single file.
+    """
+    part, kind = family(pipe).part, type(network(pipe)).__name__
+    loader = f"from_single_file({str(model)!r}, config={config!r}" if config else f"from_pretrained({str(model)!r}"
     return (
         "import torch\n"
-        "from diffusers import DiffusionPipeline, UNet2DConditionModel\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({str(model)!r}, dtype={dtype})\n"
-        f'pipe.unet = UNet2DConditionModel.from_pretrained({str(folder)!r}, subfolder="unet", dtype={dtype})'
+        f"from diffusers import {', '.join(sorted([type(pipe).__name__, kind]))}\n\n"
+        f"pipe = {type(pipe).__name__}.{loader}, dtype={dtype})\n"
+        f'pipe.{part} = {kind}.from_pretrained({str(folder)!r}, subfolder="{part}", dtype={dtype})'
     )
 
 

@@ -1,6 +1,6 @@
-"""Erasing from a diffusion model as a Task: one denoising loss for epsilon and v models, five ways to use it.
+"""Erasing from a diffusion model as a Task: one denoising loss for every family of models, five ways to use it.
 
-    x_t = a_t x0 + s_t eps,    L(z, c) = MSE(e_theta(x_t, t, c), target)
+    L(z, c) = MSE(e_theta(x_t, t, c), target)        x_t and the target: erase_sd.noising
 
     forget    L(z_f, c_f)                                   Scissorhands' L_f
     retain    L(z_r, c_r)                                   Scissorhands' L_r
@@ -18,13 +18,14 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from erase_sd.families import Cond, family, network
 from erase_sd.groups import select, without_norms
 from erase_sd.knobs import Losses
 from erase_sd.latents import Samples
-from erase_sd.pipeline import training_scheduler
+from erase_sd.noising import process
 from erase_sd.process import UserError
 from erase_sd.runtime import generator
 
@@ -33,17 +34,17 @@ WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 class Batch(NamedTuple):
-    """This rank's slice: latents, timesteps, noise and text embeddings of n forget and n retain samples."""
+    """This rank's slice: latents, timesteps, noise and captions' conditioning of n forget and n retain samples."""
 
     z_f: Tensor
     t_f: Tensor
     noise_f: Tensor
-    c_f: Tensor
-    c_a: Tensor
+    c_f: Cond
+    c_a: Cond
     z_r: Tensor
     t_r: Tensor
     noise_r: Tensor
-    c_r: Tensor
+    c_r: Cond
     z_d: Tensor  # what redirect is fitted on: z_f, or for half of the samples their anchors' pictures
 
 
@@ -51,11 +52,11 @@ class DenoisingTask:
     """See `erase_sd.core.task`. Every draw is keyed by (seed, purpose, step, global sample index)."""
 
     def __init__(
-        self, pipe: StableDiffusionPipeline, samples: Samples, knobs: Losses, seed: int, accelerator: Accelerator
+        self, pipe: DiffusionPipeline, samples: Samples, knobs: Losses, seed: int, accelerator: Accelerator
     ) -> None:
         self.samples, self.knobs, self.seed, self.accelerator = samples, knobs, seed, accelerator
-        self.scheduler: DDPMScheduler = training_scheduler(pipe)
-        self.model: nn.Module = pipe.unet.to(accelerator.device).requires_grad_(False)
+        self.family, self.process = family(pipe), process(pipe)
+        self.model: nn.Module = network(pipe).to(accelerator.device).requires_grad_(False)
         self._trainable = select(self.model, knobs.train_scope)
         self._trimmable = without_norms(self.model, select(self.model, knobs.trim_scope))
         self._ranked = select(self.model, knobs.rank_scope) if knobs.rank_scope else self._trimmable
@@ -94,42 +95,51 @@ class DenoisingTask:
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         rows = range(rank, self.knobs.batch_size, ranks)
         draws = [self._draw(generator(self.seed, purpose, step, i)) for i in rows]
-        return Batch(*(torch.stack(column).to(self.accelerator.device) for column in zip(*draws, strict=True)))
+        columns = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+        conds = {name: self._conditioning(columns.pop(name)) for name in ("c_f", "c_a", "c_r")}
+        return Batch(**conds, **{name: x.to(self.accelerator.device) for name, x in columns.items()})
 
-    def _draw(self, g: torch.Generator) -> tuple[Tensor, ...]:
-        """One forget and one retain sample with their timesteps and noise."""
-        s, steps = self.samples, self.scheduler.config.num_train_timesteps
+    def _draw(self, g: torch.Generator) -> dict[str, Tensor]:
+        """One forget and one retain sample with their timesteps, noise and rows of the captions."""
+        s = self.samples
         f, r = (int(torch.randint(n, (), generator=g)) for n in (len(s.forget), len(s.retain)))
-        t_f, t_r = torch.randint(steps, (2,), generator=g)
+        t_f, t_r = self.process.draw(2, g)
         noise_f, noise_r = torch.randn(2, *s.forget.shape[1:], generator=g)
-        keep = s.empty if torch.rand((), generator=g) < self.knobs.drop_captions else s.keep[r]
-        c_f, c_a, c_r = s.embeddings[s.caption[f]], s.embeddings[s.anchor[f]], s.embeddings[keep]
+        dropped = torch.rand((), generator=g) < self.knobs.drop_captions
         swap = s.anchors is not None and torch.rand((), generator=g) < 0.5
-        z_d = s.anchors[f] if swap else s.forget[f]
-        return s.forget[f], t_f, noise_f, c_f, c_a, s.retain[r], t_r, noise_r, c_r, z_d
+        forget = {"z_f": s.forget[f], "t_f": t_f, "noise_f": noise_f, "c_f": s.caption[f], "c_a": s.anchor[f]}
+        retain = {"z_r": s.retain[r], "t_r": t_r, "noise_r": noise_r}
+        retain["c_r"] = torch.tensor(s.empty) if dropped else s.keep[r]
+        return forget | retain | {"z_d": s.anchors[f] if swap else s.forget[f]}
+
+    def _conditioning(self, rows: Tensor) -> Cond:
+        """The conditioning of captions, by their rows in the table."""
+        return {name: table[rows].to(self.accelerator.device) for name, table in self.samples.embeddings.items()}
+
+    def nothing(self, n: int) -> Cond:
+        """The conditioning of n empty captions: the unconditional branch of guidance."""
+        return self._conditioning(torch.full((n,), self.samples.empty))
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t for latents (n, C, H, W) at timesteps (n,)."""
-        return self.scheduler.add_noise(x0, noise, t)
+        return self.process.add_noise(x0, noise, t)
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should return: noise, velocity or the clean latent, as the scheduler says."""
-        kind = self.scheduler.config.prediction_type
-        return (
-            {"epsilon": noise, "sample": x0}.get(kind)
-            if kind != "v_prediction"
-            else self.scheduler.get_velocity(x0, noise, t)
-        )
+        """What the network should return: noise, velocity, the clean latent or the flow."""
+        return self.process.target(x0, noise, t)
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's output in fp32."""
-        return self.forward(x_t, t, cond).sample.float()
+        return self.family.call(self.forward, x_t, t, cond).float()
 
     @torch.no_grad()
-    def _old(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """What the network before any change returns, fp32."""
+    def old(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """What the network before any change returns, fp32. Raises UserError where it was not kept."""
+        if self.original is None:
+            raise UserError("this needs the network before any change: give --anchor_model original")
         dtype = self.original.dtype
-        return self.original(x_t.to(dtype), t, cond.to(dtype)).sample.float()
+        cond = {name: x.to(dtype) for name, x in cond.items()}
+        return self.family.call(self.original, x_t.to(dtype), t, cond).float()
 
     def forget(self, batch: Batch) -> Tensor:
         """L_f, the denoising loss of the concept's pictures under its captions."""
@@ -145,22 +155,20 @@ class DenoisingTask:
 
     def preserve(self, batch: Batch) -> Tensor:
         """Distance from what the original network returns on everything else. Raises UserError without it."""
-        if self.original is None:
-            raise UserError("--retain_loss original needs the original network: give --anchor_model original too")
         x_t = self.add_noise(batch.z_r, batch.noise_r, batch.t_r)
-        return nn.functional.mse_loss(self.predict(x_t, batch.t_r, batch.c_r), self._old(x_t, batch.t_r, batch.c_r))
+        return nn.functional.mse_loss(self.predict(x_t, batch.t_r, batch.c_r), self.old(x_t, batch.t_r, batch.c_r))
 
     def redirect(self, batch: Batch) -> Tensor:
         """Distance between the answer to the concept's caption and the answer to its anchor."""
         x_t = self.add_noise(batch.z_d, batch.noise_f, batch.t_f)
         if self.knobs.anchor_model == "original":
-            wanted = self._old(x_t, batch.t_f, batch.c_a)
+            wanted = self.old(x_t, batch.t_f, batch.c_a)
         else:
             with torch.no_grad():
                 wanted = self.predict(x_t, batch.t_f, batch.c_a)
         return nn.functional.mse_loss(self.predict(x_t, batch.t_f, batch.c_f), wanted)
 
-    def _denoise(self, x0: Tensor, t: Tensor, noise: Tensor, cond: Tensor) -> Tensor:
+    def _denoise(self, x0: Tensor, t: Tensor, noise: Tensor, cond: Cond) -> Tensor:
         predicted = self.predict(self.add_noise(x0, noise, t), t, cond)
         return nn.functional.mse_loss(predicted, self.target(x0, noise, t))
 

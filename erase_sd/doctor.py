@@ -1,4 +1,4 @@
-"""Is this folder, and the pipeline loaded from it, a sound Stable Diffusion 1.x or 2.x text-to-image model?
+"""Is this folder, and the pipeline loaded from it, a sound text-to-image model of a family that can be erased?
 
 The libraries load much that cannot work: a partial UNet (meta tensors and a warning), a tokenizer folder without
 files (a tokenizer of two tokens), NaN weights (which draw black images and so look perfectly erased). Every check
@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
+from erase_sd.families import FAMILIES, family, modules, network
 from erase_sd.process import UserError
 
-NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-WEIGHTED = ("unet", "vae", "text_encoder")
-OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+WEIGHTLESS = ("tokenizer", "scheduler")  # how the names of components without weights begin
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3")
 # What the libraries raise for broken, unknown or unreachable models; the Hub's own errors are OSError or ValueError.
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
 
@@ -75,18 +76,28 @@ def check_place(source: str, option: str) -> None:
         raise UserError(f"{option} {source}: the folder {parts[0]} has no {parts[1]}: check the spelling")
 
 
-def check_index(index: dict, model: str) -> None:
-    """`index` is the parsed model_index.json: refuse other model families before anything large is fetched."""
+def check_single_file(model: str, config: str | None) -> str:
+    """The layout of a single-file model. Refuses what is no .safetensors: pickles run code when they are read."""
+    if Path(model).suffix != ".safetensors":
+        raise UserError(f"--model {model} is no .safetensors file: convert it, or give the folder of save_pretrained")
+    if config is None:
+        raise UserError(f"--model {model} does not say how it is laid out: give --model_config, a folder or a Hub id")
+    return config
+
+
+def check_index(index: dict, model: str) -> str:
+    """The pipeline class of a parsed model_index.json; other families are refused before anything is fetched."""
     components = {name: value for name, value in index.items() if isinstance(value, (list, tuple)) and value[0]}
-    foreign = sorted(components.keys() - {*NEEDED, *OPTIONAL})
-    if foreign:
-        raise UserError(
-            f"model {model} is a {index.get('_class_name')} with {', '.join(foreign)}: "
-            "only Stable Diffusion 1.x and 2.x text-to-image models can be erased"
-        )
-    for name in NEEDED:
+    kind = index.get("_class_name")
+    needed = FAMILIES[kind].needed if kind in FAMILIES else ()
+    foreign = sorted(components.keys() - {*needed, *OPTIONAL})
+    if kind not in FAMILIES or foreign:
+        known = ", ".join(FAMILIES)
+        raise UserError(f"model {model} is a {kind} with {', '.join(foreign)}: only {known} can be erased")
+    for name in needed:
         if name not in components:
             raise UserError(f"model {model}: model_index.json names no {name}: save the whole pipeline again")
+    return kind
 
 
 def check_folder(folder: Path, components: list[str]) -> None:
@@ -95,7 +106,7 @@ def check_folder(folder: Path, components: list[str]) -> None:
         part = folder / name
         if not part.is_dir():
             raise UserError(f"model folder {folder} has no {name}/: copy the whole pipeline, or save it again")
-        if name in WEIGHTED:
+        if not name.startswith(WEIGHTLESS):
             check_weight_files(part)
 
 
@@ -114,56 +125,66 @@ def check_weight_files(folder: Path) -> None:
             raise UserError(f"{file} is damaged or incomplete ({error}): copy or download it again") from error
 
 
-def check_pipeline(pipe: StableDiffusionPipeline, model: str) -> None:
+def check_pipeline(pipe: DiffusionPipeline, model: str) -> None:
     """The loaded parts are complete, finite and fit each other."""
-    check_tokenizer(pipe, model)
-    check_unet(pipe, model)
-    for name in WEIGHTED:
-        check_weights(getattr(pipe, name), name, model)
+    for name, encoder in modules(pipe).items():
+        if name.startswith("text_encoder"):
+            check_tokenizer(pipe.components[name.replace("text_encoder", "tokenizer")], encoder.config, model)
+    check_network(pipe, model)
+    for name, part in modules(pipe).items():
+        check_weights(part, name, model)
 
 
-def check_text_encoder_file(encoder: torch.nn.Module, folder: Path) -> None:
+def check_text_encoder_files(pipe: DiffusionPipeline, folder: Path) -> None:
     """transformers fills in random values for tensors that a file lacks and only logs it: compare the names.
 
-    Files written before transformers 5.6 have the prefix "text_model.".
+    Files written before transformers 5.6 have the prefix "text_model."; tied tensors are stored once.
     """
-    stored: set[str] = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            stored |= {name.removeprefix("text_model.") for name in weights.keys()}  # noqa: SIM118 - not a dict
-    missing = {name.removeprefix("text_model.") for name in encoder.state_dict()} - stored
-    if stored and missing:
-        raise UserError(f"{folder} has no value for {min(missing)}: its weight file is partial, give a complete one")
+    for part, encoder in modules(pipe).items():
+        if not part.startswith("text_encoder"):
+            continue
+        stored: set[str] = set()
+        for file in (folder / part).glob("*.safetensors"):
+            with safe_open(file, framework="pt") as weights:
+                stored |= {name.removeprefix("text_model.") for name in weights.keys()}  # noqa: SIM118 - not a dict
+        state = {name.removeprefix("text_model."): x.data_ptr() for name, x in encoder.state_dict().items()}
+        there = {place for name, place in state.items() if name in stored}
+        missing = {name for name, place in state.items() if place not in there}
+        if stored and missing:
+            raise UserError(f"{folder / part} has no value for {min(missing)}: its weight file is partial")
 
 
-def check_tokenizer(pipe: StableDiffusionPipeline, model: str) -> None:
-    """The tokenizer is the text encoder's own, not the empty shell that transformers makes of a wrong folder."""
-    encoder = pipe.text_encoder.config
-    if len(pipe.tokenizer) != encoder.vocab_size:
+def check_tokenizer(tokenizer: Any, encoder: Any, model: str) -> None:
+    """The tokenizer is the text encoder's own, not the empty shell that transformers makes of a wrong folder.
+
+    `encoder` is the text encoder's config. CLIP knows a tokenizer's tokens and no more; T5's table is padded.
+    """
+    clip = hasattr(encoder, "max_position_embeddings")
+    if len(tokenizer) != encoder.vocab_size if clip else not 2 < len(tokenizer) <= encoder.vocab_size:
+        sizes = f"{len(tokenizer)} tokens and the text encoder {encoder.vocab_size}"
+        raise UserError(f"model {model}: the tokenizer has {sizes}: copy the files of tokenizer/ from the base model")
+    if clip and tokenizer.model_max_length != encoder.max_position_embeddings:
         raise UserError(
-            f"model {model}: the tokenizer has {len(pipe.tokenizer)} tokens and the text encoder "
-            f"{encoder.vocab_size}: copy the files of tokenizer/ from the base model"
-        )
-    if pipe.tokenizer.model_max_length != encoder.max_position_embeddings:
-        raise UserError(
-            f"model {model}: the tokenizer's model_max_length is {pipe.tokenizer.model_max_length}, the text "
+            f"model {model}: the tokenizer's model_max_length is {tokenizer.model_max_length}, the text "
             f"encoder's {encoder.max_position_embeddings}: copy tokenizer/tokenizer_config.json from the base model"
         )
 
 
-def check_unet(pipe: StableDiffusionPipeline, model: str) -> None:
-    """The UNet denoises this VAE's latents and nothing else, under this text encoder's embeddings."""
-    unet, latent = pipe.unet.config, pipe.vae.config.latent_channels
-    if unet.in_channels != latent:
+def check_network(pipe: DiffusionPipeline, model: str) -> None:
+    """The network denoises this VAE's latents and nothing else, under these text encoders' embeddings."""
+    kind = family(pipe)
+    config, latent = network(pipe).config, kind.patch * pipe.vae.config.latent_channels
+    if config.in_channels != latent:
         raise UserError(
-            f"model {model}: the UNet takes {unet.in_channels} channels and the VAE makes {latent}: inpainting and "
-            "other conditioned models cannot be erased, give the text-to-image model they were made from"
+            f"model {model}: the {kind.part} takes {config.in_channels} channels and the VAE makes {latent}: "
+            "inpainting and other conditioned models cannot be erased, give the text-to-image model behind this one"
         )
-    width = pipe.text_encoder.config.hidden_size
-    if unet.cross_attention_dim != width:
+    key, theirs, encoders = kind.widths
+    width = sum(getattr(getattr(pipe, name).config, theirs) for name in encoders)
+    if config[key] != width:
         raise UserError(
-            f"model {model}: the UNet expects text {unet.cross_attention_dim} wide and the text encoder gives "
-            f"{width}: give the UNet and the pipeline of the same base model"
+            f"model {model}: the {kind.part} expects text {config[key]} wide and the text encoder gives "
+            f"{width}: give the {kind.part} and the pipeline of the same base model"
         )
 
 

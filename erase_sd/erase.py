@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from erase_sd import subject
 from erase_sd.denoising import DenoisingTask
 from erase_sd.devices import accelerator as make_accelerator
+from erase_sd.families import family, modules, network
 from erase_sd.folder import Progress, RunFolder
 from erase_sd.groups import select, without_norms
 from erase_sd.latents import Samples, collect
@@ -30,7 +31,7 @@ from erase_sd.runtime import digest
 
 
 def erase(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     concept: str | tuple[str, ...],
     method: str = "scissorhands",
     *,
@@ -52,19 +53,20 @@ def erase(
     return carry_out(pipe, plan, accelerator or make_accelerator(plan.job.mixed_precision))
 
 
-def carry_out(pipe: StableDiffusionPipeline, plan: Plan, accelerator: Accelerator) -> dict:
+def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> dict:
     """The job of `erase`, planned. Exits with 128 + signal when stopped, after a checkpoint."""
     start, job = time.monotonic(), plan.job
     asked = subject.resolve(job)
     _check(pipe, plan)
-    base_hash = digest([weights_hash(part) for part in (pipe.unet, pipe.text_encoder, pipe.vae)])
+    base_hash = digest([weights_hash(part) for part in modules(pipe).values()])
     config = plan.config() | {"mixed_precision": accelerator.mixed_precision, "base_hash": base_hash}
     main = accelerator.is_main_process
     place = RunFolder(job.output_dir, config, writes=main) if job.output_dir else nullcontext()
     with place as folder, _placed(pipe, accelerator):
         accelerator.wait_for_everyone()  # all see the folder alike: before the run, or after
         if folder and (done := folder.complete()):
-            pipe.unet.load_state_dict(load_network(str(folder.path), "unet", pipe.unet.dtype).state_dict())
+            part = family(pipe).part
+            network(pipe).load_state_dict(load_network(str(folder.path), part, network(pipe).dtype).state_dict())
             return done
         with _recorded(folder):
             cache = folder and folder.path.parent / ".cache"
@@ -88,12 +90,13 @@ def carry_out(pipe: StableDiffusionPipeline, plan: Plan, accelerator: Accelerato
     return record
 
 
-def _check(pipe: StableDiffusionPipeline, plan: Plan) -> None:
+def _check(pipe: DiffusionPipeline, plan: Plan) -> None:
     """Refuse, before anything is drawn or written, what would fail only in training. Raises UserError."""
-    if pipe.unet.dtype != torch.float32:
-        raise UserError(f"the UNet is {pipe.unet.dtype}: load it in float32, mixed_precision saves the same time")
+    model, part = network(pipe), family(pipe).part
+    if model.dtype != torch.float32:
+        raise UserError(f"the {part} is {model.dtype}: load it in float32, mixed_precision saves the same time")
     scopes = plan.losses.trim_scope, plan.losses.rank_scope or "full", plan.losses.train_scope
-    trimmed, *_ = (without_norms(pipe.unet, select(pipe.unet, scope)) for scope in scopes)
+    trimmed, *_ = (without_norms(model, select(model, scope)) for scope in scopes)
     if _trims(plan) and not trimmed:
         raise UserError(f"--trim_scope {scopes[0]} holds norms only, which are never re-initialised: widen it")
 
@@ -104,7 +107,7 @@ def _trims(plan: Plan) -> bool:
 
 
 def _train(
-    pipe: StableDiffusionPipeline, plan: Plan, samples: Samples, accelerator: Accelerator, folder: RunFolder | None
+    pipe: DiffusionPipeline, plan: Plan, samples: Samples, accelerator: Accelerator, folder: RunFolder | None
 ) -> tuple[Progress, float]:
     """Run the method from its last checkpoint to its end; the seconds are its own, without pictures and scores."""
     start = time.monotonic()
@@ -158,9 +161,9 @@ def _recorded(folder: RunFolder | None) -> Iterator[None]:
 
 
 @contextmanager
-def _placed(pipe: StableDiffusionPipeline, accelerator: Accelerator) -> Iterator[None]:
+def _placed(pipe: DiffusionPipeline, accelerator: Accelerator) -> Iterator[None]:
     """Move the pipeline to the accelerator's device and put every component back where it was."""
-    parts = [part for part in pipe.components.values() if hasattr(part, "parameters")]
+    parts = list(modules(pipe).values())
     places = [part.device for part in parts]
     grads = [[p.requires_grad for p in part.parameters()] for part in parts]
     for part in parts:

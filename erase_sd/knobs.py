@@ -17,8 +17,11 @@ class Job:
 
     concept: tuple[str, ...] = knob((), 'what to forget: words ("cat", "neon style") or a concept file ("nudity")')
     model: str = knob(
-        SD_V1, "diffusers folder or Hub id, or 'pocket', the embedded model", ("pretrained_model_name_or_path",)
+        SD_V1,
+        "diffusers folder, Hub id or single .safetensors file, or 'pocket', the embedded model",
+        ("pretrained_model_name_or_path",),
     )
+    model_config: str | None = knob(None, "how a single-file model is laid out: folder or Hub id of its base model")
     method: str = knob("scissorhands", "how to erase; --method NAME --help shows the knobs of that one")
     preset: str | None = knob(None, "named set of all other values; by default the one measured best for the model")
     kind: Literal["auto", "object", "style", "background", "attribute"] = knob("auto", "what the concept is")

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from erase_sd.families import Cond
 from erase_sd.knobs import Sampling
 from erase_sd.pipeline import encode, sample
 from erase_sd.process import StopFlag
@@ -29,14 +30,14 @@ class Sources(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """Latents (N, C, H, W) in fp32 and, for each, rows of the table of text embeddings (U, L, D)."""
+    """Latents (N, C, H, W) in fp32 and, for each, a row of the table of captions."""
 
     forget: Tensor
     retain: Tensor
     caption: Tensor  # (N_f,) row of c_f
     anchor: Tensor  # (N_f,) row of c_a
     keep: Tensor  # (N_r,) row of c_r
-    embeddings: Tensor
+    embeddings: Cond  # conditioning of all U captions: tensors (U, ...)
     empty: int  # row of the empty caption
     anchors: Tensor | None = None  # (N_f, C, H, W) what the anchor of each forget sample draws
 
@@ -47,7 +48,7 @@ def seeds(seed: int, purpose: int, n: int) -> list[int]:
 
 
 def collect(
-    pipe: StableDiffusionPipeline, sources: Sources, knobs: Sampling, seed: int, model_hash: str, cache: Path | None
+    pipe: DiffusionPipeline, sources: Sources, knobs: Sampling, seed: int, model_hash: str, cache: Path | None
 ) -> Samples:
     """Draw forget and retain latents and encode their captions; the cache makes both resumable and shared."""
     forget = [sources.forget[i % len(sources.forget)] for i in range(knobs.forget_images)]
@@ -66,14 +67,14 @@ def collect(
         caption=torch.tensor([row[e.caption] for e in forget]),
         anchor=torch.tensor([row[e.anchor] for e in forget]),
         keep=torch.tensor([row[text] for text in retain]),
-        embeddings=encode(pipe, texts),
+        embeddings=encode(pipe, texts, knobs.sample_guidance),
         empty=row[""],
         anchors=z_a,
     )
 
 
 def drawn(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     prompts: list[str],
     image_seeds: list[int],
     knobs: Sampling,
@@ -98,7 +99,7 @@ def _chunks(prompts: list[str], image_seeds: list[int]) -> Iterator[tuple[list[s
 
 
 def _chunk(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     prompts: list[str],
     image_seeds: list[int],
     knobs: Sampling,

@@ -1,61 +1,70 @@
-"""Load, sample and save Stable Diffusion pipelines of diffusers."""
+"""Load, sample and save text-to-image pipelines of diffusers, of any family that can be erased."""
 
+import copy
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoModel,
-    DDPMScheduler,
-    DiffusionPipeline,
-    ModelMixin,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from erase_sd.doctor import (
-    NEEDED,
     check_folder,
     check_index,
     check_pipeline,
     check_place,
-    check_text_encoder_file,
+    check_single_file,
+    check_text_encoder_files,
     check_weight_files,
     explained,
 )
+from erase_sd.families import Cond, family
 from erase_sd.runtime import generator, new_folder
 
+LEFT_OUT: dict[str, dict[str, Any]] = {  # the safety checker paints images black, and what only serves it
+    "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+}
 
-def load(model: str, *, unet: str | None = None, dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
-    """A Stable Diffusion 1.x or 2.x text-to-image pipeline on the CPU, checked and without a safety checker.
 
-    `model` is a folder or a Hub id; `unet` replaces its UNet by that of a run: a folder with unet/ (or the UNet's own
-    folder), or a Hub id. `dtype` holds for every part, float32 by default. Raises UserError for a model that is
-    missing, incomplete, damaged or of another kind.
+def load(
+    model: str,
+    *,
+    unet: str | None = None,
+    transformer: str | None = None,
+    dtype: torch.dtype | None = None,
+    config: str | None = None,
+) -> DiffusionPipeline:
+    """A text-to-image pipeline of any of the families, on the CPU, checked and without a safety checker.
+
+    `model` is a folder, a Hub id, or a single .safetensors file, whose layout `config` then names: a folder or Hub id
+    of the same base model. `unet` or `transformer` replaces that network by a run's: a folder with unet/ (or the
+    network's own folder), or a Hub id. `dtype` holds for every part, float32 by default. Raises UserError for a model
+    that is missing, incomplete, damaged or of a kind that cannot be erased.
     """
-    check_place(model, "--model")
     dtype = dtype or torch.float32
-    replaced = {"unet": load_network(unet, "unet", dtype)} if unet else {}
+    given = {"unet": unet, "transformer": transformer}
+    parts = {part: load_network(source, part, dtype) for part, source in given.items() if source}
+    layout = check_single_file(model, config) if Path(model).is_file() else model
+    check_place(layout, "--model" if layout == model else "--model_config")
     with explained("--model", model):
-        check_index(StableDiffusionPipeline.load_config(model), model)
-        if Path(model).is_dir():
-            check_folder(Path(model), [name for name in NEEDED if name not in replaced])
-        pipe = StableDiffusionPipeline.from_pretrained(
-            model,
-            dtype=dtype,
-            safety_checker=None,
-            feature_extractor=None,  # serves the safety checker only
-            requires_safety_checker=False,
-            **replaced,
-        )
+        index = DiffusionPipeline.load_config(layout)
+        kind = check_index(index, layout)
+        parts |= {name: None for name, value in index.items() if value == [None, None]} | LEFT_OUT.get(kind, {})
+        cls = getattr(diffusers, kind)
+        if layout != model:
+            pipe = cls.from_single_file(model, config=layout, dtype=dtype, **parts)
+        else:
+            if Path(model).is_dir():
+                check_folder(Path(model), [name for name in family(kind).needed if name not in parts])
+            pipe = cls.from_pretrained(model, dtype=dtype, **parts)
     check_pipeline(pipe, model)
     if Path(model).is_dir():
-        check_text_encoder_file(pipe.text_encoder, Path(model) / "text_encoder")
+        check_text_encoder_files(pipe, Path(model))
     return pipe
 
 
@@ -73,15 +82,18 @@ def load_network(source: str, part: str, dtype: torch.dtype) -> ModelMixin:
 
 
 @torch.no_grad()
-def encode(pipe: StableDiffusionPipeline, prompts: list[str], batch_size: int = 32) -> Tensor:
-    """The text conditioning of `prompts` as the pipeline itself uses it: (N, L, D), float32, on the CPU."""
-    device = pipe.text_encoder.device
-    chunks = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    return torch.cat([pipe.encode_prompt(chunk, device, 1, False)[0].float().cpu() for chunk in chunks])
+def encode(pipe: DiffusionPipeline, captions: list[str], guidance: float = 1.0, batch_size: int = 32) -> Cond:
+    """What the network sees of N captions, as the pipeline itself gives it: tensors (N, ...), float32, on the CPU.
+
+    `guidance` counts for networks that take a guidance scale as an input.
+    """
+    chunks = [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
+    conds = [family(pipe).encode(pipe, chunk, guidance) for chunk in chunks]
+    return {name: torch.cat([cond[name].float().cpu() for cond in conds]) for name in conds[0]}
 
 
 def sample(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     prompts: list[str],
     seeds: list[int],
     *,
@@ -113,7 +125,7 @@ def sample(
                 size=(size, size),
                 output_type=output_type,
             )
-            images += list(drawn.float().cpu()) if output_type == "latent" else drawn
+            images += list(family(pipe).unpacked(drawn).float().cpu()) if output_type == "latent" else drawn
             bar.update(len(drawn))
     return images
 
@@ -143,38 +155,35 @@ def draw(
     ).images
 
 
-def _working_copy(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+def _working_copy(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """A pipeline of the same modules with a scheduler of its own, no inner bar, and no safety checker: it paints
     images black, which every later score would take for erasure."""
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    parts = pipe.components | {"scheduler": scheduler, "safety_checker": None}
-    copy = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    copy.set_progress_bar_config(disable=True)
-    return copy
+    quiet = copy.copy(pipe)
+    quiet.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    if "safety_checker" in pipe.components:
+        quiet.safety_checker = None
+        quiet.register_to_config(requires_safety_checker=False)
+    quiet.set_progress_bar_config(disable=True)
+    return quiet
 
 
-def training_scheduler(pipe: StableDiffusionPipeline) -> DDPMScheduler:
-    """The forward process the model was trained on: the same betas and prediction type as the pipeline's sampler."""
-    return DDPMScheduler.from_config(pipe.scheduler.config)
-
-
-def save_unet(unet: UNet2DConditionModel, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-    """Write `unet` to folder/unet, whole or not at all, for `from_pretrained(folder, subfolder="unet")`.
+def save_network(network: ModelMixin, folder: str | Path, part: str, dtype: torch.dtype | None = None) -> Path:
+    """Write `network` to folder/part, whole or not at all, for `from_pretrained(folder, subfolder=part)`.
 
     `dtype` is that of the file, by default the model's own. Raises FloatingPointError, with nothing written, if a
-    weight is not finite in that dtype. `unet` itself is not changed.
+    weight is not finite in that dtype. `network` itself is not changed.
     """
-    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in unet.state_dict().items()}
+    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in network.state_dict().items()}
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
-            raise FloatingPointError(f"UNet weight {name} has NaN or infinite values: nothing was saved")
-    target = Path(folder) / "unet"
+            raise FloatingPointError(f"{part} weight {name} has NaN or infinite values: nothing was saved")
+    target = Path(folder) / part
     with torch.device("meta"):
-        copy = type(unet).from_config(unet.config)
-    copy.load_state_dict(weights, assign=True)
+        blank = type(network).from_config(network.config)
+    blank.load_state_dict(weights, assign=True)
     with new_folder(target) as temporary:
-        copy.save_pretrained(str(temporary))
-        _scrub(Path(temporary) / copy.config_name)
+        blank.save_pretrained(str(temporary))
+        _scrub(Path(temporary) / blank.config_name)
     return target
 
 

@@ -7,13 +7,14 @@ import json
 import shlex
 from typing import NamedTuple
 
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from erase_sd.card import swap_in_snippet, write_card
+from erase_sd.families import family, network
 from erase_sd.folder import Progress, RunFolder
 from erase_sd.pictures import pixelate, sheet
-from erase_sd.pipeline import save_unet
+from erase_sd.pipeline import save_network
 from erase_sd.plan import Plan
 from erase_sd.plots import write_saliency, write_trace
 from erase_sd.pocket import FOLDER as POCKET
@@ -36,24 +37,24 @@ class Result(NamedTuple):
     explicit: bool  # pictures are shown pixelated
 
 
-def write_results(pipe: StableDiffusionPipeline, plan: Plan, folder: RunFolder, result: Result) -> None:
+def write_results(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, result: Result) -> None:
     """Write everything into the folder, the word "complete" last."""
-    save_unet(pipe.unet, folder.path)
+    save_network(network(pipe), folder.path, family(pipe).part)
     write_trace(folder.path, result.progress.trace)
     if changed := result.progress.changed:
-        write_saliency(folder.path, changed, {name: p.numel() for name, p in pipe.unet.named_parameters()})
+        write_saliency(folder.path, changed, {name: p.numel() for name, p in network(pipe).named_parameters()})
     if scores := result.run["scores"]:
         write_atomic(folder.path / "scores.json", json.dumps(scores, indent=2) + "\n")
     picture = io.BytesIO()
     before_after(result.before, result.after, result.explicit).save(picture, "png")
     write_atomic(folder.path / "before_after.png", picture.getvalue())
-    _card(plan, folder, scores)
+    _card(pipe, plan, folder, scores)
     write_run(folder.path, result.run)
     folder.forget_checkpoints()
     folder.status("complete")
 
 
-def _card(plan: Plan, folder: RunFolder, scores: dict | None) -> None:
+def _card(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, scores: dict | None) -> None:
     base = str(POCKET) if plan.job.model == "pocket" else plan.job.model
     write_card(
         folder.path,
@@ -63,7 +64,7 @@ def _card(plan: Plan, folder: RunFolder, scores: dict | None) -> None:
         preset=folder.config["preset"],
         knobs={name: value for name, value in folder.config.items() if name not in NAMED},
         command=shlex.join(["accelerate", "launch", "erase_sd/train.py", *plan.options()]),
-        snippet=swap_in_snippet(base, folder.path),
+        snippet=swap_in_snippet(pipe, base, folder.path, plan.job.model_config),
         license=LICENSES.get(plan.job.model, "creativeml-openrail-m"),
         scores=scores,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 import prompts
@@ -37,7 +37,7 @@ class Subject:
     steps: int = 30
     guidance: float = 7.5
 
-    def look(self, pipe: StableDiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> View:
+    def look(self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> View:
         """Draw the prompts that the picture shows, and answer the exam if there is one."""
         seeds = list(range(900_000, 900_000 + len(self.shown)))
         images = sample(
@@ -45,7 +45,7 @@ class Subject:
         )
         return View(list(self.shown), images, self._answers(pipe, model_hash, cache, when))
 
-    def _answers(self, pipe: StableDiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> None:
+    def _answers(self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> None:
         return None
 
     def scores(self, before: View, after: View) -> dict | None:
@@ -65,9 +65,7 @@ class PocketSubject(Subject):
     parts: tuple[lessons.Part, ...] = ()
     questions: tuple[lessons.Question, ...] = ()
 
-    def _answers(
-        self, pipe: StableDiffusionPipeline, model_hash: str, cache: Path | None, when: str
-    ) -> list[score.Answer]:
+    def _answers(self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> list[score.Answer]:
         return score.answers(pipe, list(self.questions), model_hash, cache, f"scores {when}")
 
     def scores(self, before: View, after: View) -> dict:

@@ -49,10 +49,11 @@ def _run(plan: Plan) -> int:
 
     model = str(FOLDER) if plan.job.model == "pocket" else plan.job.model
     processes = accelerator(plan.job.mixed_precision)
-    record = carry_out(load(model), plan, processes)
+    pipe = load(model, config=plan.job.model_config)
+    record = carry_out(pipe, plan, processes)
     if processes.is_main_process:
         print(summary(record, plan.job.output_dir))
-        print(f"\nTo use it:\n\n{swap_in_snippet(model, plan.job.output_dir)}")
+        print(f"\nTo use it:\n\n{swap_in_snippet(pipe, model, plan.job.output_dir, plan.job.model_config)}")
     return 0
 
 

@@ -11,7 +11,8 @@ import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
 from erase_sd.doctor import check_place, explained
-from erase_sd.pipeline import load as load_sd
+from erase_sd.families import FAMILIES
+from erase_sd.pipeline import load as load_erasable
 from erase_sd.pipeline import load_network
 from erase_sd.pocket import FOLDER as POCKET
 from erase_sd.process import UserError
@@ -48,8 +49,8 @@ def load(
     with explained("--model", model):
         index = DiffusionPipeline.load_config(model)
     _check_networks(index, model, unet, transformer)
-    if index.get("_class_name") == "StableDiffusionPipeline":
-        pipe = load_sd(model, unet=unet, dtype=kind)
+    if index.get("_class_name") in FAMILIES:
+        pipe = load_erasable(model, unet=unet, transformer=transformer, dtype=kind)
     else:
         pipe = _other(model, index, unet, transformer, kind)
     if scheduler is not None:
@@ -67,7 +68,7 @@ def _check_networks(index: dict, model: str, unet: str | None, transformer: str 
 def _other(
     model: str, index: dict, unet: str | None, transformer: str | None, dtype: torch.dtype
 ) -> DiffusionPipeline:
-    """A pipeline of another family than Stable Diffusion 1 and 2."""
+    """A pipeline of a family that can be drawn with, though not erased."""
     parts: dict[str, Any] = {name: None for name, kind in index.items() if kind == [None, None]}  # left out on purpose
     given = {"unet": unet, "transformer": transformer}
     parts |= {part: load_network(source, part, dtype) for part, source in given.items() if source}

@@ -21,6 +21,7 @@ from erase_sd.latents import Samples
 from erase_sd.process import UserError
 from erase_sd.runtime import generator
 
+HIDDEN = "encoder_hidden_states"
 KNOBS = Losses(batch_size=3, trim_scope="attn", train_scope="full", drop_captions=0.0)
 
 
@@ -41,7 +42,7 @@ def made_up(n: int = 5) -> Samples:
         caption=torch.arange(n),
         anchor=torch.arange(n, 2 * n),
         keep=torch.arange(2 * n, 3 * n),
-        embeddings=torch.randn(3 * n + 1, 77, 32, generator=rng),
+        embeddings={HIDDEN: torch.randn(3 * n + 1, 77, 32, generator=rng)},
         empty=3 * n,
     )
 
@@ -79,14 +80,14 @@ def test_the_denoising_losses_are_their_formulas(tiny_pipe: StableDiffusionPipel
     close(ours.add_noise(b.z_f, b.noise_f, b.t_f), x_t)
     close(ours.target(b.z_f, b.noise_f, b.t_f), target)
     with torch.no_grad():
-        concept, anchor = (unet(x_t, b.t_f, c).sample for c in (b.c_f, b.c_a))
+        concept, anchor = (unet(x_t, b.t_f, **c).sample for c in (b.c_f, b.c_a))
         close(ours.predict(x_t, b.t_f, b.c_f), concept)
         close(ours.forget(b), ((concept - target) ** 2).mean())
         close(ours.contrast(b), ((concept - target) ** 2).mean() - ((anchor - target) ** 2).mean())
         close(ours.redirect(b), ((concept - anchor) ** 2).mean())
         x_t, v = noisy(tiny_pipe, b.z_r, b.noise_r, b.t_r)
         target = {"epsilon": b.noise_r, "v_prediction": v, "sample": b.z_r}[kind]
-        close(ours.retain(b), ((unet(x_t, b.t_r, b.c_r).sample - target) ** 2).mean())
+        close(ours.retain(b), ((unet(x_t, b.t_r, **b.c_r).sample - target) ** 2).mean())
 
 
 def disturb(pipe: StableDiffusionPipeline) -> None:
@@ -101,9 +102,9 @@ def test_the_anchor_comes_from_the_network_that_was_asked_for(tiny_pipe: StableD
     b = original.batch("repair", 0)
     x_t, _ = noisy(tiny_pipe, b.z_f, b.noise_f, b.t_f)
     with torch.no_grad():
-        old = tiny_pipe.unet(x_t, b.t_f, b.c_a).sample
+        old = tiny_pipe.unet(x_t, b.t_f, **b.c_a).sample
         disturb(tiny_pipe)
-        concept, new = (tiny_pipe.unet(x_t, b.t_f, c).sample for c in (b.c_f, b.c_a))
+        concept, new = (tiny_pipe.unet(x_t, b.t_f, **c).sample for c in (b.c_f, b.c_a))
         assert not torch.allclose(old, new, atol=1e-3)
         close(original.redirect(b), F.mse_loss(concept, old))
         close(current.redirect(b), F.mse_loss(concept, new))
@@ -116,9 +117,9 @@ def test_the_anchor_is_a_target_and_gets_no_gradient(tiny_pipe: StableDiffusionP
     g = gradient(ours, ours.redirect(b), ours.trainable())
     x_t, _ = noisy(tiny_pipe, b.z_f, b.noise_f, b.t_f)
     with torch.no_grad():
-        wanted = tiny_pipe.unet(x_t, b.t_f, b.c_a).sample
+        wanted = tiny_pipe.unet(x_t, b.t_f, **b.c_a).sample
     theta = list(ours.trainable().values())
-    by_hand = torch.autograd.grad(F.mse_loss(tiny_pipe.unet(x_t, b.t_f, b.c_f).sample, wanted), theta)
+    by_hand = torch.autograd.grad(F.mse_loss(tiny_pipe.unet(x_t, b.t_f, **b.c_f).sample, wanted), theta)
     for x, y in zip(g.values(), by_hand, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-7)
 
@@ -139,7 +140,9 @@ def test_preserving_needs_the_original(tiny_pipe: StableDiffusionPipeline) -> No
 
 
 def rows(batch: Batch) -> list[tuple[Tensor, ...]]:
-    return list(zip(*batch, strict=True))
+    """Every sample of a batch, all that belongs to it."""
+    columns = [tuple(x.values()) if isinstance(x, dict) else (x,) for x in batch]
+    return list(zip(*(x for column in columns for x in column), strict=True))
 
 
 @pytest.mark.parametrize("step", [0, 3])
@@ -160,7 +163,8 @@ def test_a_batch_depends_on_seed_purpose_and_step_alone(tiny_pipe: StableDiffusi
     before = torch.get_rng_state()
     again = ours.batch("repair", 4)
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    for one, two in zip(rows(first), rows(again), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
     seed = DenoisingTask(tiny_pipe, made_up(), KNOBS, 8, accelerator())
     for other in (ours.batch("repair", 5), ours.batch("sensitivity", 4), seed.batch("repair", 4)):
         assert not torch.equal(first.noise_f, other.noise_f) and not torch.equal(first.noise_r, other.noise_r)
@@ -175,11 +179,12 @@ def test_draws_cover_all_samples_and_timesteps(tiny_pipe: StableDiffusionPipelin
         assert t.min() >= 0 and t.max() <= 999 and abs(t.float().mean() - 499.5) < 60
     assert abs(b.noise_f.mean()) < 0.02 and abs(b.noise_f.std() - 1) < 0.02
     assert not torch.equal(b.t_f, b.t_r)
-    dropped = (b.c_r == samples.embeddings[samples.empty]).flatten(1).all(1).float().mean()
+    table, (c_f, c_a, c_r) = samples.embeddings[HIDDEN], (c[HIDDEN] for c in (b.c_f, b.c_a, b.c_r))
+    dropped = (c_r == table[samples.empty]).flatten(1).all(1).float().mean()
     assert 0.12 < dropped < 0.28
     picture = [int((samples.forget == z).flatten(1).all(1).nonzero()) for z in b.z_f]
-    assert torch.equal(b.c_f, samples.embeddings[samples.caption[picture]])
-    assert torch.equal(b.c_a, samples.embeddings[samples.anchor[picture]])
+    assert torch.equal(c_f, table[samples.caption[picture]])
+    assert torch.equal(c_a, table[samples.anchor[picture]])
 
 
 def test_scopes(tiny_pipe: StableDiffusionPipeline) -> None:

@@ -50,7 +50,7 @@ def test_folder_without_index(tmp_path: Path) -> None:
 
 
 def test_weight_file_instead_of_a_folder(model: Path) -> None:
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="give --model_config"):
         load(str(model / UNET_FILE))
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 OURS = ("erase_sd", "classification", "eval", "prompts")
 FLOOR = {"erase_sd.process", "erase_sd.runtime", "erase_sd.options", "erase_sd.terminal", "erase_sd.devices"}
 
-MODELS = {"erase_sd.pipeline", "erase_sd.groups", "erase_sd.doctor"}
+MODELS = {"erase_sd.pipeline", "erase_sd.families", "erase_sd.noising", "erase_sd.groups", "erase_sd.doctor"}
 SETTINGS = {"erase_sd.knobs", "erase_sd.presets", "erase_sd.plan"}
 RECORDS = {"erase_sd.record", "erase_sd.card", "erase_sd.plots", "erase_sd.pictures"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -33,11 +33,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erase_sd.plan": {*SETTINGS, "erase_sd.methods"},
     "erase_sd.pictures": set(),
     "erase_sd.groups": set(),
-    "erase_sd.doctor": set(),
+    "erase_sd.families": set(),
+    "erase_sd.noising": set(),
+    "erase_sd.doctor": {"erase_sd.families"},
     "erase_sd.core": set(),
     "erase_sd.methods": {"erase_sd.core"},
-    "erase_sd.pipeline": {"erase_sd.groups", "erase_sd.doctor"},
-    "erase_sd.card": set(),
+    "erase_sd.pipeline": {"erase_sd.doctor", "erase_sd.families"},
+    "erase_sd.card": {"erase_sd.families"},
     "erase_sd.plots": set(),
     "erase_sd.record": RECORDS,
     "erase_sd.latents": {*MODELS, "erase_sd.knobs", "prompts"},

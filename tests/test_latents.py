@@ -43,18 +43,23 @@ def pen(monkeypatch: pytest.MonkeyPatch) -> Pen:
 
 def assert_equal(one: Samples, two: Samples) -> None:
     for x, y in zip(one, two, strict=True):
-        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        if isinstance(x, dict):
+            assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+        else:
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
 def test_what_is_collected(tiny_pipe: StableDiffusionPipeline, pen: Pen) -> None:
     s = collect(tiny_pipe, SOURCES, KNOBS, 0, "model", None)
     assert s.forget.shape == (5, 4, 8, 8) and s.retain.shape == (4, 4, 8, 8) and s.forget.dtype == torch.float32
+    hidden = s.embeddings["encoder_hidden_states"]
+    encoded = lambda texts: encode(tiny_pipe, texts)["encoder_hidden_states"]  # noqa: E731
     texts = ["cat", "a photo of a cat", "cat", "a photo of a cat", "cat"]
     anchors = ["an object", "a photo of an object", "an object", "a photo of an object", "an object"]
     for rows, wanted in ((s.caption, texts), (s.anchor, anchors), (s.keep, ["a dog", "a lake", "an object", "a dog"])):
-        torch.testing.assert_close(s.embeddings[rows], encode(tiny_pipe, wanted), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(s.embeddings[[s.empty]], encode(tiny_pipe, [""]), rtol=1e-4, atol=1e-4)
-    assert len(s.embeddings) == 7  # each text once
+        torch.testing.assert_close(hidden[rows], encoded(wanted), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hidden[[s.empty]], encoded([""]), rtol=1e-4, atol=1e-4)
+    assert len(hidden) == 7  # each text once
     assert not torch.equal(s.forget[0], s.forget[2])  # the same prompt, another seed
     assert pen.pictures == 9
 

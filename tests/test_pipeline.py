@@ -14,7 +14,8 @@ from diffusers import (
 )
 from safetensors.torch import load_file
 
-from erase_sd.pipeline import encode, load, sample, save_unet, training_scheduler
+from erase_sd.noising import process
+from erase_sd.pipeline import encode, load, sample, save_network
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -55,16 +56,16 @@ def test_size_in_pixels(tiny_pipe) -> None:
 
 
 def test_encode_is_what_the_pipeline_uses(tiny_pipe) -> None:
-    hidden = encode(tiny_pipe, ["a cat", "", "x" * 500], batch_size=2)
+    hidden = encode(tiny_pipe, ["a cat", "", "x" * 500], batch_size=2)["encoder_hidden_states"]
     assert hidden.shape == (3, 77, 32) and hidden.dtype == torch.float32 and not hidden.requires_grad
     tokens = tiny_pipe.tokenizer(["a cat"], padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
         assert torch.allclose(hidden[:1], tiny_pipe.text_encoder(tokens).last_hidden_state, atol=1e-6)
 
 
-def test_training_scheduler_keeps_the_forward_process(tiny_pipe) -> None:
+def test_noising_keeps_the_forward_process(tiny_pipe) -> None:
     tiny_pipe.scheduler = DDIMScheduler.from_config(tiny_pipe.scheduler.config, prediction_type="v_prediction")
-    scheduler = training_scheduler(tiny_pipe)
+    scheduler = process(tiny_pipe).scheduler
     assert scheduler.config.prediction_type == "v_prediction"
     assert torch.equal(scheduler.alphas_cumprod, tiny_pipe.scheduler.alphas_cumprod)
 
@@ -72,7 +73,7 @@ def test_training_scheduler_keeps_the_forward_process(tiny_pipe) -> None:
 def test_round_trip_and_swap(tiny_sd: Path, tiny_pipe, tmp_path: Path) -> None:
     with torch.no_grad():
         tiny_pipe.unet.conv_out.bias += 1
-    file = save_unet(tiny_pipe.unet, tmp_path / "run")
+    file = save_network(tiny_pipe.unet, tmp_path / "run", "unet")
     assert file == tmp_path / "run" / "unet" and [p.name for p in (tmp_path / "run").iterdir()] == ["unet"]
     assert str(tiny_sd) not in (file / "config.json").read_text()
     for source in (tmp_path / "run", file):
@@ -81,7 +82,7 @@ def test_round_trip_and_swap(tiny_sd: Path, tiny_pipe, tmp_path: Path) -> None:
 
 
 def test_saving_in_half_precision_leaves_the_model_alone(tiny_pipe, tmp_path: Path) -> None:
-    save_unet(tiny_pipe.unet, tmp_path, torch.float16)
+    save_network(tiny_pipe.unet, tmp_path, "unet", torch.float16)
     weights = load_file(tmp_path / UNET_FILE)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     assert tiny_pipe.unet.dtype == torch.float32 and not tiny_pipe.unet.conv_in.weight.is_meta
@@ -92,12 +93,12 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_pipe, tmp_path: Path, 
     with torch.no_grad():
         tiny_pipe.unet.conv_in.weight[0, 0, 0, 0] = value
     with pytest.raises(FloatingPointError, match="conv_in.weight"):
-        save_unet(tiny_pipe.unet, tmp_path, dtype)
+        save_network(tiny_pipe.unet, tmp_path, "unet", dtype)
     assert not list(tmp_path.iterdir())
 
 
 def test_other_pipelines_accept_the_saved_unet(tiny_sd: Path, tiny_pipe, tmp_path: Path) -> None:
-    save_unet(tiny_pipe.unet, tmp_path)
+    save_network(tiny_pipe.unet, tmp_path, "unet")
     unet = UNet2DConditionModel.from_pretrained(str(tmp_path), subfolder="unet", dtype=torch.float32)
     drawing = AutoPipelineForText2Image.from_pretrained(str(tiny_sd), unet=unet)
     picture = drawing("a cat", num_inference_steps=2).images[0]

@@ -48,7 +48,7 @@ def a_card(folder: Path, **changes: object) -> str:
         "preset": "default",
         "knobs": {"fraction": 0.0005, "lam": 0.5},
         "command": "accelerate launch erase_sd/train.py --concept cat",
-        "snippet": swap_in_snippet("CompVis/stable-diffusion-v1-4", "runs/cat"),
+        "snippet": "pipe.unet = UNet2DConditionModel.from_pretrained(...)",
         "license": "creativeml-openrail-m",
     }
     write_card(folder, **card | changes)
@@ -169,5 +169,5 @@ def test_inert_shows_plain_words_as_they_are() -> None:
 def test_snippet_is_python_and_loads_the_swap(tiny_sd: Path, tiny_pipe, tmp_path: Path) -> None:
     tiny_pipe.unet.save_pretrained(str(tmp_path / "it's" / "unet"))
     names: dict = {}
-    exec(swap_in_snippet(str(tiny_sd), tmp_path / "it's"), names)
+    exec(swap_in_snippet(tiny_pipe, str(tiny_sd), tmp_path / "it's"), names)
     assert names["pipe"].unet.config.cross_attention_dim == 32

@@ -177,7 +177,7 @@ def denoising(pipe: StableDiffusionPipeline, plan: object) -> DenoisingTask:
         caption=torch.tensor([1, 1, 1, 1]),
         anchor=torch.tensor([2, 2, 2, 2]),
         keep=torch.tensor([3, 3, 3, 3]),
-        embeddings=torch.randn(4, 77, 32, generator=rng),
+        embeddings={"encoder_hidden_states": torch.randn(4, 77, 32, generator=rng)},
         empty=0,
     )
     return DenoisingTask(pipe, samples, plan.losses, 0, Accelerator(cpu=True))

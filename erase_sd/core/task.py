@@ -56,10 +56,19 @@ class Task(Protocol):
 
 
 class DenoisingTask(Task, Protocol):
-    """A task whose model predicts noise, velocity or flow; latents are (n, channels, height, width)."""
+    """A task whose model predicts noise, velocity or flow; latents are (n, channels, height, width).
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """The model's output, shaped like x_t, for timesteps t (n,) and embeddings cond (n, tokens, width)."""
+    A caption's conditioning is a dict of tensors with n rows, named as the model's own arguments.
+    """
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Params) -> Tensor:
+        """The model's output, shaped like x_t, for timesteps t (n,) and conditioning of n rows."""
+
+    def old(self, x_t: Tensor, t: Tensor, cond: Params) -> Tensor:
+        """What the model before any change returns, without a gradient."""
+
+    def nothing(self, n: int) -> Params:
+        """The conditioning of n empty captions."""
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t from clean latents and noise of one shape, at timesteps t (n,)."""

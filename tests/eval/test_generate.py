@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoModel, UNet2DConditionModel
 from PIL import Image
 
-from erase_sd.pipeline import load, save_unet
+from erase_sd.pipeline import load, save_network
 from erase_sd.process import UserError
 from eval.generate import Generation, draw, main
 from eval.images import read
@@ -138,7 +138,7 @@ def test_nan_is_flagged_and_the_command_fails(options: Generation, tiny_sd: Path
     pipe = load(str(tiny_sd))
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(1e30)  # finite, but nothing it computes is
-    save_unet(pipe.unet, model)
+    save_network(pipe.unet, model, "unet")
     folder = draw(replace(options, model=str(model), rows=2))
     assert [e.broken for e in folder.entries] == ["nan", "nan"]
     argv = ["--prompts", options.prompts, "--model", str(model), "--output_dir", options.output_dir, "--rows", "2"]
@@ -149,7 +149,7 @@ def test_unet_of_a_run_replaces_the_model_s(options: Generation, tiny_sd: Path, 
     pipe = load(str(tiny_sd))
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(0.5)
-    save_unet(pipe.unet, tmp_path / "runs" / "cup")
+    save_network(pipe.unet, tmp_path / "runs" / "cup", "unet")
     base = draw(replace(options, rows=1))
     run = draw(replace(options, rows=1, unet=str(tmp_path / "runs" / "cup"), output_dir=str(tmp_path / "cup")))
     assert base.entries[0].sha256 != run.entries[0].sha256 and run.label == "cup"

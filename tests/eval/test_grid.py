@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from erase_sd.pipeline import load, save_unet
+from erase_sd.pipeline import load, save_network
 from erase_sd.process import UserError
 from eval import censoring
 from eval.censoring import Veil, crossed, shown
@@ -43,7 +43,7 @@ def runs(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     pipe = load(str(tiny_sd))
     for name in ("a", "b"):
         pipe.unet.conv_out.bias.data += 1
-        save_unet(pipe.unet, root / name)
+        save_network(pipe.unet, root / name, "unet")
     return [root / "a", root / "b"]
 
 
