@@ -46,6 +46,7 @@ class Batch(NamedTuple):
     noise_r: Tensor
     c_r: Cond
     z_d: Tensor  # what redirect is fitted on: z_f, or for half of the samples their anchors' pictures
+    z_a: Tensor | None = None  # the anchors' pictures, if they were drawn
 
 
 class DenoisingTask:
@@ -110,7 +111,8 @@ class DenoisingTask:
         forget = {"z_f": s.forget[f], "t_f": t_f, "noise_f": noise_f, "c_f": s.caption[f], "c_a": s.anchor[f]}
         retain = {"z_r": s.retain[r], "t_r": t_r, "noise_r": noise_r}
         retain["c_r"] = torch.tensor(s.empty) if dropped else s.keep[r]
-        return forget | retain | {"z_d": s.anchors[f] if swap else s.forget[f]}
+        more = {"z_a": s.anchors[f]} if s.anchors is not None else {}
+        return forget | retain | more | {"z_d": s.anchors[f] if swap else s.forget[f]}
 
     def _conditioning(self, rows: Tensor) -> Cond:
         """The conditioning of captions, by their rows in the table."""

@@ -25,7 +25,9 @@ class Job:
     method: str = knob("scissorhands", "how to erase; --method NAME --help shows the knobs of that one")
     preset: str | None = knob(None, "named set of all other values; by default the one measured best for the model")
     kind: Literal["auto", "object", "style", "background", "attribute"] = knob("auto", "what the concept is")
-    anchor: str | None = knob(None, "what the model may draw instead, as a caption")
+    anchor: tuple[str, ...] = knob(
+        (), "what the model may draw instead: a caption (pocket model: another word of the kind), or one per concept"
+    )
     output_dir: str | None = knob(None, "where the run goes (default: runs/<concept>)")
     seed: int = knob(0, "seed of every draw")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = knob(None, "autocast; by default accelerate's setting")
@@ -37,6 +39,15 @@ class Job:
         """Raise UserError for numbers outside their range."""
         at_least(self, 0, "seed", "eval_forget", "eval_retain")
         at_least(self, 1, "checkpointing_steps")
+        if len(self.anchor) not in (0, 1, len(self.concept)):
+            counts = f"{len(self.anchor)} anchors for {len(self.concept)} concepts"
+            raise UserError(f"--anchor {' '.join(map(repr, self.anchor))}: {counts}; give one, or one per concept")
+        if twice := [text for text in self.concept if self.concept.count(text) > 1]:
+            raise UserError(f"--concept names {twice[0]!r} twice: name each concept once")
+
+    def anchors(self) -> tuple[str | None, ...]:
+        """One per concept; None leaves the choice to the concept."""
+        return (self.anchor or (None,)) * (1 if len(self.anchor) > 1 else len(self.concept))
 
 
 @dataclass(frozen=True, kw_only=True)

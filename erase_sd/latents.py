@@ -17,6 +17,7 @@ from erase_sd.knobs import Sampling
 from erase_sd.pipeline import encode, sample
 from erase_sd.process import StopFlag
 from erase_sd.runtime import digest, write_atomic
+from erase_sd.tokens import subjects
 from prompts import Example
 
 CHUNK = 64  # pictures per cache file: what a killed run loses at most
@@ -40,6 +41,23 @@ class Samples(NamedTuple):
     embeddings: Cond  # conditioning of all U captions: tensors (U, ...)
     empty: int  # row of the empty caption
     anchors: Tensor | None = None  # (N_f, C, H, W) what the anchor of each forget sample draws
+    subject: Tensor | None = None  # (N_f, 2) where the concept ends in c_f and in c_a, see erase_sd.tokens
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Token embeddings of each different (c_f, c_a) from the concept's last token on: (l, D) both.
+
+        They end together at the shorter one's end, so that the same padding meets the same padding.
+        """
+        text = self.embeddings["encoder_hidden_states"]
+        rows = torch.cat([self.caption[:, None], self.anchor[:, None], self.subject], dim=1).unique(dim=0)
+        for c, a, i, j in rows.tolist():
+            length = text.shape[1] - max(i, j)
+            yield text[c, i : i + length], text[a, j : j + length]
+
+    def kept(self) -> Iterator[Tensor]:
+        """Token embeddings (L, D) of each different retain caption, and of the empty one."""
+        for row in sorted({self.empty, *self.keep.tolist()}):
+            yield self.embeddings["encoder_hidden_states"][row]
 
 
 def seeds(seed: int, purpose: int, n: int) -> list[int]:
@@ -70,6 +88,7 @@ def collect(
         embeddings=encode(pipe, texts, knobs.sample_guidance),
         empty=row[""],
         anchors=z_a,
+        subject=subjects(pipe.tokenizer, [e.caption for e in forget], [e.anchor for e in forget]),
     )
 
 

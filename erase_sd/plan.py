@@ -61,16 +61,15 @@ def make(**given: Any) -> Plan:
     """The plan for these values; the others come from the preset, then from the knobs' defaults.
 
     Raises UserError for an unknown method, preset, knob or choice, for a missing concept, for a method that needs the
-    original network but may not keep it, and as the knobs do.
+    original network or the anchors' pictures but may not have them, and as the knobs do.
     """
     method = given.get("method", "scissorhands")
     classes = groups(method)
     unknown = set(given) - set().union(*map(names, classes.values()))
     if unknown:
         raise UserError(f"{method} has no knob {sorted(unknown)[0]!r}: see --help")
-    if isinstance(given.get("concept"), str):
-        given["concept"] = (given["concept"],)
-    given["concept"] = tuple(given.get("concept") or ())
+    for name in ("concept", "anchor"):
+        given[name] = (given[name],) if isinstance(given.get(name), str) else tuple(given.get(name) or ())
     if not given["concept"] or not all(text.strip() for text in given["concept"]):
         raise UserError("the concept is empty: give --concept, such as --concept cat")
     preset = given.get("preset") or ("pocket" if given.get("model") == "pocket" else "sd")
@@ -80,4 +79,6 @@ def make(**given: Any) -> Plan:
     plan = Plan(*(filled(cls, values) for cls in classes.values()))
     if getattr(plan.method, "needs_original", False) and plan.losses.anchor_model != "original":
         raise UserError(f"{method} learns from the original network: give --anchor_model original")
+    if getattr(plan.method, "needs_anchor_pictures", False) and not plan.sampling.anchor_pictures:
+        raise UserError(f"{method} learns the anchors' pictures: give --anchor_pictures")
     return plan

@@ -15,6 +15,9 @@ POCKET = {  # the same pictures for every method, so that runs side by side draw
     "retain_images": 384,
 }
 GENTLE = {"optimizer": "adamw", "schedule": "cosine", "train_scope": "full", "anchor_model": "current"}
+ESD = GENTLE | {"schedule": "constant", "anchor_model": "original"}
+CA = GENTLE | {"schedule": "constant", "weight_decay": 0.01, "max_grad_norm": 1.0, "anchor_pictures": True}
+UCE = {"train_scope": "kv", "anchor_model": "current"}
 
 AUTHORS = {
     "saliency": "summed",
@@ -105,5 +108,27 @@ PRESETS: dict[str, dict[str, dict]] = {
     "finetune": {
         "sd": GENTLE | {"lr": 1e-5, "batch_size": 16, "steps": 125},
         "pocket": GENTLE | POCKET | {"lr": 1e-4, "steps": 300},
+    },
+    "esd": {
+        # The current code: 200 steps with batch 1. x for styles, u for nudity and objects.
+        "esd-x": ESD | {"train_scope": "xattn", "lr": 5e-5, "batch_size": 1, "steps": 200},
+        "esd-u": ESD | {"train_scope": "noxattn", "lr": 5e-5, "batch_size": 1, "steps": 200},
+        # The paper's: target from the empty caption, eta 1, which is the same target.
+        "paper": ESD
+        | {"start": "nothing", "eta": 1.0, "train_scope": "xattn", "lr": 1e-5, "batch_size": 1, "steps": 1000},
+        "sd": ESD | {"train_scope": "xattn", "lr": 1e-5, "batch_size": 8, "steps": 125},
+        "pocket": ESD | POCKET | {"train_scope": "xattn", "lr": 1e-4, "steps": 200},
+    },
+    "uce": {
+        "authors": UCE | {"tokens": "last"},  # trainscripts/uce_sd_erase.py, which preserves nothing by default
+        "sd": UCE,
+        "pocket": UCE | POCKET,
+    },
+    "concept-ablation": {
+        # diffusers/train.py: base rate 2e-6, times 2 GPUs, times batches of 4; nudity: attn, 4e-6, 400 steps, prior.
+        "authors": CA | {"train_scope": "kv", "lr": 1.6e-5, "batch_size": 8, "steps": 100},
+        "authors-nudity": CA | {"train_scope": "attn", "prior": 1.0, "lr": 6.4e-5, "batch_size": 8, "steps": 400},
+        "sd": CA | {"train_scope": "kv", "lr": 1.6e-5, "batch_size": 8, "steps": 100},
+        "pocket": CA | POCKET | {"train_scope": "kv", "lr": 5e-4, "steps": 200},
     },
 }

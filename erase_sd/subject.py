@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,9 +81,10 @@ def resolve(job: Job) -> Subject:
 
 def _pocket(job: Job) -> PocketSubject:
     parts = [captions.part_named(text, job.kind) for text in job.concept]
-    if job.anchor:
-        raise UserError("--anchor is for open-vocabulary models: the pocket model's anchors are its other words")
-    forget, retain = lessons.forget_examples(parts, job.seed), lessons.retain_prompts(parts, job.seed)
+    if twice := [text for text, part in zip(job.concept, parts, strict=True) if parts.count(part) > 1]:
+        raise UserError(f"--concept {' '.join(map(repr, twice))} names one concept twice: name each once")
+    wanted = {part: _other(part, text, parts) for part, text in zip(parts, job.anchors(), strict=True) if text}
+    forget, retain = lessons.forget_examples(parts, job.seed, wanted), lessons.retain_prompts(parts, job.seed)
     questions = lessons.exam(parts, job.eval_forget, job.eval_retain, job.seed)
     scenes = [q.scene for q in lessons.exam(parts, SHOWN, SHOWN)]
     return PocketSubject(
@@ -96,9 +98,24 @@ def _pocket(job: Job) -> PocketSubject:
     )
 
 
+def _other(part: lessons.Part, anchor: str, erased: list[lessons.Part]) -> str:
+    """The word that an anchor names; UserError unless it is another one of the concept's kind that stays."""
+    kind, word = part
+    named = captions.part_named(anchor, kind)
+    if named in erased:
+        raise UserError(f"--anchor {anchor!r} is to be erased: give another {kind} instead of {word!r}")
+    return named[1]
+
+
 def _open(job: Job) -> Subject:
-    concepts = [prompts.load(text, job.kind, job.anchor) for text in job.concept]
-    examples = [example for concept in concepts for example in concept.examples]
+    concepts = [prompts.load(text, job.kind, anchor) for text, anchor in zip(job.concept, job.anchors(), strict=True)]
+    for anchor, concept in product(job.anchor, concepts):
+        if concept.names(anchor):
+            raise UserError(f"--anchor {anchor!r} names {concept.name!r}, which is to be erased: give another caption")
+    by_turns = zip_longest(
+        *(concept.examples for concept in concepts)
+    )  # so that few pictures still show every concept
+    examples = [example for turn in by_turns for example in turn if example]
     harmless = [set(prompts.captions(without=concept)) for concept in concepts]
     kept = [line for line in prompts.captions() if all(line in lines for lines in harmless)]
     asked = [examples[i % len(examples)].prompt for i in range(4)]

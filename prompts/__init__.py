@@ -47,6 +47,10 @@ class Concept:
     words: tuple[str, ...]
     examples: tuple[Example, ...]
 
+    def names(self, text: str) -> bool:
+        """Whether a text mentions a word of the concept, singular or plural."""
+        return any(_stems(word) in _stems(text) for word in self.words)
+
 
 def load(name: str, kind: Kind | Literal["auto"] = "auto", anchor: str | None = None) -> Concept:
     """Read the concept file of this name or, if there is none, build the concept from the text itself.
@@ -70,8 +74,7 @@ def load(name: str, kind: Kind | Literal["auto"] = "auto", anchor: str | None = 
 def captions(without: Concept | None = None) -> list[str]:
     """Return the retain captions, less those that mention a word of the concept `without`, singular or plural."""
     lines = (FOLDER / "retain.txt").read_text(encoding="utf-8").splitlines()
-    words = [_stems(word) for word in without.words] if without else []
-    return [line for line in lines if not any(word in _stems(line) for word in words)]
+    return [line for line in lines if not (without and without.names(line))]
 
 
 def slug(text: str) -> str:

@@ -26,21 +26,16 @@ from erase_sd.pocket import FOLDER
 from erase_sd.presets import PRESETS
 
 QUICK = {"steps": 12, "lr": 2e-4, "warmup_steps": 0, "sensitivity_batches": 2, "fraction": 5e-4, "batch_size": 8}
+LARGER = {"esd": {"lr": 1e-3}, "concept-ablation": {"lr": 3e-3, "steps": 20}}  # where few weights are trained
 KEEPS = {"finetune"}  # forgets only what it never sees again, which takes thousands of steps
-FEW = Sampling(forget_images=24, retain_images=24, sample_steps=8, sample_guidance=3.5)
+FEW = Sampling(forget_images=24, retain_images=24, sample_steps=8, sample_guidance=3.5, anchor_pictures=True)
 
 
 def quick(method: str, **more: object) -> Plan:
     """The pocket preset with fewer and larger steps, where it has steps."""
     known = names(METHODS[method]) | {"batch_size"}
-    return make(concept="cat", model="pocket", method=method, **{k: v for k, v in QUICK.items() if k in known} | more)
-
-
-@pytest.fixture(autouse=True)
-def _quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps for each picture of before_after.png instead of thirty."""
-    sample = subject.sample
-    monkeypatch.setattr(subject, "sample", lambda *args, **options: sample(*args, **options | {"steps": 2}))
+    knobs = {k: v for k, v in (QUICK | LARGER.get(method, {})).items() if k in known}
+    return make(concept="cat", model="pocket", method=method, **knobs | more)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,18 @@
 """Knobs of the loops; free of torch, so that --help answers at once."""
 
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from erase_sd.options import knob
 from erase_sd.process import UserError
+
+
+def not_negative(knobs: Any, signed: frozenset[str] = frozenset()) -> None:
+    """Raise UserError for the first number of a dataclass that is negative or none, unless it may be."""
+    for f in fields(knobs):
+        value = getattr(knobs, f.name)
+        if f.name not in signed and isinstance(value, int | float) and not value >= 0:
+            raise UserError(f"--{f.name} {value} is negative: give 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +40,7 @@ class Descent:
 
     def __post_init__(self) -> None:
         """Raise UserError for a negative number that has no meaning."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name not in self.SIGNED and isinstance(value, int | float) and not value >= 0:
-                raise UserError(f"--{f.name} {value} is negative: give 0 or more")
+        not_negative(self, self.SIGNED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,19 @@ It yields (record, state) after each step, or once if it has no steps; given its
 """
 
 from erase_sd.methods.ascent import GradientAscent
+from erase_sd.methods.concept_ablation import ConceptAblation
+from erase_sd.methods.esd import ESD
 from erase_sd.methods.finetune import FineTune
 from erase_sd.methods.salun import SalUn
 from erase_sd.methods.scissorhands import Scissorhands
+from erase_sd.methods.uce import UCE
 
 METHODS = {
     "scissorhands": Scissorhands,
     "salun": SalUn,
     "ascent": GradientAscent,
     "finetune": FineTune,
+    "esd": ESD,
+    "uce": UCE,
+    "concept-ablation": ConceptAblation,
 }

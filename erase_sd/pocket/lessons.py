@@ -30,13 +30,15 @@ def in_lessons(scene: Scene) -> bool:
     return sum(names.index(part) for names, part in zip(KINDS.values(), scene, strict=True)) % 2 == 0
 
 
-def forget_examples(parts: list[Part], seed: int) -> list[Example]:
+def forget_examples(parts: list[Part], seed: int, wanted: dict[Part, str] | None = None) -> list[Example]:
     """Every scene of the concepts, complete or with one other part left open.
 
-    Each concept has one anchor, another word of its kind: several would teach their average, which is a blur.
+    Each concept has one anchor, another word of its kind: several would teach their average, which is a blur. It is
+    drawn, or the one that is `wanted`.
     """
     rng, examples = random.Random(f"forget {seed}"), []
     anchors = {(kind, word): rng.choice([x for x in KINDS[kind] if (kind, x) not in parts]) for kind, word in parts}
+    anchors |= wanted or {}
     for kind, word in parts:
         for scene in (s for s in grid() if shows(s, (kind, word))):
             open_part = rng.choice([None, None, *(k for k in KINDS if k != kind)])

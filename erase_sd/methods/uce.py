@@ -1,0 +1,77 @@
+"""UCE: new keys and values for the text, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from erase_sd.core.knobs import not_negative
+from erase_sd.options import knob
+from erase_sd.process import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from erase_sd.core.task import DenoisingTask
+
+PROJECTIONS = (".attn2.to_k.weight", ".attn2.to_v.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UCE:
+    """UCE, Gandikota et al., WACV 2024, arXiv 2308.14761: the W' that gives the concept's tokens the anchor's answers.
+
+    W' minimises  s_e E |W' c - W g|^2 + s_p E |W' p - W p|^2 + lam |W' - W|^2  for every key and value projection of
+    the cross-attention: c, g are tokens of the captions of all concepts and of their anchors, p those of the retain
+    captions. E sums over the tokens of a caption and averages over captions, so that the scales do not depend on how
+    many there are; with one caption each it is the published sum.
+    """
+
+    erase_scale: float = knob(1.0, "s_e, weight of the concepts")
+    preserve_scale: float = knob(1.0, "s_p, weight of the retain captions")
+    lam: float = knob(0.5, "weight of staying near the old weights, in squared units of text embeddings")
+    tokens: Literal["all", "last"] = knob(
+        "all", "from the concept's last token to the end (paper's code), or that token alone (current code)"
+    )
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a negative number, and for lam 0, which leaves directions that no caption uses open."""
+        not_negative(self)
+        if not self.lam:
+            raise UserError("--lam 0 leaves the equations without a unique solution: give more than 0, such as 0.5")
+
+    def __call__(self, task: DenoisingTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
+        """Replace the trainable projections, in place; yields once. Raises UserError if none is trainable."""
+        if state is not None:
+            return
+        theta = {name: p for name, p in task.trainable().items() if name.endswith(PROJECTIONS)}
+        if not theta:
+            raise UserError("uce edits attn2.to_k and attn2.to_v, of which --train_scope has none: use a UNet and kv")
+        end = None if self.tokens == "all" else 1
+        M = self.solve(((c[:end], g[:end]) for c, g in task.samples.pairs()), task.samples.kept())
+        moved = total = 0.0
+        for p in theta.values():
+            W = p.detach().cpu().double()
+            moved, total = moved + float((W @ M - W).square().sum()), total + float(W.square().sum())
+            p.data.copy_(W @ M)
+        yield {"step": 0, "moved": (moved / total) ** 0.5}, {"step": 1, "optimizer": {}}
+
+    def solve(self, pairs: Iterable[tuple[Tensor, Tensor]], kept: Iterable[Tensor]) -> Tensor:
+        """M (D, D), fp64, with W' = W M for every W; of pairs (c, g) and kept p, all (tokens, D).
+
+        M = (lam I + s_e E g'c + s_p E p'p) (lam I + s_e E c'c + s_p E p'p)^-1, tokens being rows.
+        """
+        import torch
+
+        gc, cc = mean(torch.stack([g.T @ c, c.T @ c]) for c, g in pairs)
+        rest = self.preserve_scale * mean(p.T @ p for p in kept) + self.lam * torch.eye(len(cc), dtype=cc.dtype)
+        return torch.linalg.solve(rest + self.erase_scale * cc, rest + self.erase_scale * gc, left=False)
+
+
+def mean(products: Iterable[Tensor]) -> Tensor:
+    """The mean of tensors that come one by one, fp64."""
+    total, n = 0, 0
+    for n, x in enumerate(products, start=1):  # noqa: B007
+        total = total + x.double()
+    return total / n
