@@ -141,7 +141,7 @@ def test_preserving_needs_the_original(tiny_pipe: StableDiffusionPipeline) -> No
 
 def rows(batch: Batch) -> list[tuple[Tensor, ...]]:
     """Every sample of a batch, all that belongs to it."""
-    columns = [tuple(x.values()) if isinstance(x, dict) else (x,) for x in batch]
+    columns = [tuple(x.values()) if isinstance(x, dict) else (x,) for x in batch if x is not None]
     return list(zip(*(x for column in columns for x in column), strict=True))
 
 
