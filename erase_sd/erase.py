@@ -71,7 +71,8 @@ def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> 
         with _recorded(folder):
             cache = folder and folder.path.parent / ".cache"
             before = asked.look(pipe, base_hash, cache, "before")
-            samples = collect(pipe, asked.sources, plan.sampling, job.seed, base_hash, cache)
+            words_only = getattr(plan.method, "words_only", False)
+            samples = collect(pipe, asked.sources, plan.sampling, job.seed, base_hash, cache, words_only)
             progress, method_seconds = _train(pipe, plan, samples, accelerator, folder)
             after = asked.look(pipe, base_hash + " erased", None, "after")
             record = run_record(

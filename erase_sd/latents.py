@@ -31,7 +31,7 @@ class Sources(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """Latents (N, C, H, W) in fp32 and, for each, a row of the table of captions."""
+    """Latents (N, C, H, W) in fp32 and, for each, a row of the table of captions; or many captions and one latent."""
 
     forget: Tensor
     retain: Tensor
@@ -66,17 +66,29 @@ def seeds(seed: int, purpose: int, n: int) -> list[int]:
 
 
 def collect(
-    pipe: DiffusionPipeline, sources: Sources, knobs: Sampling, seed: int, model_hash: str, cache: Path | None
+    pipe: DiffusionPipeline,
+    sources: Sources,
+    knobs: Sampling,
+    seed: int,
+    model_hash: str,
+    cache: Path | None,
+    words_only: bool = False,
 ) -> Samples:
-    """Draw forget and retain latents and encode their captions; the cache makes both resumable and shared."""
+    """Draw forget and retain latents and encode their captions; the cache makes both resumable and shared.
+
+    With `words_only` one picture of each set is drawn, which is enough to see that the network still computes, and
+    all captions are encoded.
+    """
     forget = [sources.forget[i % len(sources.forget)] for i in range(knobs.forget_images)]
     retain = [sources.retain[i % len(sources.retain)] for i in range(knobs.retain_images)]
-    z_f = drawn(pipe, [e.prompt for e in forget], seeds(seed, 0, len(forget)), knobs, model_hash, cache, "forget set")
-    z_r = drawn(pipe, retain, seeds(seed, 1, len(retain)), knobs, model_hash, cache, "retain set")
-    z_a = None
-    if knobs.anchor_pictures:
-        places = seeds(seed, 0, len(forget))
-        z_a = drawn(pipe, [e.anchor for e in forget], places, knobs, model_hash, cache, "anchor set")
+
+    def pictures(prompts: list[str], purpose: int, description: str) -> Tensor:
+        prompts = prompts[:1] if words_only else prompts
+        return drawn(pipe, prompts, seeds(seed, purpose, len(prompts)), knobs, model_hash, cache, description)
+
+    z_f = pictures([e.prompt for e in forget], 0, "forget set")
+    z_r = pictures(retain, 1, "retain set")
+    z_a = pictures([e.anchor for e in forget], 0, "anchor set") if knobs.anchor_pictures else None
     texts = list(dict.fromkeys(["", *retain, *(e.caption for e in forget), *(e.anchor for e in forget)]))
     row = {text: i for i, text in enumerate(texts)}
     return Samples(

@@ -117,10 +117,14 @@ PRESETS: dict[str, dict[str, dict]] = {
         "paper": ESD
         | {"start": "nothing", "eta": 1.0, "train_scope": "xattn", "lr": 1e-5, "batch_size": 1, "steps": 1000},
         "sd": ESD | {"train_scope": "xattn", "lr": 1e-5, "batch_size": 8, "steps": 125},
-        "pocket": ESD | POCKET | {"train_scope": "xattn", "lr": 1e-4, "steps": 200},
+        "pocket": ESD | POCKET | {"train_scope": "xattn", "lr": 5e-5, "steps": 100},
     },
     "uce": {
-        "authors": UCE | {"tokens": "last"},  # trainscripts/uce_sd_erase.py, which preserves nothing by default
+        "authors": UCE
+        | {
+            "tokens": "last",
+            "preserve_scale": 0.0,
+        },  # trainscripts/uce_sd_erase.py, which preserves nothing by default
         "sd": UCE,
         "pocket": UCE | POCKET,
     },

@@ -134,3 +134,15 @@ def test_anchor_pictures_are_drawn_on_request(tiny_pipe: StableDiffusionPipeline
     s = collect(tiny_pipe, SOURCES, replace(KNOBS, anchor_pictures=True), 0, "model", None)
     assert s.anchors.shape == s.forget.shape and pen.pictures == 9 + 5
     assert not any(torch.equal(z_a, z_f) for z_a, z_f in zip(s.anchors, s.forget, strict=True))
+
+
+def test_words_only_draws_one_picture_of_each_set_and_encodes_every_caption(
+    tiny_pipe: StableDiffusionPipeline,
+) -> None:
+    whole = collect(tiny_pipe, SOURCES, KNOBS, 0, "model", None)
+    few = collect(tiny_pipe, SOURCES, KNOBS, 0, "model", None, words_only=True)
+    torch.testing.assert_close(few.forget, whole.forget[:1], rtol=0, atol=1e-4)  # another batch, other roundings
+    torch.testing.assert_close(few.retain, whole.retain[:1], rtol=0, atol=1e-4)
+    for name in ("caption", "anchor", "keep", "subject"):
+        assert torch.equal(getattr(few, name), getattr(whole, name))
+    assert all(torch.equal(x, whole.embeddings[name]) for name, x in few.embeddings.items())

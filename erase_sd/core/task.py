@@ -61,6 +61,8 @@ class DenoisingTask(Task, Protocol):
     A caption's conditioning is a dict of tensors with n rows, named as the model's own arguments.
     """
 
+    samples: Any  # all captions and pictures that batches are drawn from
+
     def predict(self, x_t: Tensor, t: Tensor, cond: Params) -> Tensor:
         """The model's output, shaped like x_t, for timesteps t (n,) and conditioning of n rows."""
 

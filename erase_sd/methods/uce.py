@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from erase_sd.core.knobs import not_negative
 from erase_sd.options import knob
@@ -27,6 +27,8 @@ class UCE:
     captions. E sums over the tokens of a caption and averages over captions, so that the scales do not depend on how
     many there are; with one caption each it is the published sum.
     """
+
+    words_only: ClassVar[bool] = True  # no pictures are needed: forget_images and retain_images count captions
 
     erase_scale: float = knob(1.0, "s_e, weight of the concepts")
     preserve_scale: float = knob(1.0, "s_p, weight of the retain captions")
