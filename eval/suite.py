@@ -16,13 +16,14 @@ from erase_sd.options import names
 from erase_sd.plan import make
 from erase_sd.pocket.captions import part_named
 from erase_sd.pocket.lessons import HALF
+from erase_sd.presets import POCKET
 from erase_sd.process import UserError
 from erase_sd.runtime import digest, file_digest
 from prompts import slug
 
 ORIGINAL = "original"  # the model as it is: the ceiling of every rate and the noise floor of every distance
 REFERENCE = 320  # added to a seed for other pictures of the same scenes: after 320 exams all 640 have gone round
-DATA = {"sample_guidance": 3.5, "sample_steps": 15, "forget_images": 192, "retain_images": 384}  # the same for all
+DATA = {key: value for key, value in POCKET.items() if key != "batch_size"}  # presets for SD get the same pictures
 METHODS: dict[str, dict[str, Any]] = {
     "Scissorhands": {"method": "scissorhands", "preset": "pocket"},
     "Scissorhands (paper)": {"method": "scissorhands", "preset": "paper"},
@@ -49,7 +50,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "constraint never released": {"release_at": None},
     "projection: off": {"projection": "off"},
     "projection: after preconditioning": {"projection": "after-preconditioning"},
-    "anchor: current network": {"anchor_model": "current"},
+    "retain: data; anchor: current network": {"retain_loss": "data", "anchor_model": "current"},
     "no anchor pictures": {"anchor_pictures": False},
     "retain: data": {"retain_loss": "data"},
     "optimizer: SGD": {"optimizer": "sgd", "momentum": 0.9, "lr": 0.05},

@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"erase_sd.pocket", "prompts"},
     "classification": {*RECORDS, "erase_sd.core", "erase_sd.methods", "erase_sd.folder", "erase_sd.loop"},
     "eval": JUDGES,
-    "eval.suite": {*JUDGES, "eval", "erase_sd.plan"},
+    "eval.suite": {*JUDGES, "eval", "erase_sd.plan", "erase_sd.presets"},
     "eval.trial": {*JUDGES, "eval", "eval.suite"},
     "eval.standings": {*JUDGES, "eval", "eval.suite", "eval.trial"},
     "eval.leaderboard": {*JUDGES, "eval", "eval.suite", "eval.standings"},
