@@ -32,6 +32,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "SalUn": {"method": "salun", "preset": "pocket"},
     "gradient ascent": {"method": "ascent", "preset": "pocket"},
     "retain fine-tuning": {"method": "finetune", "preset": "pocket"},
+    "ESD-x": {"method": "esd", "preset": "pocket", "train_scope": "xattn"},
+    "ESD-u": {"method": "esd", "preset": "pocket", "train_scope": "noxattn"},
+    "UCE": {"method": "uce", "preset": "pocket"},
+    "Concept Ablation": {"method": "concept-ablation", "preset": "pocket"},
 }
 OURS = METHODS["Scissorhands"]
 ABLATION: dict[str, dict[str, Any]] = {
@@ -73,7 +77,9 @@ class Suite:
 TUNING = ("cat", "neon style", "blue background")  # what settings are chosen on
 SUITES: dict[str, Suite] = {
     "pocket": Suite(methods=METHODS, concepts=("frog", "strawberry", "pencil style", "green background")),
-    "pocket-quick": Suite(methods=METHODS, concepts=("frog",), seeds=(0,), most_steps=100),
+    "pocket-quick": Suite(
+        methods=METHODS, concepts=("frog",), seeds=(0,), forget_pictures=36, retain_pictures=168, most_steps=75
+    ),
     "pocket-tuning": Suite(methods=METHODS, concepts=TUNING),
     "pocket-ablation": Suite(methods={name: OURS | more for name, more in ABLATION.items()}, concepts=TUNING),
 }

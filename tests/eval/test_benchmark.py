@@ -120,7 +120,7 @@ def test_finished_rows_stay_missing_and_stale_ones_are_run(
 
 
 def test_a_lost_method_is_named_with_its_log(finished: tuple[Path, int, str]):
-    folder, _, said = finished
+    *_, said = finished
     assert "error: Lost on frog, seed 0, ended with exit code 2 (error: " in said and "the model is lost" in said
     assert Path(said.strip().rsplit("see ", 1)[1]).is_file()
 

@@ -62,7 +62,7 @@ def test_a_suite_can_be_narrowed_and_asked_for_other_concepts():
 @pytest.mark.parametrize(
     ("asked", "text"),
     [
-        ({"methods": ("UCE",)}, "'UCE' is not in this suite: it has SalUn, ascent"),
+        ({"methods": ("UCE 2",)}, "'UCE 2' is not in this suite: it has SalUn, ascent"),
         ({"concepts": ("unicorn",)}, "no concept 'unicorn'"),
         ({"seeds": (REFERENCE,)}, "too large"),
     ],
