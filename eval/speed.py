@@ -1,4 +1,4 @@
-"""What costs how much: `python -m eval.speed [topk] [projection] [detector] ...`.
+"""What costs how much: `python -m eval.speed [topk] [projection] [step] [caching] [memory] [detector] [gpu]`.
 
 Every line is a ratio to a named alternative that was measured in the same run; see `eval.speeds`.
 """
@@ -10,13 +10,17 @@ import sys
 
 from erase_sd.options import parse
 from erase_sd.process import run_main
-from eval.speeds.knobs import Detector, Projection, Suite, TopK
+from eval.speeds.knobs import Detector, Network, Projection, Suite, TopK
 
-GROUPS = {"suite": Suite, "topk": TopK, "projection": Projection, "detector": Detector}
+GROUPS = {"suite": Suite, "topk": TopK, "projection": Projection, "network": Network, "detector": Detector}
 BENCHMARKS = {  # file in eval/speeds: the group of its sizes
     "topk": "topk",
     "projection": "projection",
+    "step": "network",
+    "caching": "network",
+    "memory": "network",
     "detector": "detector",
+    "gpu": "network",
 }
 
 

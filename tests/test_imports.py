@@ -72,7 +72,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "eval.benchmark": {*JUDGES, "eval", "eval.suite", "eval.trial", "eval.standings", "eval.leaderboard"}
     | {"eval.leaderboard_plots"},
     "eval.speed": {"eval.speeds"},
-    "eval.speeds": {"eval", "erase_sd.knobs", "erase_sd.core"},
+    "eval.speeds": {"eval", *MODELS, "erase_sd.knobs", "erase_sd.core", "erase_sd.denoising", "erase_sd.latents"}
+    | {"erase_sd.pocket", "erase_sd.train", "erase_sd.erase"},
 }
 LIBRARIES: dict[str, set[str]] = {  # the only third-party packages these may import; the others are free
     "prompts": set(),
