@@ -6,6 +6,7 @@ Every line is a ratio to a named alternative that was measured in the same run; 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from erase_sd.options import parse
@@ -30,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     given = parse(argv, prog="eval.speed", description="Measure speed and memory, as ratios.", **GROUPS)
     groups = {name: cls(**given[name]) for name, cls in GROUPS.items()}
     suite = groups["suite"]
+    os.environ["TQDM_DISABLE"] = "1"  # both are read at import, here and in fresh processes: the ratios speak alone
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     print(importlib.import_module("eval.speeds.clock").machine(), flush=True)
     for name in suite.benchmarks or BENCHMARKS:
         benchmark = importlib.import_module(f"eval.speeds.{name}")

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 
 from erase_sd.pipeline import sample
 from eval.speeds.clock import interleaved, line, operations, ratio
+from eval.speeds.fresh import run
 from eval.speeds.knobs import Network, Suite
 from eval.speeds.parts import pipeline, task
 from eval.speeds.step import ENDLESS, finetuning, repairing
@@ -24,7 +25,12 @@ def lines(suite: Suite, network: Network) -> Iterator[str]:
     if not torch.cuda.is_available():
         yield "gpu: left out, there is no CUDA device here"
         return
-    yield from measured(suite, network)
+    yield from run(collected, suite, network)
+
+
+def collected(suite: Suite, network: Network) -> list[str]:
+    """Everything at once: accelerate knows one precision per process, and the other benchmarks run in another one."""
+    return list(measured(suite, network))
 
 
 def measured(suite: Suite, network: Network) -> Iterator[str]:
@@ -33,7 +39,7 @@ def measured(suite: Suite, network: Network) -> Iterator[str]:
     rates, steps = [], []
     for compiled in (False, True):
         pipe = pipeline(network.channels(), network.gpu_latents)
-        count = network.gpu_batch * operations(repairing(task(pipe, 1, network.gpu_latents, "bf16"), ENDLESS))
+        count = network.gpu_batch * counted(network, pipe)
         if compiled:
             pipe.unet.compile()
         plain, repair, memory = repaired(suite, network, pipe)
@@ -47,6 +53,14 @@ def measured(suite: Suite, network: Network) -> Iterator[str]:
     yield line("gpu", "repair step's time, compiled / not", steps[1] / steps[0], "", f"{steps[1]:.3f} s")
     detail = f"{rates[1]:.2f} / {rates[0]:.2f} images/s, {STEPS} steps with guidance and decoding, bf16"
     yield line("gpu", "images a second, compiled / not", rates[1] / rates[0], "", detail)
+
+
+def counted(network: Network, pipe: StableDiffusionPipeline) -> int:
+    """Operations of a repair step on one sample of each set."""
+    job = task(pipe, 1, network.gpu_latents, "bf16")
+    needed = operations(repairing(job, ENDLESS))
+    job.release()
+    return needed
 
 
 def repaired(suite: Suite, network: Network, pipe: StableDiffusionPipeline) -> tuple[list[float], list[float], int]:

@@ -26,7 +26,7 @@ def text_width(widths: Widths) -> int:
 
 def unet(widths: Widths, side: int) -> UNet2DConditionModel:
     """diffusers' default is SD v1.4's UNet but for the width of the text. `side` is that of its latents."""
-    groups = math.gcd(32, *widths)
+    groups = math.gcd(32, *(width // 2 for width in widths))  # 32; narrow ones still get two channels to a group
     return UNet2DConditionModel(
         sample_size=side, block_out_channels=widths, norm_num_groups=groups, cross_attention_dim=text_width(widths)
     )
