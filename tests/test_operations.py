@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,8 +43,10 @@ class Ones(TorchFunctionMode):
 def counted(unet: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch, **knobs: str) -> int:
     """Operations of one step of the repair, one sample of each set, latents of 64x64."""
     monkeypatch.setitem(OPTIMIZERS, "sgd", lambda theta, k: torch.optim.SGD(theta, lr=k.lr))  # meta has no fused one
-    scheduler = SimpleNamespace(config={"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
-    pipe = SimpleNamespace(unet=unet, scheduler=scheduler)
+    rest = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe = StableDiffusionPipeline(
+        unet=unet, scheduler=PNDMScheduler(steps_offset=1), requires_safety_checker=False, **rest
+    )
     task = DenoisingTask(pipe, samples(1, 64, 768), losses(1), 0, META)
     with Ones(), FlopCounterMode(display=False) as counter:
         next(repair(task, Repair(steps=1, **knobs)))

@@ -43,8 +43,8 @@ def encoding(job: DenoisingTask, pipe: StableDiffusionPipeline) -> DenoisingTask
     @torch.no_grad()
     def batch(purpose: str, step: int) -> Batch:
         z = pipe.vae.encode(pixels).latent_dist.sample(draw) * pipe.vae.config.scaling_factor
-        c = pipe.text_encoder(words)[0]
-        return cached(purpose, step)._replace(z_f=z[:n], z_r=z[n:], c_f=c[:n], c_r=c[n:])
+        c_f, c_r = ({"encoder_hidden_states": c} for c in pipe.text_encoder(words)[0].split(n))
+        return cached(purpose, step)._replace(z_f=z[:n], z_r=z[n:], c_f=c_f, c_r=c_r)
 
     job.batch = batch
     return job

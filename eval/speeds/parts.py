@@ -94,7 +94,7 @@ def samples(n: int, side: int, width: int) -> Samples:
         caption=torch.arange(n),
         anchor=torch.arange(n, 2 * n),
         keep=torch.arange(2 * n, 3 * n),
-        embeddings=torch.randn(3 * n + 1, TOKENS, width, generator=draw),
+        embeddings={"encoder_hidden_states": torch.randn(3 * n + 1, TOKENS, width, generator=draw)},
         empty=3 * n,
     )
 

@@ -46,15 +46,15 @@ def repairing(job: DenoisingTask, knobs: Repair) -> Callable[[], object]:
 def finetuning(job: DenoisingTask) -> Callable[[], None]:
     """What diffusers' train_text_to_image.py does in a step, on forget and retain samples in one batch."""
     made, device = job.samples, job.accelerator.device
-    latents = torch.cat([made.forget, made.retain]).to(device)
-    text = made.embeddings[torch.cat([made.caption, made.keep])].to(device)
+    latents, rows = torch.cat([made.forget, made.retain]).to(device), torch.cat([made.caption, made.keep])
+    text = {name: table[rows].to(device) for name, table in made.embeddings.items()}
     optimizer, draw = torch.optim.SGD(job.model.parameters(), lr=ENDLESS.lr, fused=True), generator(0, "fine-tuning")
 
     def step() -> None:
         noise = torch.randn(latents.shape, generator=draw).to(device)
         t = torch.randint(1000, (len(latents),), generator=draw).to(device)
-        noisy = job.scheduler.add_noise(latents, noise, t)
-        job.accelerator.backward(mse_loss(job.forward(noisy, t, text).sample.float(), noise))
+        answer = job.predict(job.add_noise(latents, noise, t), t, text)
+        job.accelerator.backward(mse_loss(answer, job.target(latents, noise, t)))
         optimizer.step()
         optimizer.zero_grad()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import UNet2DConditionModel
 
 from erase_sd.core.sensitivity import top_k
 from erase_sd.process import UserError
@@ -51,7 +52,7 @@ def ratios(run: subprocess.CompletedProcess) -> list[tuple[str, float]]:
         (["topk", "--scores", "50000", "--tensors", "7"], ["topk"] * 4),
         (["projection", "--parameters", "50000", "--parts", "7"], ["projection"] * 2),
         (["step", "caching", *TOY, "--latents", "16", "8"], ["step"] * 4 + ["caching"]),
-        (["memory", *TOY, "--job_latents", "8"], ["memory"] * 2),
+        pytest.param(["memory", *TOY, "--job_latents", "8"], ["memory"] * 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_benchmark_prints_its_ratios(words: list[str], lines: list[str]):
@@ -160,6 +161,11 @@ def test_what_is_measured_on_a_gpu_runs(monkeypatch: pytest.MonkeyPatch):
     network = Network(widths=(16, 16, 16, 16), gpu_latents=8, gpu_batch=2)
     lines = list(gpu.measured(Suite(rounds=1), network))
     assert len(compiled) == 1 and len(lines) == 4 and "% of 1" in lines[0]
+
+
+def test_the_parameters_of_a_model_folder_are_counted(tiny_sd: Path):
+    unet = UNet2DConditionModel.from_pretrained(str(tiny_sd), subfolder="unet")
+    assert memory.parameters(tiny_sd) == 4 * sum(p.numel() for p in unet.parameters())
 
 
 def test_a_kept_model_of_another_size_is_refused(tmp_path: Path):
