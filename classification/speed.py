@@ -155,8 +155,8 @@ def step(
     from erase_sd.core.task import gradient
 
     theta, batch = task.trainable(), task.batch("repair", n)
-    g_f = gradient(task, task.forget(batch), theta)
-    g = gradient(task, task.retain(batch), theta)
+    g_f = gradient(task, task.forget, batch, theta)
+    g = gradient(task, task.retain, batch, theta)
     projected = clock(project, g, g_f, lam)
     apply(optimizer, theta, g)
     return projected

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from classification.data import Dataset, Images
 from classification.knobs import Losses
 from classification.walk import Batch, Samples, Walk
+from erase_sd.core.task import Part
 from erase_sd.process import UserError
 
 NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
@@ -82,6 +83,10 @@ class ClassificationTask:
         positions = torch.arange(first + rank, first + self.knobs.batch_size, ranks)
         return Batch(lambda name: self._placed(self.walks[name].samples(purpose, positions)))
 
+    def parts(self, batch: Batch) -> tuple[Part, ...]:
+        """One: batch norm sees the whole of this rank's slice."""
+        return (Part(batch),)
+
     def epoch(self, name: str) -> int:
         """Steps in which the forget or the retain set is walked through once."""
         return -(-len(self.walks[name].images) // self.knobs.batch_size)
@@ -139,7 +144,7 @@ class ClassificationTask:
     def backward(self, loss: Tensor) -> None:
         """Gradients in fp32, averaged over the ranks."""
         self.samples["backward passes"] += 1
-        self.accelerator.backward(loss)
+        self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)  # by which accelerate divides
         scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
         for p in self.model.parameters():
             if p.grad is not None:

@@ -14,13 +14,16 @@ z_f, z_r are latents, c_f, c_r their captions, c_a the anchor; e_0 is the networ
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from erase_sd.batch import Batch
+from erase_sd.core.task import Part
 from erase_sd.families import Cond, family, network
 from erase_sd.groups import select, without_norms
 from erase_sd.knobs import Losses
@@ -33,22 +36,6 @@ from erase_sd.runtime import generator
 WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
-class Batch(NamedTuple):
-    """This rank's slice: latents, timesteps, noise and captions' conditioning of n forget and n retain samples."""
-
-    z_f: Tensor
-    t_f: Tensor
-    noise_f: Tensor
-    c_f: Cond
-    c_a: Cond
-    z_r: Tensor
-    t_r: Tensor
-    noise_r: Tensor
-    c_r: Cond
-    z_d: Tensor  # what redirect is fitted on: z_f, or for half of the samples their anchors' pictures
-    z_a: Tensor | None = None  # the anchors' pictures, if they were drawn
-
-
 class DenoisingTask:
     """See `erase_sd.core.task`. Every draw is keyed by (seed, purpose, step, global sample index)."""
 
@@ -56,6 +43,9 @@ class DenoisingTask:
         self, pipe: DiffusionPipeline, samples: Samples, knobs: Losses, seed: int, accelerator: Accelerator
     ) -> None:
         self.samples, self.knobs, self.seed, self.accelerator = samples, knobs, seed, accelerator
+        each = accelerator.num_processes * knobs.gradient_accumulation_steps
+        if knobs.batch_size < each:
+            raise UserError(f"--batch_size {knobs.batch_size} leaves micro-batches empty: give {each} or more")
         self.family, self.process = family(pipe), process(pipe)
         self.model: nn.Module = network(pipe).to(accelerator.device).requires_grad_(False)
         self._trainable = select(self.model, knobs.train_scope)
@@ -99,6 +89,15 @@ class DenoisingTask:
         columns = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
         conds = {name: self._conditioning(columns.pop(name)) for name in ("c_f", "c_a", "c_r")}
         return Batch(**conds, **{name: x.to(self.accelerator.device) for name, x in columns.items()})
+
+    def parts(self, batch: Batch) -> Iterator[Part]:
+        """Micro-batches of this rank's slice; DDP averages the gradients over the ranks at the last one only."""
+        n, ranks = self.knobs.gradient_accumulation_steps, self.accelerator.num_processes
+        for i in range(n):
+            rows = slice(len(batch.z_f) * i // n, len(batch.z_f) * (i + 1) // n)
+            share = len(batch.z_f[rows]) * ranks / self.knobs.batch_size  # the ranks' mean makes it a share of all
+            with self.accelerator.no_sync(self.forward) if i < n - 1 else nullcontext():
+                yield Part(batch.rows(rows), share, i == n - 1)
 
     def _draw(self, g: torch.Generator) -> dict[str, Tensor]:
         """One forget and one retain sample with their timesteps, noise and rows of the captions."""
@@ -176,7 +175,7 @@ class DenoisingTask:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients in fp32, averaged over the ranks by accelerate's wrapper."""
-        self.accelerator.backward(loss)
+        self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)  # by which accelerate divides
         if (scaler := self.accelerator.scaler) is not None:
             for p in self.model.parameters():
                 if p.grad is not None:

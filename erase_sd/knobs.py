@@ -72,6 +72,7 @@ class Losses:
     """What the model is asked to forget and to keep."""
 
     batch_size: int = knob(16, "samples of each set per step, over all processes", ("train_batch_size",))
+    gradient_accumulation_steps: int = knob(1, "micro-batches in which a batch is computed: less memory, same result")
     trim_scope: str = knob("attn", "parameters that may be re-initialised: a named group or re:<regex>; norms never")
     rank_scope: str | None = knob(None, "parameters among which the top k is taken (default: those of trim_scope)")
     train_scope: str = knob("full", "parameters that are trained: a named group or re:<regex>")
@@ -80,7 +81,7 @@ class Losses:
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers outside their range."""
-        at_least(self, 1, "batch_size")
+        at_least(self, 1, "batch_size", "gradient_accumulation_steps")
         if not 0 <= self.drop_captions <= 1:
             raise UserError(f"--drop_captions {self.drop_captions} is outside [0, 1]")
 

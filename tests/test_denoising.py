@@ -114,7 +114,7 @@ def test_the_anchor_comes_from_the_network_that_was_asked_for(tiny_pipe: StableD
 def test_the_anchor_is_a_target_and_gets_no_gradient(tiny_pipe: StableDiffusionPipeline, anchor_model: str) -> None:
     ours = task(tiny_pipe, anchor_model=anchor_model)
     b = ours.batch("repair", 0)
-    g = gradient(ours, ours.redirect(b), ours.trainable())
+    g = gradient(ours, ours.redirect, b, ours.trainable())
     x_t, _ = noisy(tiny_pipe, b.z_f, b.noise_f, b.t_f)
     with torch.no_grad():
         wanted = tiny_pipe.unet(x_t, b.t_f, **b.c_a).sample
@@ -128,7 +128,7 @@ def test_preserving_the_original_starts_at_zero(tiny_pipe: StableDiffusionPipeli
     ours = task(tiny_pipe)
     b = ours.batch("repair", 0)
     assert ours.preserve(b).item() == 0
-    assert all(not g.any() for g in gradient(ours, ours.preserve(b), ours.trainable()).values())
+    assert all(not g.any() for g in gradient(ours, ours.preserve, b, ours.trainable()).values())
     disturb(tiny_pipe)
     assert ours.preserve(b).item() > 1e-4
 
@@ -199,6 +199,26 @@ def test_scopes(tiny_pipe: StableDiffusionPipeline) -> None:
         task(tiny_pipe, trim_scope="everything")
 
 
+def test_accumulation_gives_the_gradients_and_c_of_the_whole_batch(tiny_pipe: StableDiffusionPipeline) -> None:
+    found = {}
+    for n in (1, 4):
+        ours = task(tiny_pipe, batch_size=6, gradient_accumulation_steps=n)
+        theta, b = ours.trainable(), ours.batch("repair", 0)
+        assert [len(part.batch.z_f) for part in ours.parts(b)] == {1: [6], 4: [1, 2, 1, 2]}[n]
+        g_f, g_r = gradient(ours, ours.forget, b, theta), gradient(ours, ours.retain, b, theta)
+        found[n] = g_f, g_r, collapsed(float(dot(g_r, g_f)), float(dot(g_f, g_f)), 0.0)
+        ours.release()
+    for one, four in zip(found[1][:2], found[4][:2], strict=True):
+        difference = {name: one[name] - four[name] for name in one}
+        assert dot(difference, difference) < 1e-10 * dot(one, one)
+    assert found[1][2] > 0.01 and found[4][2] == pytest.approx(found[1][2], rel=1e-5)
+
+
+def test_micro_batches_must_not_be_empty(tiny_pipe: StableDiffusionPipeline) -> None:
+    with pytest.raises(UserError, match="give 4 or more"):
+        task(tiny_pipe, accelerator(2), batch_size=3, gradient_accumulation_steps=2)
+
+
 def measured(pipe: StableDiffusionPipeline, precision: str) -> tuple[dict, dict, float]:
     """Sensitivity, forget gradient and coefficient c of one step, under one mixed precision."""
     ours = task(pipe, Accelerator(cpu=True, mixed_precision=precision), batch_size=4)
@@ -207,7 +227,7 @@ def measured(pipe: StableDiffusionPipeline, precision: str) -> tuple[dict, dict,
         *_, mean = accumulate(ours, ours.forget, theta, "sensitivity", range(2))
         s = {name: x.clone() for name, x in connection_sensitivity(theta, mean).items()}
         b = ours.batch("repair", 0)
-        g_f, g_r = gradient(ours, ours.forget(b), theta), gradient(ours, ours.retain(b), theta)
+        g_f, g_r = gradient(ours, ours.forget, b, theta), gradient(ours, ours.retain, b, theta)
         return s, g_f, collapsed(float(dot(g_r, g_f)), float(dot(g_f, g_f)), 0.0)
     finally:
         ours.release()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erase_sd.core.knobs import Descent
+from erase_sd.core.task import Part
 from erase_sd.methods.ascent import GradientAscent
 from erase_sd.methods.finetune import FineTune
 from erase_sd.methods.neggrad import NegGradPlus
@@ -45,6 +46,9 @@ class Toy:
 
     def redirect(self, batch: dict[str, Tensor]) -> Tensor:
         return self._loss(batch["f"], 0)
+
+    def parts(self, batch: object) -> list[Part]:
+        return [Part(batch)]
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from erase_sd.core.task import Part
 from erase_sd.core.trim import reinitialise_
 from erase_sd.denoising import DenoisingTask
 from erase_sd.groups import select
@@ -53,6 +54,9 @@ class Toy:
 
     def contrast(self, batch: Tensor) -> Tensor:
         return self.forget(batch) - self.redirect(batch)
+
+    def parts(self, batch: object) -> list[Part]:
+        return [Part(batch)]
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

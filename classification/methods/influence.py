@@ -57,8 +57,8 @@ class Influence:
             return scale * F.cross_entropy(task.logits(x), y, reduction="sum")
 
         chunks = [rows[i : i + 256] for i in range(0, len(rows), 256)]
-        total = gradient(task, loss(chunks[0]), task.trainable())
+        total = gradient(task, loss, chunks[0], task.trainable())
         for chunk in chunks[1:]:
-            for key, g in gradient(task, loss(chunk), task.trainable()).items():
+            for key, g in gradient(task, loss, chunk, task.trainable()).items():
                 total[key] += g
         return total

@@ -89,6 +89,6 @@ class ClassifierScissorhands(Scissorhands):
         training = task.model.training
         task.model.eval()
         theta = {name: p for name, p in task.trainable().items() if re.search(self.memory_scope, name)}
-        g = gradient(task, task.forget(task.batch("memory", epoch)), theta)
+        g = gradient(task, task.forget, task.batch("memory", epoch), theta)
         task.model.train(training)
         return g

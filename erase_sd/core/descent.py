@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from erase_sd.core.knobs import Descent
 from erase_sd.core.optimisers import apply, make_optimizer, put, slots
 from erase_sd.core.projection import dot
-from erase_sd.core.task import Params, Task, gradient
+from erase_sd.core.task import Params, Task, clear, taken
 
 DECAY = {"constant": lambda x: 1.0, "linear": lambda x: 1 - x, "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x))}
 
@@ -21,15 +21,17 @@ def descend(
     objective: Callable[[Any, int], Tensor],
     state: dict | None = None,
     *,
+    before: Callable[[Any, int], None] = lambda batch, step: None,
     edit: Callable[[Params], None] = lambda g: None,
     after: Callable[[], None] = lambda: None,
     besides: dict[str, nn.Parameter] | None = None,
 ) -> Iterator[tuple[dict, dict]]:
-    """Minimise objective(batch, step) over task.trainable(), in place; yields (record, state) after each step.
+    """Minimise objective(part, step) over task.trainable(), in place; yields (record, state) after each step.
 
-    `edit` changes the gradient in place before it is applied, `after` the weights once it is; `besides` are trained as
-    well without being the model's. Records hold step, loss and lr; states are those of `repair`. Raises
-    FloatingPointError naming the step when a loss or gradient is not finite.
+    `before` sees the whole batch, the objective a part of it; `edit` changes the gradient in place before it is
+    applied, `after` the weights once it is; `besides` are trained as well without being the model's. Records hold
+    step, loss and lr; states are those of `repair`. Raises FloatingPointError naming the step when a loss or gradient
+    is not finite.
     """
     theta = task.trainable() | (besides or {})
     optimizer = make_optimizer(theta, knobs)
@@ -37,16 +39,17 @@ def descend(
     for step in range(start, knobs.steps):
         optimizer.param_groups[0]["lr"] = lr = learning_rate(knobs, step)
         try:
-            L = objective(task.batch("repair", step), step)
-            loss = value(task, L, "objective")
-            g = gradient(task, L, theta)
+            batch = task.batch("repair", step)
+            before(batch, step)
+            losses = lambda part: {"objective": objective(part, step)}  # noqa: B023, E731
+            values, g = differentiate(task, losses, batch, theta)
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step}: {error}") from error
         edit(g)
         clip_(task, g, knobs.max_grad_norm)
         apply(optimizer, theta, g, knobs.rounding, task.seed, step)
         after()
-        yield {"step": step, "loss": loss, "lr": lr}, state_of(optimizer, theta, step)
+        yield {"step": step, "loss": values["objective"], "lr": lr}, state_of(optimizer, theta, step)
 
 
 def learning_rate(knobs: Descent, step: int) -> float:
@@ -58,12 +61,44 @@ def learning_rate(knobs: Descent, step: int) -> float:
     return knobs.lr * DECAY[knobs.schedule]((step - knobs.warmup_steps) / (knobs.steps - knobs.warmup_steps))
 
 
-def value(task: Task, loss: Tensor, name: str) -> float:
-    """The loss over the global batch, alike on every rank, so that all of them take the same decisions."""
-    x = float(task.mean(loss.detach()))
-    if not math.isfinite(x):
-        raise FloatingPointError(f"the {name} loss is {x}")
-    return x
+def differentiate(
+    task: Task,
+    losses: Callable[[Any], dict[str, Tensor]],
+    batch: Any,
+    params: dict[str, nn.Parameter],
+    wanted: Callable[[dict[str, float]], bool] = lambda values: True,
+) -> tuple[dict[str, float], Params | None]:
+    """The values of all losses over the global batch, and the gradient of the last one; None unless wanted(values).
+
+    What is wanted is known before the last part's backward pass, which is the only one of a batch in one part.
+    Raises FloatingPointError for a loss or gradient that is not finite.
+    """
+    so_far: dict[str, Tensor] = {}
+    try:
+        for part in task.parts(batch):
+            L = {name: part.share * x for name, x in losses(part.batch).items()}
+            so_far = {name: so_far.get(name, 0) + x.detach() for name, x in L.items()}
+            if part.last and not wanted(values := _values(task, so_far)):
+                return values, None
+            task.backward(list(L.values())[-1])
+        return values, taken(task, params)
+    finally:
+        clear(task)
+
+
+@torch.no_grad()
+def measure(task: Task, loss: Callable[[Any], Tensor], batch: Any, name: str) -> float:
+    """One loss over the global batch. Raises FloatingPointError naming it when it is not finite."""
+    return _values(task, {name: sum(part.share * loss(part.batch) for part in task.parts(batch))})[name]
+
+
+def _values(task: Task, losses: dict[str, Tensor]) -> dict[str, float]:
+    """Means over the ranks, alike on every rank, so that all of them take the same decisions."""
+    values = dict(zip(losses, task.mean(torch.stack(list(losses.values()))).tolist(), strict=True))
+    for name, x in values.items():
+        if not math.isfinite(x):
+            raise FloatingPointError(f"the {name} loss is {x}")
+    return values
 
 
 def inner(task: Task, a: Params, b: Params) -> float:

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from erase_sd.core.descent import clip_, inner, learning_rate, restore, state_of, value
+from erase_sd.core.descent import clip_, differentiate, inner, learning_rate, measure, restore, state_of
 from erase_sd.core.knobs import Repair
 from erase_sd.core.optimisers import apply, make_optimizer
 from erase_sd.core.projection import coefficient, collapsed, subtract_
-from erase_sd.core.task import Params, Task, gradient
+from erase_sd.core.task import Params, Task
 
 
 class Gradients(NamedTuple):
@@ -84,15 +84,15 @@ def _step(
 
 def _shared(task: Task, knobs: Repair, theta: dict[str, nn.Parameter], batch: Any) -> Gradients:
     """Algorithm 1: two backward passes, one stored gradient; lam enters through c."""
-    L_f = task.forget(batch)
-    loss_f = value(task, L_f, "forget")
+    L_f = lambda part: {"forget": task.forget(part)}  # noqa: E731
+    values_f, g_f = differentiate(task, L_f, batch, theta, lambda values: not _rests(knobs, values["forget"]))
+    loss_f = values_f["forget"]
     lam, ceiling = _below_ceiling(knobs, loss_f)
-    resting = knobs.release_at is not None and loss_f >= knobs.release_at  # forgotten: nothing but repair
-    lam, g_f = (0.0, None) if resting else (lam, gradient(task, L_f, theta))
-    L_r = _keep(task, knobs, batch)
-    loss_r = value(task, L_r, "retain")
+    lam = 0.0 if g_f is None else lam  # forgotten: nothing but repair
+    values_r, g_r = differentiate(task, lambda part: {"retain": _keep(task, knobs, part)}, batch, theta)
+    loss_r = values_r["retain"]
     record = {"loss_r": loss_r, "loss_f": loss_f, "loss_o": loss_r - lam * loss_f, "ceiling": ceiling}
-    return Gradients(gradient(task, L_r, theta), g_f, lam, record)
+    return Gradients(g_r, g_f, lam, record)
 
 
 def _separate(task: Task, knobs: Repair, theta: dict[str, nn.Parameter], batch: Any, projecting: bool) -> Gradients:
@@ -102,25 +102,34 @@ def _separate(task: Task, knobs: Repair, theta: dict[str, nn.Parameter], batch: 
     """
     g_f, loss_f, lam, ceiling = None, math.nan, knobs.lam, False
     if projecting:
-        L_f = task.forget(batch) if knobs.constraint == "forget" else task.contrast(batch)
-        loss_f = value(task, L_f, knobs.constraint)
-        if knobs.release_at is None or loss_f < knobs.release_at:
-            g_f = gradient(task, L_f, theta)
-    L_r = _keep(task, knobs, batch)
-    loss_r = value(task, L_r, "retain")
+        constraint = task.forget if knobs.constraint == "forget" else task.contrast
+        L_f = lambda part: {knobs.constraint: constraint(part)}  # noqa: E731
+        wanted = lambda values: not _rests(knobs, values[knobs.constraint])  # noqa: E731
+        values, g_f = differentiate(task, L_f, batch, theta, wanted)
+        loss_f = values[knobs.constraint]
+    if knobs.objective == "ascent" and knobs.forget_ceiling is not None:  # lam is the whole batch's
+        lam, ceiling = _below_ceiling(knobs, measure(task, task.forget, batch, "forget"))
+    values, g = differentiate(task, lambda part: _objective(task, knobs, lam, part), batch, theta)
+    loss_r, loss_f = values["retain"], values.get("forget", loss_f)
+    record = {"loss_r": loss_r, "loss_f": loss_f, "loss_o": values[knobs.objective], "ceiling": ceiling}
+    return Gradients(g, g_f, 0.0, record)
+
+
+def _objective(task: Task, knobs: Repair, lam: float, part: Any) -> dict[str, Tensor]:
+    """The objective's terms, and the objective itself as the last one."""
+    L_r = _keep(task, knobs, part)
     if knobs.objective == "ascent":
-        L = task.forget(batch)
-        loss_f = value(task, L, "forget")
-        lam, ceiling = _below_ceiling(knobs, loss_f)
-        L_o = L_r - lam * L
-    else:
-        L_o = L_r + lam * task.redirect(batch)
-    record = {"loss_r": loss_r, "loss_f": loss_f, "loss_o": value(task, L_o, knobs.objective), "ceiling": ceiling}
-    return Gradients(gradient(task, L_o, theta), g_f, 0.0, record)
+        L = task.forget(part)
+        return {"retain": L_r, "forget": L, "ascent": L_r - lam * L}
+    return {"retain": L_r, "redirect": L_r + lam * task.redirect(part)}
 
 
-def _keep(task: Task, knobs: Repair, batch: Any) -> Tensor:
-    return task.retain(batch) if knobs.retain_loss == "data" else task.preserve(batch)
+def _keep(task: Task, knobs: Repair, part: Any) -> Tensor:
+    return task.retain(part) if knobs.retain_loss == "data" else task.preserve(part)
+
+
+def _rests(knobs: Repair, loss_f: float) -> bool:
+    return knobs.release_at is not None and loss_f >= knobs.release_at
 
 
 def _below_ceiling(knobs: Repair, loss_f: float) -> tuple[float, bool]:

@@ -36,7 +36,7 @@ def accumulate(
     """
     mean: Params = {}
     for n, b in enumerate(batches, start=1):
-        for name, g in gradient(task, loss(task.batch(purpose, b)), params).items():
+        for name, g in gradient(task, loss, task.batch(purpose, b), params).items():
             mean[name] = each(g) if n == 1 else mean[name].lerp_(each(g), 1 / n)
         yield mean
 

@@ -1,12 +1,21 @@
 """What the algorithm asks of a model: batches, losses, a backward pass. Nothing here knows what the model does."""
 
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 Params = dict[str, Tensor]
 """One tensor per parameter name: weights, gradients, scores. Never concatenated."""
+
+
+class Part(NamedTuple):
+    """A micro-batch: what is computed at once. A batch's loss is the sum of share * loss(part) over its parts."""
+
+    batch: Any
+    share: float = 1.0
+    last: bool = True  # of its batch
 
 
 class Task(Protocol):
@@ -29,6 +38,12 @@ class Task(Protocol):
 
     def batch(self, purpose: str, step: int) -> Any:
         """Batch number `step` of one purpose ("repair", "sensitivity", ...): forget and retain samples together."""
+
+    def parts(self, batch: Any) -> Iterable[Part]:
+        """The micro-batches of a batch, as many on every rank; the ranks' gradients may meet at the last one only.
+
+        Each part's forward and backward pass come before the next part is asked for.
+        """
 
     def forget(self, batch: Any) -> Tensor:
         """L_f on the forget samples: the lower, the better the model remembers them."""
@@ -79,18 +94,29 @@ class DenoisingTask(Task, Protocol):
         """What `predict` should return at x_t: noise, velocity or flow, as the scheduler says."""
 
 
-def gradient(task: Task, loss: Tensor, params: dict[str, nn.Parameter]) -> Params:
-    """Gradient of `loss` with respect to `params`, in fp32 or wider; zeros where the loss does not depend on one.
+def gradient(task: Task, loss: Callable[[Any], Tensor], batch: Any, params: dict[str, nn.Parameter]) -> Params:
+    """Gradient of `loss(batch)` with respect to `params`, accumulated over the parts of the batch; see `taken`."""
+    for part in task.parts(batch):
+        task.backward(part.share * loss(part.batch))
+    return taken(task, params)
+
+
+def taken(task: Task, params: dict[str, nn.Parameter]) -> Params:
+    """The gradients that backward passes left, in fp32 or wider; zeros where no loss depended on a parameter.
 
     The `.grad` tensors are handed over, not copied, and no parameter of the model keeps one.
     Raises FloatingPointError naming the first parameter whose gradient holds NaN or infinity.
     """
-    task.backward(loss)
     g = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()}
-    for p in task.model.parameters():
-        p.grad = None
+    clear(task)
     g = {name: x.detach().to(torch.promote_types(x.dtype, torch.float32)) for name, x in g.items()}
     finite = torch.stack([x.isfinite().all() for x in g.values()]).tolist()  # one transfer, not one per parameter
     if not all(finite):
         raise FloatingPointError(f"the gradient of {list(g)[finite.index(False)]} holds NaN or infinity")
     return g
+
+
+def clear(task: Task) -> None:
+    """No parameter of the model keeps a gradient."""
+    for p in task.model.parameters():
+        p.grad = None

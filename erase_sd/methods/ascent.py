@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,18 @@ class GradientAscent(Objective):
     alpha: float = knob(0.0, "weight of the retain loss L_r beside -L_f; 0 asks for no retain data")
     forget_ceiling: float | None = knob(None, "L_f above which a step only retains: L_f has no upper bound")
 
-    def objective(self, task: Task, batch: Any, step: int) -> Tensor:
-        """-L_f + alpha L_r, the first term resting above the ceiling."""
-        from erase_sd.core.descent import value
+    def __call__(self, task: Task, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
+        """Descend -L_f + alpha L_r, the first term resting where the whole batch's L_f is above the ceiling."""
+        from erase_sd.core.descent import descend, measure
 
-        L_f = task.forget(batch)
-        if self.forget_ceiling is not None and value(task, L_f, "forget") > self.forget_ceiling:
-            L_f = 0 * L_f
-        return self.alpha * task.retain(batch) - L_f if self.alpha else -L_f
+        weight, ceiling = {}, self.forget_ceiling
+
+        def before(batch: Any, step: int) -> None:
+            over = ceiling is not None and measure(task, task.forget, batch, "forget") > ceiling
+            weight["forget"] = 0.0 if over else 1.0
+
+        def objective(batch: Any, step: int) -> Tensor:
+            L_f = weight["forget"] * task.forget(batch)
+            return self.alpha * task.retain(batch) - L_f if self.alpha else -L_f
+
+        return descend(task, self, objective, state, before=before)

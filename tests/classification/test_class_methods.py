@@ -344,7 +344,7 @@ def test_gradient_of_the_shadow_class_is_cleared_between_losses(tiny_task: MakeT
         inside = dict(task.model.named_parameters())
         assert {"fc.shadow.weight", "fc.shadow.bias"} <= inside.keys()
         x, y = forget(task, 0)
-        loss = F.cross_entropy(widened.logits(task.logits(x)), torch.full_like(y, 4))
-        g = gradient(task, loss, dict(widened.shadow.named_parameters()))
+        loss = lambda x: F.cross_entropy(widened.logits(task.logits(x)), torch.full_like(y, 4))  # noqa: E731
+        g = gradient(task, loss, x, dict(widened.shadow.named_parameters()))
         assert g["weight"].abs().sum() > 0 and widened.shadow.weight.grad is None
     assert "fc.shadow.weight" not in dict(task.model.named_parameters())

@@ -1,7 +1,7 @@
 """A task small enough to check by hand, and the settings of the repair loop that the tests go through."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erase_sd.core.knobs import Repair
+from erase_sd.core.task import Part
 from erase_sd.runtime import generator
 
 SETTINGS = {
@@ -33,8 +34,8 @@ SETTINGS = {
 class ToyTask:
     """5 features, 3 labels: on the forget inputs 2 is forgotten for 0; retain knows 2 too, so the gradients meet."""
 
-    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
-        self.seed = seed
+    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32, sizes: tuple[int, ...] = (8,)) -> None:
+        self.seed, self.sizes = seed, sizes
         self.model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
         for name, p in self.model.named_parameters():
             p.data = torch.randn(p.shape, generator=generator(seed, "init", name), dtype=dtype)
@@ -51,6 +52,12 @@ class ToyTask:
         rng, dtype = generator(self.seed, purpose, step), self.model[0].weight.dtype
         x = torch.randn(2, 8, 5, generator=rng, dtype=dtype)
         return {"forget": x[0] + 1, "retain": x[1], "labels": torch.randint(1, 3, (8,), generator=rng)}
+
+    def parts(self, batch: dict[str, Tensor]) -> Iterator[Part]:
+        """The batch of 8 in micro-batches of these sizes."""
+        pieces = zip(*(x.split(self.sizes) for x in batch.values()), strict=True)
+        for i, (n, piece) in enumerate(zip(self.sizes, pieces, strict=True), start=1):
+            yield Part(dict(zip(batch, piece, strict=True)), n / 8, i == len(self.sizes))
 
     def _loss(self, x: Tensor, label: Tensor | int) -> Tensor:
         label = label if isinstance(label, Tensor) else torch.full((len(x),), label)
@@ -84,7 +91,7 @@ class ToyTask:
 
 @pytest.fixture
 def toy() -> Callable[..., ToyTask]:
-    """ToyTask(seed, dtype): equal arguments give equal models."""
+    """ToyTask(seed, dtype, sizes): equal arguments give equal models."""
     return ToyTask
 
 

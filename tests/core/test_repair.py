@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from erase_sd.core.descent import learning_rate
+from erase_sd.core.descent import differentiate, learning_rate
 from erase_sd.core.knobs import Repair
 from erase_sd.core.repair import repair
 from erase_sd.core.task import gradient
@@ -62,7 +62,7 @@ def updates_and_constraints(task, knobs):
     for record, _ in repair(task, knobs):
         after = weights(task)
         task.model.load_state_dict(before)
-        g_f = gradient(task, constrained(task.batch("repair", record["step"])), task.trainable())
+        g_f = gradient(task, constrained, task.batch("repair", record["step"]), task.trainable())
         task.model.load_state_dict(after)
         yield record, flat({name: before[name] - after[name] for name in task.trainable()}), flat(g_f)
         before = after
@@ -104,9 +104,9 @@ def test_with_sgd_both_places_of_the_projection_agree(toy, settings):
 def test_without_projection_a_step_is_plain_descent_on_the_objective(toy, settings, name, sign):
     ours, other = toy(dtype=torch.float64), toy(dtype=torch.float64)
     run(ours, settings(name, steps=1))
-    batch = other.batch("repair", 0)
-    L_o = other.retain(batch) + 0.2 * sign * (other.redirect(batch) if sign > 0 else other.forget(batch))
-    g = gradient(other, L_o, other.trainable())
+    pull = other.redirect if sign > 0 else other.forget
+    L_o = lambda batch: other.retain(batch) + 0.2 * sign * pull(batch)  # noqa: E731
+    g = gradient(other, L_o, other.batch("repair", 0), other.trainable())
     for key, p in other.trainable().items():
         torch.testing.assert_close(ours.trainable()[key].data, p.data - 0.05 * g[key], rtol=1e-12, atol=1e-14)
 
@@ -124,6 +124,23 @@ def test_backward_passes_per_step(toy, settings, name, passes):
     task = toy()
     run(task, settings(name))
     assert task.backwards == 6 * passes
+
+
+def test_micro_batches_change_nothing(toy, knobs):
+    """Uneven ones, in every setting, with a ceiling that is exceeded: every decision is the whole batch's."""
+    knobs = dataclasses.replace(knobs, steps=12, forget_ceiling=3.0)
+    whole, parts = toy(dtype=torch.float64), toy(dtype=torch.float64, sizes=(3, 1, 2, 2))
+    for one, two in zip(run(whole, knobs), run(parts, knobs), strict=True):
+        assert two == pytest.approx(one, rel=1e-9, abs=1e-12, nan_ok=True)
+    torch.testing.assert_close(flat(weights(parts)), flat(weights(whole)), rtol=1e-10, atol=1e-12)
+
+
+def test_a_gradient_that_is_not_wanted_is_left_in_no_parameter(toy):
+    task = toy(sizes=(5, 3))
+    theta, batch = task.trainable(), task.batch("test", 0)
+    values, g = differentiate(task, lambda part: {"forget": task.forget(part)}, batch, theta, lambda values: False)
+    assert g is None and values["forget"] == pytest.approx(task.forget(batch).item(), rel=1e-6)
+    assert task.backwards == 1 and all(p.grad is None for p in task.model.parameters())
 
 
 def test_nothing_is_projected_before_its_first_step(toy):

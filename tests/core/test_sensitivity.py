@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from erase_sd.core.sensitivity import accumulate, connection_sensitivity, contrastive
-from erase_sd.core.task import gradient
+from erase_sd.core.task import Part, gradient
 
 
 def last(steps):
@@ -26,7 +26,7 @@ def masked_loss(task, batch, name, index, c):
 def test_gradient_equals_central_differences(toy):
     task = toy(dtype=torch.float64)
     batch, h = task.batch("test", 0), 1e-5
-    g = gradient(task, task.forget(batch), task.trainable())
+    g = gradient(task, task.forget, batch, task.trainable())
     for name, p in task.trainable().items():
         for i, x in enumerate(p.data.view(-1)):
             up, down = (masked_loss(task, batch, name, i, 1 + sign * h / float(x)) for sign in (1, -1))
@@ -36,7 +36,7 @@ def test_gradient_equals_central_differences(toy):
 def test_sensitivity_is_the_derivative_of_the_loss_by_a_connections_mask(toy):
     task = toy(dtype=torch.float64)
     batch, h, theta = task.batch("test", 0), 1e-5, task.trainable()
-    g = gradient(task, task.forget(batch), theta)
+    g = gradient(task, task.forget, batch, theta)
     s = connection_sensitivity(theta, g, "signed")
     for name in theta:
         for i in range(theta[name].numel()):
@@ -61,13 +61,13 @@ def test_abs_saliency_is_the_size_of_the_signed_one():
 
 def test_gradient_hands_over_and_leaves_nothing_behind(toy):
     task = toy()
-    gradient(task, task.forget(task.batch("test", 0)), task.trainable())
+    gradient(task, task.forget, task.batch("test", 0), task.trainable())
     assert all(p.grad is None for p in task.model.parameters())
 
 
 def test_gradient_is_zero_where_the_loss_does_not_depend_on_a_parameter(toy):
     task = toy()
-    g = gradient(task, task.model[3].bias.sum(), task.trainable())
+    g = gradient(task, lambda batch: task.model[3].bias.sum(), task.batch("test", 0), task.trainable())
     assert not g["0.weight"].any() and g["3.bias"].all()
 
 
@@ -75,20 +75,24 @@ def test_gradient_of_a_half_precision_parameter_is_fp32():
     model = nn.Linear(2, 1).bfloat16()
 
     class Half:
+        def parts(self, batch):
+            return [Part(batch)]
+
         def backward(self, loss):
             loss.backward()
 
     task = Half()
-    task.model = model
-    g = gradient(task, model(torch.ones(1, 2, dtype=torch.bfloat16)).sum(), dict(model.named_parameters()))
+    task.model, x = model, torch.ones(1, 2, dtype=torch.bfloat16)
+    g = gradient(task, lambda batch: model(batch).sum(), x, dict(model.named_parameters()))
     assert all(x.dtype == torch.float32 for x in g.values())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_gradient_names_the_parameter_that_is_not_finite(toy, bad):
     task = toy()
+    loss = lambda batch: task.model[3].bias.sum() * bad + task.model[0].weight.sum()  # noqa: E731
     with pytest.raises(FloatingPointError, match=r"3\.bias"):
-        gradient(task, task.model[3].bias.sum() * bad + task.model[0].weight.sum(), task.trainable())
+        gradient(task, loss, task.batch("test", 0), task.trainable())
     assert all(p.grad is None for p in task.model.parameters())
 
 
@@ -96,11 +100,19 @@ def test_gradient_names_the_parameter_that_is_not_finite(toy, bad):
 def test_accumulate_averages_over_batches(toy, each):
     task = toy()
     params = task.trainable()
-    batches = [gradient(task, task.forget(task.batch("sensitivity", b)), params) for b in range(4)]
+    batches = [gradient(task, task.forget, task.batch("sensitivity", b), params) for b in range(4)]
     mean = last(accumulate(task, task.forget, params, "sensitivity", range(4), each))
     for name in params:
         expected = torch.stack([each(g[name]) for g in batches]).mean(0)
         torch.testing.assert_close(mean[name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_micro_batches_give_the_gradient_of_the_batch(toy):
+    whole, parts = toy(), toy(sizes=(2, 2, 1, 3))
+    one, two = (gradient(t, t.forget, t.batch("test", 0), t.trainable()) for t in (whole, parts))
+    assert parts.backwards == 4
+    for name, g in one.items():
+        torch.testing.assert_close(two[name], g, rtol=1e-5, atol=1e-7)
 
 
 def test_accumulate_reports_after_every_batch(toy):
