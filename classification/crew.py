@@ -1,18 +1,15 @@
-"""Many runs, some at a time: each in a process of its own with one thread, so that their times can be compared."""
+"""Many runs, some at a time, in processes of their own."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from classification.plan import Plan, make
 from erase_sd.runtime import digest
+from erase_sd.workers import workers
 
 
 def unlearned(plan: Plan) -> dict[str, Any]:
@@ -39,9 +36,7 @@ def records(
     names = [digest([plan.config(), plan.job.output_dir]) for plan in plans]
     runs = dict(zip(names, plans, strict=True))
     ahead = {(p.data.dataset, p.data.split_seed, p.job.train_seed, p.job.raw): p for p in plans}
-    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # for the workers: one thread, and no bars over ours
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_follow) as pool:
+    with workers(processes) as pool:
         bar = tqdm(total=len(runs), desc=description, unit="run")
         list(pool.map(work, ahead.values()))
         done = {}
@@ -50,13 +45,3 @@ def records(
             bar.update()
         bar.close()
     return [done[name] for name in names]
-
-
-def _follow() -> None:
-    """Make the worker end with its parent: one that stays would keep its run locked."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

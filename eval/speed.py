@@ -1,4 +1,4 @@
-"""What costs how much: `python -m eval.speed [topk] [projection] [detector] ...`.
+"""What costs how much: `python -m eval.speed [topk] [projection] [step] [caching] [memory] [detector] [gpu]`.
 
 Every line is a ratio to a named alternative that was measured in the same run; see `eval.speeds`.
 """
@@ -6,17 +6,22 @@ Every line is a ratio to a named alternative that was measured in the same run; 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from erase_sd.options import parse
 from erase_sd.process import run_main
-from eval.speeds.knobs import Detector, Projection, Suite, TopK
+from eval.speeds.knobs import Detector, Network, Projection, Suite, TopK
 
-GROUPS = {"suite": Suite, "topk": TopK, "projection": Projection, "detector": Detector}
+GROUPS = {"suite": Suite, "topk": TopK, "projection": Projection, "network": Network, "detector": Detector}
 BENCHMARKS = {  # file in eval/speeds: the group of its sizes
     "topk": "topk",
     "projection": "projection",
+    "step": "network",
+    "caching": "network",
+    "memory": "network",
     "detector": "detector",
+    "gpu": "network",
 }
 
 
@@ -26,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     given = parse(argv, prog="eval.speed", description="Measure speed and memory, as ratios.", **GROUPS)
     groups = {name: cls(**given[name]) for name, cls in GROUPS.items()}
     suite = groups["suite"]
+    os.environ["TQDM_DISABLE"] = "1"  # both are read at import, here and in fresh processes: the ratios speak alone
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     print(importlib.import_module("eval.speeds.clock").machine(), flush=True)
     for name in suite.benchmarks or BENCHMARKS:
         benchmark = importlib.import_module(f"eval.speeds.{name}")

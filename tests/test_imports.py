@@ -15,11 +15,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = ("erase_sd", "classification", "eval", "prompts")
-FLOOR = {"erase_sd.process", "erase_sd.runtime", "erase_sd.options", "erase_sd.terminal", "erase_sd.devices"}
+FLOOR = {f"erase_sd.{name}" for name in ("process", "runtime", "options", "terminal", "devices", "workers")}
 
 MODELS = {"erase_sd.pipeline", "erase_sd.families", "erase_sd.noising", "erase_sd.groups", "erase_sd.doctor"}
 SETTINGS = {"erase_sd.knobs", "erase_sd.presets", "erase_sd.plan"}
 RECORDS = {"erase_sd.record", "erase_sd.card", "erase_sd.plots", "erase_sd.pictures"}
+JUDGES = {*MODELS, *RECORDS, "erase_sd.knobs", "erase_sd.pocket", "prompts"}
 MAY_IMPORT: dict[str, set[str]] = {
     "prompts": set(),
     "erase_sd": {"erase_sd.erase"},
@@ -28,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erase_sd.options": set(),
     "erase_sd.terminal": set(),
     "erase_sd.devices": set(),
+    "erase_sd.workers": set(),
     "erase_sd.presets": set(),
     "erase_sd.knobs": {"erase_sd.core"},
     "erase_sd.plan": {*SETTINGS, "erase_sd.methods"},
@@ -62,9 +64,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erase_sd.train": {*SETTINGS, "erase_sd.methods", "erase_sd.erase", "erase_sd.pipeline", "erase_sd.card"}
     | {"erase_sd.pocket", "prompts"},
     "classification": {*RECORDS, "erase_sd.core", "erase_sd.methods", "erase_sd.folder", "erase_sd.loop"},
-    "eval": {*MODELS, *RECORDS, "erase_sd.knobs", "erase_sd.pocket", "prompts"},
+    "eval": JUDGES,
+    "eval.suite": {*JUDGES, "eval", "erase_sd.plan", "erase_sd.presets"},
+    "eval.trial": {*JUDGES, "eval", "eval.suite"},
+    "eval.standings": {*JUDGES, "eval", "eval.suite", "eval.trial"},
+    "eval.leaderboard": {*JUDGES, "eval", "eval.suite", "eval.standings"},
+    "eval.leaderboard_plots": {*JUDGES, "eval", "eval.suite", "eval.trial", "eval.standings"},
+    "eval.benchmark": {*JUDGES, "eval", "eval.suite", "eval.trial", "eval.standings", "eval.leaderboard"}
+    | {"eval.leaderboard_plots"},
     "eval.speed": {"eval.speeds"},
-    "eval.speeds": {"eval", "erase_sd.knobs", "erase_sd.core"},
+    "eval.speeds": {"eval", *MODELS, "erase_sd.knobs", "erase_sd.core", "erase_sd.denoising", "erase_sd.latents"}
+    | {"erase_sd.pocket", "erase_sd.train", "erase_sd.erase"},
 }
 LIBRARIES: dict[str, set[str]] = {  # the only third-party packages these may import; the others are free
     "prompts": set(),
@@ -72,6 +82,7 @@ LIBRARIES: dict[str, set[str]] = {  # the only third-party packages these may im
     "erase_sd.options": set(),
     "erase_sd.train": set(),
     "erase_sd.process": set(),
+    "erase_sd.workers": set(),
     "erase_sd.terminal": {"diffusers", "transformers"},
     "erase_sd.devices": {"torch", "accelerate"},
     "erase_sd.runtime": {"torch", "safetensors"},

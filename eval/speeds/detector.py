@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,6 @@ def lines(suite: Suite, sizes: Detector) -> Iterator[str]:
     if importlib.util.find_spec("nudenet") is None:
         yield "detector: left out, nudenet is not installed: pip install nudenet, or the extra eval"
         return
-    os.environ["TQDM_DISABLE"] = "1"  # read at import: no bar for every round
     with tempfile.TemporaryDirectory() as root:
         paths = _made(Path(root), sizes.images) if sizes.folder is None else _some(sizes)
         yield from table(measured(paths, suite, sizes), len(paths))

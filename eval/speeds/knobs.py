@@ -9,13 +9,15 @@ from erase_sd.knobs import at_least
 from erase_sd.options import argument, knob
 from erase_sd.process import UserError
 
+WIDTHS = (320, 640, 1280, 1280)  # SD v1.4's
+
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
     """What to measure."""
 
-    benchmarks: tuple[Literal["topk", "projection", "detector"], ...] = argument(
-        "any of topk, projection and detector (default: all that can run here)", ()
+    benchmarks: tuple[Literal["topk", "projection", "step", "caching", "memory", "detector", "gpu"], ...] = argument(
+        "any of topk, projection, step, caching, memory, detector and gpu (default: all that can run here)", ()
     )
     rounds: int = knob(5, "rounds of each way, of which the median counts")
 
@@ -62,3 +64,34 @@ class Projection:
     def __post_init__(self) -> None:
         """Raise UserError for numbers that are too small."""
         at_least(self, 1, "parameters", "parts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """step, caching, memory and gpu: Stable Diffusion built from its configuration, random weights."""
+
+    widths: tuple[int, ...] = knob((64, 128, 256, 256), "channels of the four levels of the UNet (SD v1.4: 320 ...)")
+    full: bool = knob(False, "SD v1.4's own widths, 859,520,964 parameters, instead")
+    latents: tuple[int, ...] = knob((64, 16), "height and width of the latents of step; caching takes the first")
+    samples: int = knob(1, "samples of each set per step, for step, caching and memory")
+    job_latents: int = knob(16, "height and width of the latents in the job whose memory is measured")
+    model_dir: str | None = knob(None, "where that job's model is built and kept (default: a temporary folder)")
+    gpu_latents: int = knob(64, "height and width of the latents on a GPU; 64 are 512 pixels")
+    gpu_batch: int = knob(16, "samples of each set per step, and images at a time, on a GPU")
+    peak_tflops: float | None = knob(None, "dense bf16 peak of the GPU, TFLOP/s (default: by its name)")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for widths that Stable Diffusion's blocks cannot have and numbers that are too small."""
+        at_least(self, 1, "samples", "gpu_batch")
+        for name in ("latents", "job_latents", "gpu_latents"):
+            sides = getattr(self, name)
+            for side in sides if isinstance(sides, tuple) else (sides,):
+                if side < 8 or side % 8:
+                    raise UserError(f"--{name} {side} is no multiple of 8: the UNet halves it three times")
+        if len(self.widths) != 4 or any(width < 8 or width % 8 for width in self.widths):
+            words = " ".join(map(str, self.widths))
+            raise UserError(f"--widths {words} are not four multiples of 8: the UNet has four levels and 8 heads")
+
+    def channels(self) -> tuple[int, ...]:
+        """The widths that are meant."""
+        return WIDTHS if self.full else self.widths

@@ -4,17 +4,35 @@ import os
 import re
 import subprocess
 import sys
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from diffusers import UNet2DConditionModel
 
 from erase_sd.core.sensitivity import top_k
-from eval.speeds import projection, topk
+from erase_sd.process import UserError
+from eval.speed import BENCHMARKS
+from eval.speeds import gpu, memory, projection, step, topk
 from eval.speeds.fresh import SMALL, extra
+from eval.speeds.knobs import Network, Suite
 
 ROOT = Path(__file__).parents[2]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+TOY = ["--widths", "16", "16", "16", "16"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps one precision per process: forget it, before and after."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def ran(*words: str) -> subprocess.CompletedProcess:
@@ -33,6 +51,8 @@ def ratios(run: subprocess.CompletedProcess) -> list[tuple[str, float]]:
     [
         (["topk", "--scores", "50000", "--tensors", "7"], ["topk"] * 4),
         (["projection", "--parameters", "50000", "--parts", "7"], ["projection"] * 2),
+        (["step", "caching", *TOY, "--latents", "16", "8"], ["step"] * 4 + ["caching"]),
+        pytest.param(["memory", *TOY, "--job_latents", "8"], ["memory"] * 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_benchmark_prints_its_ratios(words: list[str], lines: list[str]):
@@ -59,11 +79,14 @@ def test_the_detector_prints_rates_and_ratios():
         (["topk", "--rounds", "0"], "--rounds 0"),
         (["topk", "--share", "2"], "--share 2.0"),
         (["projection", "--parameters", "many"], "'many' is not a whole number"),
+        (["step", "--widths", "16", "16"], "--widths 16 16"),
+        (["step", "--latents", "64", "12"], "--latents 12"),
+        (["memory", "--model_dir", str(ROOT)], "holds other files"),
     ],
 )
 def test_bad_options_are_one_sentence(words: list[str], sentence: str):
     run = ran(*words)
-    assert run.returncode == 2 and run.stdout == ""
+    assert run.returncode == 2 and "=" not in run.stdout
     assert run.stderr.startswith("error: ") and sentence in run.stderr and len(run.stderr.splitlines()) == 1
 
 
@@ -108,3 +131,46 @@ def test_extra_memory_is_what_was_held_beside_inputs_and_results():
     """Two temporaries of 40 MiB; the result, as large, is not counted."""
     n = 10 * 2**20
     assert 4 * n * 2 - 2**20 <= extra(zeros, three_times, n) <= 4 * n * 2 + 8 * 2**20 and n > SMALL
+
+
+def test_redirect_counts_three_backward_passes_and_the_anchors_forward(capsys: pytest.CaptureFixture):
+    """Forwards count 1 and backwards 2: 3 + 3 + 3 + 1 against 6."""
+    network = Network(widths=(16, 16, 16, 16), latents=(8,))
+    found = [float(line.rpartition("operations ")[2].rstrip(")")) for line in step.lines(Suite(rounds=1), network)]
+    assert found == pytest.approx([1, 10 / 6], rel=0.02)
+
+
+def test_every_benchmark_has_its_file_and_its_word():
+    (words,) = typing.get_args(typing.get_type_hints(Suite)["benchmarks"])[:1]
+    files = {path.stem for path in (ROOT / "eval" / "speeds").glob("*.py")}
+    assert set(BENCHMARKS) == set(typing.get_args(words)) and set(BENCHMARKS) <= files
+
+
+def test_without_a_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (line,) = gpu.lines(Suite(), Network())
+    assert line.startswith("gpu: left out")
+
+
+def test_what_is_measured_on_a_gpu_runs(monkeypatch: pytest.MonkeyPatch):
+    """On the CPU, without compiling, and in fewer steps: a rehearsal of everything but the numbers."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    monkeypatch.setattr(gpu, "STEPS", 1)
+    monkeypatch.setattr(gpu, "PEAKS", {"": 1.0})
+    network = Network(widths=(16, 16, 16, 16), gpu_latents=8, gpu_batch=2)
+    lines = list(gpu.measured(Suite(rounds=1), network))
+    assert len(compiled) == 1 and len(lines) == 4 and "% of 1" in lines[0]
+
+
+def test_the_parameters_of_a_model_folder_are_counted(tiny_sd: Path):
+    unet = UNet2DConditionModel.from_pretrained(str(tiny_sd), subfolder="unet")
+    assert memory.parameters(tiny_sd) == 4 * sum(p.numel() for p in unet.parameters())
+
+
+def test_a_kept_model_of_another_size_is_refused(tmp_path: Path):
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text('{"block_out_channels": [8, 8, 8, 8], "sample_size": 8}')
+    with pytest.raises(UserError, match="name another folder"):
+        memory.built(tmp_path, Network(widths=(16, 16, 16, 16), job_latents=8))

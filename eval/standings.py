@@ -1,0 +1,141 @@
+"""From results of rows to the standings of methods: means over seeds, then over concepts; pooled distances."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import harmonic_mean, mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from erase_sd.runtime import digest, write_atomic
+from eval.distances import frechet, kernel_distance, statistics
+from eval.suite import ORIGINAL, Row
+from eval.trial import features_file, reference
+
+RATES = {"ua": "UA", "ira": "IRA", "cra": "CRA"}
+Result = dict[str, Any]
+Finished = Sequence[tuple[Row, Result]]
+Values = dict[str, float | None]
+
+
+class Standing(NamedTuple):
+    """One method on one concept, or on all of them; rates in percent, None where a value is not known."""
+
+    method: str
+    concept: str | None  # None: the mean over the concepts
+    runs: int
+    values: Values  # ua, ira, cra, mean (harmonic), other, fid, floor (fid in the original's), kid, drift, ...
+    spread: Values  # sample standard deviation of ua, ira and cra over the seeds
+
+
+def standings(finished: Finished, folder: Path) -> list[Standing]:
+    """One for every method and concept, and one for every method, in the order of the rows."""
+    distances = Distances(folder)
+    groups: dict[tuple[str, str], list[tuple[Row, Result]]] = {}
+    for row, result in finished:
+        groups.setdefault((row.method, row.concept), []).append((row, result))
+    single = [
+        of_concept(group, groups.get((ORIGINAL, concept), []), distances) for (_, concept), group in groups.items()
+    ]
+    distances.write({row.key for row, _ in finished})
+    methods = dict.fromkeys(standing.method for standing in single)
+    return [*single, *(overall([s for s in single if s.method == method]) for method in methods)]
+
+
+def of_concept(group: Finished, original: Finished, distances: Distances) -> Standing:
+    """The standing of rows that differ in their seed alone, with the original's rows of these seeds as its floor."""
+    rows, results = ([*side] for side in zip(*group, strict=True))
+    rates = {key: [100 * r[name]["value"] for r in results] for key, name in RATES.items()}
+    far = distances.of(rows)
+    least = distances.of([row for row, _ in original if row.seed in {r.seed for r in rows}])
+    same = far and least and far["n"] == least["n"] and least["fid"] > 0
+    values: Values = {key: mean(x) for key, x in rates.items()}
+    values |= {
+        "mean": harmonic([values[key] for key in RATES]),
+        "other": 100 * mean(r["other_share"] for r in results),
+        "fid": far and far["fid"],
+        "floor": far["fid"] / least["fid"] if same else None,
+        "kid": far and 1000 * far["kid"],
+        "drift": 1000 * mean(r["drift"] for r in results),
+        "drift_rmse": mean(r["drift_rmse"] for r in results),
+        "seconds": mean(r["seconds"] for r in results),
+        "memory": max((r["peak_memory_mib"] for r in results if r["peak_memory_mib"]), default=None),
+        "broken": sum(r["broken"] for r in results),
+        "n": far and far["n"],
+    }
+    spread = {key: stdev(x) if len(x) > 1 else None for key, x in rates.items()}
+    return Standing(rows[0].method, rows[0].concept, len(rows), values, spread)
+
+
+def overall(single: list[Standing]) -> Standing:
+    """The mean over the concepts, known where it is known of all of them; the harmonic mean is that of these means."""
+    values: Values = {}
+    for key in single[0].values:
+        column = [s.values[key] for s in single]
+        values[key] = None if None in column else mean(column)
+    values["mean"] = harmonic([values[key] for key in RATES])
+    return Standing(single[0].method, None, sum(s.runs for s in single), values, dict.fromkeys(RATES))
+
+
+def harmonic(rates: Iterable[float]) -> float:
+    """The harmonic mean of rates in percent, 0 if one of them is."""
+    return harmonic_mean(list(rates))
+
+
+def retention(standing: Standing) -> float:
+    """Mean of IRA and CRA, in percent."""
+    return mean((standing.values["ira"], standing.values["cra"]))
+
+
+def front(points: dict[str, tuple[float, float]]) -> set[str]:
+    """Names of the points (higher is better in both) to which no other is equal in one and better in the other."""
+    return {
+        name
+        for name, (x, y) in points.items()
+        if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in points.values())
+    }
+
+
+def pareto(board: Iterable[Standing]) -> set[str]:
+    """The methods on the front of erasure and retention; the original model erases nothing and is none."""
+    return front({s.method: (s.values["ua"], retention(s)) for s in board if s.method != ORIGINAL})
+
+
+def pooled(x: Tensor, y: Tensor) -> dict[str, float]:
+    """FID and KID (all images, one subset) of features (N, D) to as many others."""
+    return {
+        "fid": frechet(statistics(x), statistics(y)),
+        "kid": kernel_distance(x, y, size=len(x)).item(),
+        "n": len(x),
+    }
+
+
+class Distances:
+    """Distances of pooled rows, computed while their features are there and kept in distances.json without them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file = folder, folder / "distances.json"
+        self.known: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+
+    def of(self, rows: list[Row]) -> dict[str, Any] | None:
+        """FID and KID of all seeds' retain pictures together to the original's from other seeds; None if the features
+        of a row are gone and were never compared in this company."""
+        keys = sorted(row.key for row in rows)
+        files = [features_file(row, self.folder) for row in rows]
+        if (name := digest(keys)) not in self.known:
+            if not rows or not all(file.is_file() for file in files):
+                return None
+            ours = torch.cat([load_file(file)["features"] for file in files])
+            theirs = torch.cat([reference(r.concept, r.seed, r.pictures[1], self.folder) for r in rows])
+            self.known[name] = pooled(ours, theirs) | {"rows": keys}
+        return self.known[name]
+
+    def write(self, keys: set[str]) -> None:
+        """Keep what is of these rows."""
+        kept = {name: entry for name, entry in self.known.items() if keys.issuperset(entry["rows"])}
+        write_atomic(self.file, json.dumps(kept, indent=1) + "\n")

@@ -1,0 +1,139 @@
+"""The benchmark as a user runs it, at toy size: what it leaves, what it does again, and what it does not."""
+
+import csv
+import io
+import json
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from erase_sd.pipeline import load
+from erase_sd.pocket import FOLDER
+from erase_sd.pocket.lessons import exam
+from erase_sd.pocket.score import answers, scores
+from erase_sd.process import UserError
+from eval import benchmark, suite
+from eval.suite import ORIGINAL, Suite, rows
+
+FEW = {"steps": 1, "forget_images": 4, "retain_images": 6, "sample_steps": 2, "batch_size": 2}
+SCISSORHANDS = suite.OURS | FEW | {"sensitivity_batches": 1, "anchor_pictures": False}
+TOY = Suite(
+    methods={
+        "Ours": SCISSORHANDS | {"fraction": 0.2},
+        "Lost": {"method": "ascent", "preset": "pocket"} | FEW | {"lr": 1e30},
+    },
+    concepts=("frog",),
+    seeds=(0,),
+    forget_pictures=3,
+    retain_pictures=7,
+)
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(suite.SUITES, "toy", TOY)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
+    """The folder of a whole benchmark, of which one method is lost, its exit code, and what it said on stderr."""
+    folder, said = tmp_path_factory.mktemp("benchmark"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
+        patch.setitem(suite.SUITES, "toy", TOY)
+        return folder, run(folder, "--keep"), said.getvalue()
+
+
+def run(folder: Path, *more: str) -> int:
+    return benchmark.main(["--suite", "toy", "--output_dir", str(folder), *more])
+
+
+def results(folder: Path) -> dict[str, dict]:
+    return {(x := json.loads(file.read_text()))["method"]: x for file in (folder / "rows").iterdir()}
+
+
+def ages(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in (folder / "rows").iterdir()}
+
+
+def test_it_leaves_tables_and_small_rows(finished: tuple[Path, int, str]):
+    folder, code, _ = finished
+    assert code == 1  # one method is lost
+    kept = {path.name for path in folder.iterdir()} - {".cache", ".lock"}
+    assert kept == {"rows", "distances.json", "grid.png", *(f"leaderboard.{end}" for end in ("csv", "md", "png"))}
+    assert all(file.stat().st_size < 8000 for file in (folder / "rows").iterdir())
+    assert set(results(folder)) == {ORIGINAL, "Ours"}
+    assert len(list((folder / ".cache" / "runs").glob("*/unet"))) == 1  # --keep
+    page = (folder / "leaderboard.md").read_text()
+    assert "| Ours | " in page and "- Lost: frog 0\n" in page
+    with Image.open(folder / "grid.png") as grid:
+        assert grid.width > 3 * 96 and grid.height > 2 * 96
+
+
+def test_a_row_is_what_the_pocket_models_own_judge_says(finished: tuple[Path, int, str]):
+    """`score.scores` counts on its own, from pictures drawn anew with the UNet that was kept."""
+    folder, *_ = finished
+    row = next(row for row in rows(TOY, ("Ours",), (), ()) if row.method == "Ours")
+    questions = exam([("object", "frog")], 3, 7, 0)
+    before, after = (
+        answers(load(str(FOLDER), unet=unet), questions, "", None, "exam")
+        for unet in (None, str(folder / ".cache" / "runs" / row.key[:16]))
+    )
+    there = scores([("object", "frog")], questions, before, after)
+    for method, when in ((ORIGINAL, "before"), ("Ours", "after")):
+        found = results(folder)[method]
+        assert found["UA"]["value"] == pytest.approx(1 - there["concept"][when])
+        assert found["IRA"]["value"] == pytest.approx(there["retain"]["object"][when])
+        every = [3 * there["spared"][k][when] + 7 * there["retain"][k][when] for k in ("style", "background")]
+        assert found["CRA"]["value"] == pytest.approx(sum(every) / 20)
+        assert (found["UA"]["n"], found["IRA"]["n"], found["CRA"]["n"]) == (3, 7, 20)
+
+
+def test_the_original_model_does_not_drift_and_costs_nothing(finished: tuple[Path, int, str]):
+    found = results(finished[0])
+    assert found[ORIGINAL]["drift"] < 1e-12 and found[ORIGINAL]["drift_rmse"] == found[ORIGINAL]["seconds"] == 0
+    assert found["Ours"]["drift"] > 0 and found["Ours"]["drift_rmse"] > 0 and found["Ours"]["reinitialised"] > 0
+    assert 0 < found["Ours"]["seconds"] < 300 and found["Ours"]["peak_memory_mib"] > 100
+    line = next(csv.DictReader((finished[0] / "leaderboard.csv").open()))
+    assert line["method"] == ORIGINAL and float(line["floor"]) == 1 and float(line["fid"]) > 0 and line["n"] == "7"
+
+
+def test_finished_rows_stay_missing_and_stale_ones_are_run(
+    finished: tuple[Path, int, str], capsys: pytest.CaptureFixture
+):
+    folder, *_ = finished
+    before = ages(folder)
+    assert run(folder, "--methods", "Ours") == 0 and ages(folder) == before
+    assert "2 of 2 rows are finished" in capsys.readouterr().err
+    first, ours = folder / "rows" / "original_frog_0.json", folder / "rows" / "ours_frog_0.json"
+    was, pictures = ours.read_bytes(), first.read_bytes()
+    ours.unlink()
+    first.write_text(json.dumps(json.loads(first.read_text()) | {"key": "of another configuration"}))
+    assert run(folder, "--no-run") == 0 and not ours.exists()
+    assert "no row is finished" in capsys.readouterr().out
+    assert run(folder, "--methods", "Ours") == 0
+    said = capsys.readouterr().err
+    assert "0 of 2 rows are finished" in said and "1 rows are stale and run again: original_frog_0.json" in said
+    assert first.read_bytes() == pictures and ours.read_bytes() == was  # the kept run, the same pictures
+    assert not list((folder / ".cache" / "runs").glob("*/unet"))  # without --keep a run goes once it is judged
+
+
+def test_a_lost_method_is_named_with_its_log(finished: tuple[Path, int, str]):
+    *_, said = finished
+    assert "error: Lost on frog, seed 0, ended with exit code 2 (error: " in said and "the model is lost" in said
+    assert Path(said.strip().rsplit("see ", 1)[1]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--suite", "digits"], "--suite digits is none of pocket,"),
+        (["--processes", "0"], "--processes 0 is too small"),
+        (["--seeds", "-1"], "--seeds -1 is below 0"),
+        (["--methods", "magic"], "'magic' is not in this suite"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path: Path, words: list[str], text: str):
+    with pytest.raises(UserError, match=text):
+        run(tmp_path, *words)
