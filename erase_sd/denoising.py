@@ -14,7 +14,7 @@ z_f, z_r are latents, c_f, c_r their captions, c_a the anchor; e_0 is the networ
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
@@ -131,16 +131,18 @@ class DenoisingTask:
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's output in fp32."""
-        return self.family.call(self.forward, x_t, t, cond).float()
+        return self._answer(self.forward, self.model.dtype, x_t, t, cond)
 
     @torch.no_grad()
     def old(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """What the network before any change returns, fp32. Raises UserError where it was not kept."""
         if self.original is None:
             raise UserError("this needs the network before any change: give --anchor_model original")
-        dtype = self.original.dtype
+        return self._answer(self.original, self.original.dtype, x_t, t, cond)
+
+    def _answer(self, call: Callable, dtype: torch.dtype, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         cond = {name: x.to(dtype) for name, x in cond.items()}
-        return self.family.call(self.original, x_t.to(dtype), t, cond).float()
+        return self.family.call(call, x_t.to(dtype), t, cond).float()
 
     def forget(self, batch: Batch) -> Tensor:
         """L_f, the denoising loss of the concept's pictures under its captions."""

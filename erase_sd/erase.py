@@ -12,16 +12,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from erase_sd import subject
+from erase_sd.core.optimisers import make_optimizer
 from erase_sd.denoising import DenoisingTask
 from erase_sd.devices import accelerator as make_accelerator
 from erase_sd.families import family, modules, network
 from erase_sd.folder import Progress, RunFolder
 from erase_sd.groups import select, without_norms
+from erase_sd.knobs import Losses
 from erase_sd.latents import Samples, collect
 from erase_sd.loop import run
 from erase_sd.pipeline import load_network
+from erase_sd.placement import placed, training
 from erase_sd.plan import Plan, make
 from erase_sd.pocket import FOLDER as POCKET
 from erase_sd.process import UserError
@@ -57,12 +61,13 @@ def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> 
     """The job of `erase`, planned. Exits with 128 + signal when stopped, after a checkpoint."""
     start, job = time.monotonic(), plan.job
     asked = subject.resolve(job)
-    _check(pipe, plan)
-    base_hash = digest([weights_hash(part) for part in modules(pipe).values()])
+    _check(pipe, plan, accelerator)
+    parts = list(modules(pipe).values())
+    base_hash = digest([weights_hash(part) for part in parts])
     config = plan.config() | {"mixed_precision": accelerator.mixed_precision, "base_hash": base_hash}
     main = accelerator.is_main_process
     place = RunFolder(job.output_dir, config, writes=main) if job.output_dir else nullcontext()
-    with place as folder, _placed(pipe, accelerator):
+    with place as folder, placed(parts, accelerator.device):
         accelerator.wait_for_everyone()  # all see the folder alike: before the run, or after
         if folder and (done := folder.complete()):
             part = family(pipe).part
@@ -83,6 +88,7 @@ def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> 
                 seconds=time.monotonic() - start,
                 method_seconds=round(method_seconds, 2),
                 trace=progress.trace,
+                parameters=sum(p.numel() for p in network(pipe).parameters()),
                 reinitialised=sum(progress.changed.values()),
                 scores=asked.scores(before, after),
             )
@@ -91,15 +97,17 @@ def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> 
     return record
 
 
-def _check(pipe: DiffusionPipeline, plan: Plan) -> None:
+def _check(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> None:
     """Refuse, before anything is drawn or written, what would fail only in training. Raises UserError."""
     model, part = network(pipe), family(pipe).part
-    if model.dtype != torch.float32:
+    if model.dtype not in (torch.float32, getattr(torch, plan.job.weights_dtype)):
         raise UserError(f"the {part} is {model.dtype}: load it in float32, mixed_precision saves the same time")
     scopes = plan.losses.trim_scope, plan.losses.rank_scope or "full", plan.losses.train_scope
     trimmed, *_ = (without_norms(model, select(model, scope)) for scope in scopes)
     if _trims(plan) and not trimmed:
         raise UserError(f"--trim_scope {scopes[0]} holds norms only, which are never re-initialised: widen it")
+    if hasattr(plan.method, "optimizer"):
+        make_optimizer({"probe": nn.Parameter(torch.zeros(1, device=accelerator.device))}, plan.method)
 
 
 def _trims(plan: Plan) -> bool:
@@ -107,31 +115,38 @@ def _trims(plan: Plan) -> bool:
     return bool(getattr(plan.method, "fraction", 0))
 
 
+def _losses(plan: Plan) -> Losses:
+    """The plan's, without what its method does not use: the scopes of a trim, a copy of the original network."""
+    losses = plan.losses if _trims(plan) else replace(plan.losses, trim_scope=plan.losses.train_scope, rank_scope=None)
+    return losses if getattr(plan.method, "asks_original", True) else replace(losses, anchor_model="current")
+
+
 def _train(
     pipe: DiffusionPipeline, plan: Plan, samples: Samples, accelerator: Accelerator, folder: RunFolder | None
 ) -> tuple[Progress, float]:
     """Run the method from its last checkpoint to its end; the seconds are its own, without pictures and scores."""
     start = time.monotonic()
-    losses = plan.losses if _trims(plan) else replace(plan.losses, trim_scope=plan.losses.train_scope, rank_scope=None)
-    task = DenoisingTask(pipe, samples, losses, plan.job.seed, accelerator)
-    weights = task.trimmable() | task.trainable()
-    try:
-        progress = run(
-            plan.method,
-            task,
-            weights,
-            folder,
-            every=plan.job.checkpointing_steps,
-            check=lambda step: _check_finite(task, weights, step),
-            description=plan.job.method,
-        )
-        return progress, time.monotonic() - start
-    finally:
-        task.release()
+    dtype, parts = getattr(torch, plan.job.weights_dtype), list(modules(pipe).values())
+    with training(network(pipe), parts, accelerator.device, dtype, plan.job.gradient_checkpointing):
+        task = DenoisingTask(pipe, samples, _losses(plan), plan.job.seed, accelerator)
+        weights = task.trimmable() | task.trainable()
+        try:
+            progress = run(
+                plan.method,
+                task,
+                weights,
+                folder,
+                every=plan.job.checkpointing_steps,
+                check=lambda step: _check_finite(task, weights, step),
+                description=plan.job.method,
+            )
+        finally:
+            task.release()
+    return progress, time.monotonic() - start
 
 
 @torch.no_grad()
-def _check_finite(task: DenoisingTask, weights: dict[str, torch.nn.Parameter], step: int) -> None:
+def _check_finite(task: DenoisingTask, weights: dict[str, nn.Parameter], step: int) -> None:
     """Raise FloatingPointError if the last step lost the model, which the loop itself would notice in the next one."""
     for name, p in weights.items():
         if not p.isfinite().all():
@@ -159,20 +174,3 @@ def _recorded(folder: RunFolder | None) -> Iterator[None]:
         if folder:
             folder.status("failed", 1, f"{type(error).__name__}: {error}")
         raise
-
-
-@contextmanager
-def _placed(pipe: DiffusionPipeline, accelerator: Accelerator) -> Iterator[None]:
-    """Move the pipeline to the accelerator's device and put every component back where it was."""
-    parts = list(modules(pipe).values())
-    places = [part.device for part in parts]
-    grads = [[p.requires_grad for p in part.parameters()] for part in parts]
-    for part in parts:
-        part.to(accelerator.device)
-    try:
-        yield
-    finally:
-        for part, place, flags in zip(parts, places, grads, strict=True):
-            part.to(place)
-            for p, flag in zip(part.parameters(), flags, strict=True):
-                p.requires_grad_(flag)

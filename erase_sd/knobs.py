@@ -31,14 +31,19 @@ class Job:
     output_dir: str | None = knob(None, "where the run goes (default: runs/<concept>)")
     seed: int = knob(0, "seed of every draw")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = knob(None, "autocast; by default accelerate's setting")
+    weights_dtype: Literal["float32", "bfloat16"] = knob(
+        "float32", "the network's weights while it is trained, and in the result; bfloat16 needs a --rounding"
+    )
+    gradient_checkpointing: bool = knob(False, "compute activations twice instead of keeping them")
     checkpointing_steps: int = knob(25, "steps between two checkpoints")
+    picture_steps: int = knob(30, "denoising steps of the pictures before and after, not of the pocket model's")
     eval_forget: int = knob(128, "pictures scored on the concept's prompts, pocket model only")
     eval_retain: int = knob(320, "pictures scored on the other prompts, pocket model only")
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers outside their range."""
         at_least(self, 0, "seed", "eval_forget", "eval_retain")
-        at_least(self, 1, "checkpointing_steps")
+        at_least(self, 1, "checkpointing_steps", "picture_steps")
         if len(self.anchor) not in (0, 1, len(self.concept)):
             counts = f"{len(self.anchor)} anchors for {len(self.concept)} concepts"
             raise UserError(f"--anchor {' '.join(map(repr, self.anchor))}: {counts}; give one, or one per concept")

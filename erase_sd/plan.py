@@ -11,7 +11,12 @@ from erase_sd.options import filled, names
 from erase_sd.presets import PRESETS
 from erase_sd.process import UserError
 
-HOW = {"mixed_precision", "checkpointing_steps", "output_dir"}  # how and where a job runs, not what it computes
+HOW = {
+    "mixed_precision",
+    "gradient_checkpointing",
+    "checkpointing_steps",
+    "output_dir",
+}  # how and where a job runs, not what it computes
 
 
 class Plan(NamedTuple):
@@ -81,4 +86,6 @@ def make(**given: Any) -> Plan:
         raise UserError(f"{method} learns from the original network: give --anchor_model original")
     if getattr(plan.method, "needs_anchor_pictures", False) and not plan.sampling.anchor_pictures:
         raise UserError(f"{method} learns the anchors' pictures: give --anchor_pictures")
+    if getattr(plan.method, "rounding", "nearest") != "nearest" and plan.job.weights_dtype == "float32":
+        raise UserError(f"--rounding {plan.method.rounding} is of bf16 weights: give --weights_dtype bfloat16 too")
     return plan

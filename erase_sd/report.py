@@ -7,6 +7,7 @@ import json
 import shlex
 from typing import NamedTuple
 
+import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -39,7 +40,8 @@ class Result(NamedTuple):
 
 def write_results(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, result: Result) -> None:
     """Write everything into the folder, the word "complete" last."""
-    save_network(network(pipe), folder.path, family(pipe).part)
+    dtype = getattr(torch, plan.job.weights_dtype)
+    save_network(network(pipe), folder.path, family(pipe).part, dtype)
     write_trace(folder.path, result.progress.trace)
     if changed := result.progress.changed:
         write_saliency(folder.path, changed, {name: p.numel() for name, p in network(pipe).named_parameters()})

@@ -122,5 +122,6 @@ def _open(job: Job) -> Subject:
     return Subject(
         names=tuple(concept.name for concept in concepts),
         sources=Sources(examples, kept),
+        steps=job.picture_steps,
         shown=(*asked, *kept[:: max(1, len(kept) // 4)][:4]),
     )

@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erase_sd.knobs": {"erase_sd.core"},
     "erase_sd.plan": {*SETTINGS, "erase_sd.methods"},
     "erase_sd.pictures": set(),
+    "erase_sd.placement": set(),
     "erase_sd.groups": set(),
     "erase_sd.families": set(),
     "erase_sd.noising": set(),
@@ -59,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *RECORDS,
         *SETTINGS,
         *("erase_sd.core", "erase_sd.methods", "erase_sd.latents", "erase_sd.denoising", "erase_sd.pocket", "prompts"),
-        *("erase_sd.folder", "erase_sd.loop", "erase_sd.subject", "erase_sd.report"),
+        *("erase_sd.folder", "erase_sd.loop", "erase_sd.subject", "erase_sd.report", "erase_sd.placement"),
     },
     "erase_sd.train": {*SETTINGS, "erase_sd.methods", "erase_sd.erase", "erase_sd.pipeline", "erase_sd.card"}
     | {"erase_sd.pocket", "prompts"},

@@ -83,3 +83,8 @@ class Repair(Descent):
     def needs_original(self) -> bool:
         """Whether the network before any change has to be kept."""
         return self.retain_loss == "original"
+
+    @property
+    def asks_original(self) -> bool:
+        """Whether a loss would look at the network before any change if it was kept."""
+        return self.needs_original or self.objective == "redirect"

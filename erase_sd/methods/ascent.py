@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from erase_sd.methods.objective import Objective
 from erase_sd.options import knob
@@ -21,6 +21,8 @@ class GradientAscent(Objective):
 
     alpha: float = knob(0.0, "weight of the retain loss L_r beside -L_f; 0 asks for no retain data")
     forget_ceiling: float | None = knob(None, "L_f above which a step only retains: L_f has no upper bound")
+
+    asks_original: ClassVar[bool] = False
 
     def __call__(self, task: Task, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
         """Descend -L_f + alpha L_r, the first term resting where the whole batch's L_f is above the ceiling."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from erase_sd.methods.objective import Objective
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class FineTune(Objective):
     """FT, Warnecke et al., NDSS 2023, arXiv 2108.11577: minimise L_r; catastrophic forgetting does the rest."""
+
+    asks_original: ClassVar[bool] = False
 
     def objective(self, task: Task, batch: Any, step: int) -> Tensor:
         """L_r."""

@@ -1,0 +1,51 @@
+"""Where the parts of a pipeline are, and in which precision the network is, while a run needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+
+@contextmanager
+def placed(parts: list[nn.Module], device: torch.device) -> Iterator[None]:
+    """Everything on the device; afterwards every part is where it was, with the `requires_grad` it had."""
+    places = [part.device for part in parts]
+    grads = [[p.requires_grad for p in part.parameters()] for part in parts]
+    for part in parts:
+        part.to(device)
+    try:
+        yield
+    finally:
+        for part, place, flags in zip(parts, places, grads, strict=True):
+            part.to(place)
+            for p, flag in zip(part.parameters(), flags, strict=True):
+                p.requires_grad_(flag)
+
+
+@contextmanager
+def training(
+    network: ModelMixin, parts: list[nn.Module], device: torch.device, dtype: torch.dtype, checkpointing: bool
+) -> Iterator[None]:
+    """The network alone on the device, in `dtype`; afterwards all parts are there again, the network as it was.
+
+    With `checkpointing` it keeps the activations between its blocks only and computes the others twice.
+    """
+    others = [part for part in parts if part is not network]
+    before, checkpointed = network.dtype, network.is_gradient_checkpointing
+    for part in others:
+        part.to("cpu")  # embeddings and latents are cached: text encoders and the autoencoder have nothing to do
+    nn.Module.to(network, dtype)  # diffusers' own warns of modules to keep in fp32, of which these networks have none
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if not checkpointed:
+            network.disable_gradient_checkpointing()
+        nn.Module.to(network, before)
+        for part in others:
+            part.to(device)
