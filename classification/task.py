@@ -144,7 +144,7 @@ class ClassificationTask:
     def backward(self, loss: Tensor) -> None:
         """Gradients in fp32, averaged over the ranks."""
         self.samples["backward passes"] += 1
-        self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)  # by which accelerate divides
+        self.accelerator.backward(loss)
         scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
         for p in self.model.parameters():
             if p.grad is not None:

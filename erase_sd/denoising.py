@@ -177,7 +177,7 @@ class DenoisingTask:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients in fp32, averaged over the ranks by accelerate's wrapper."""
-        self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)  # by which accelerate divides
+        self.accelerator.backward(loss)
         if (scaler := self.accelerator.scaler) is not None:
             for p in self.model.parameters():
                 if p.grad is not None:
