@@ -14,10 +14,10 @@ without it; CRA: accuracy of the other kinds on all prompts (UnlearnCanvas, arXi
 percent; HM: their harmonic mean. Nothing: share of the concept's pictures in which the oracle sees nothing of its
 kind, in percent. FID and KID (x 1000) compare the retain pictures of all seeds together with as many of the original
 model for the same prompts from other seeds, by the oracle's pooled features (--features pocket of eval.quality, not
-InceptionV3); those of the original model are the noise floor, FID / floor is in units of it. Drift: 1 - cosine (x
-1000) to the original's picture of the same prompt and seed. Seconds: the method alone on one thread, without drawing
-and judging; MiB: peak of its process. Front: no method erases as well and retains ((IRA + CRA) / 2) better, or vice
-versa.
+InceptionV3); those of the original model are the noise floor, FID / floor is in units of it; KID is below 0 where both
+sides draw the same prompts alike. Drift: 1 - cosine (x 1000) to the original's picture of the same prompt and seed.
+Seconds: the method alone on one thread, without drawing and judging; MiB: peak of its process. Front: no method erases
+as well and retains ((IRA + CRA) / 2) better, or vice versa.
 """
 COLUMNS: dict[str, tuple[str, int]] = {
     "ua": ("UA", 1),

@@ -41,6 +41,7 @@ def tradeoff(board: Sequence[Standing], file: Path) -> None:
             axes.axhline(retention(s), color=INK, linestyle="--", linewidth=0.8, label="original model's retention")
             axes.legend(frameon=False, fontsize=9, loc="lower left")
     axes.set_xlim(-3, 103)
+    axes.set_ylim(top=min(axes.get_ylim()[1], 101))
     axes.set_xlabel("erasure: UA, % (filled: on the Pareto front)")
     tidy(axes, "Erasure and retention, mean of IRA and CRA, %")
     _labels(axes, methods, best)
