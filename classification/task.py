@@ -23,13 +23,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from classification.data import Dataset, Images
 from classification.knobs import Losses
 from classification.walk import Batch, Samples, Walk
-from erase_sd.core.task import Part
+from erase_sd.core.task import Part, Unsharded
 from erase_sd.process import UserError
 
 NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
-class ClassificationTask:
+class ClassificationTask(Unsharded):
     """See `erase_sd.core.task`. Sample i of step k is a function of (seed, purpose, k, i), whoever draws it."""
 
     def __init__(
@@ -153,7 +153,3 @@ class ClassificationTask:
     def mean(self, x: Tensor) -> Tensor:
         """Mean of a scalar over the ranks."""
         return self.accelerator.reduce(x, "mean")
-
-    def total(self, x: Tensor) -> Tensor:
-        """Parameters are not sharded: the sum is already whole."""
-        return x

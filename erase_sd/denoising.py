@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from erase_sd.batch import Batch
-from erase_sd.core.task import Part
+from erase_sd.core.task import Part, Unsharded
 from erase_sd.families import Cond, family, network
 from erase_sd.groups import select, without_norms
 from erase_sd.knobs import Losses
@@ -36,7 +36,7 @@ from erase_sd.runtime import generator
 WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
-class DenoisingTask:
+class DenoisingTask(Unsharded):
     """See `erase_sd.core.task`. Every draw is keyed by (seed, purpose, step, global sample index)."""
 
     def __init__(
@@ -186,7 +186,3 @@ class DenoisingTask:
     def mean(self, x: Tensor) -> Tensor:
         """Mean of a scalar over the ranks."""
         return self.accelerator.reduce(x, "mean")
-
-    def total(self, x: Tensor) -> Tensor:
-        """Parameters are not sharded: the sum is already whole."""
-        return x

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erase_sd.core.knobs import Descent
-from erase_sd.core.task import Part
+from erase_sd.core.task import Part, Unsharded
 from erase_sd.methods.ascent import GradientAscent
 from erase_sd.methods.finetune import FineTune
 from erase_sd.methods.neggrad import NegGradPlus
@@ -19,7 +19,7 @@ from erase_sd.process import UserError
 from erase_sd.runtime import generator
 
 
-class Toy:
+class Toy(Unsharded):
     """Linear 4 -> 3; on the forget inputs label 2 is to be forgotten for 0."""
 
     def __init__(self) -> None:
@@ -54,9 +54,6 @@ class Toy:
         loss.backward()
 
     def mean(self, x: Tensor) -> Tensor:
-        return x
-
-    def total(self, x: Tensor) -> Tensor:
         return x
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from erase_sd.core.task import Params, Task, gradient
+from erase_sd.core.task import WHOLE, Params, Shards, Task, gradient
 from erase_sd.runtime import generator
 
 CHUNK = 1 << 17  # entries ranked at a time: bounds the extra memory whatever the size of the model or of a tensor
@@ -52,72 +52,98 @@ def magnitude(theta: Params) -> Params:
     return {name: p.detach().abs() for name, p in theta.items()}
 
 
-def chance(theta: Params, seed: int) -> Params:
+def chance(theta: Params, seed: int, shards: Shards = WHOLE) -> Params:
     """Uniform numbers: what any ranking has to beat."""
-    draw = lambda name, p: torch.rand(p.shape, generator=generator(seed, "chance", name)).to(p.device)  # noqa: E731
-    return {name: draw(name, p) for name, p in theta.items()}
+    sizes = torch.tensor([p.numel() for p in theta.values()])
+    slices = zip(theta.items(), shards.before(sizes).tolist(), shards.total(sizes).tolist(), strict=True)
+    draw = lambda name, n: torch.rand(n, generator=generator(seed, "chance", name))  # noqa: E731
+    return {name: draw(name, n)[i : i + p.numel()].view(p.shape).to(p.device) for (name, p), i, n in slices}
 
 
-def contrastive(theta: Params, g_f: Params, fisher_f: Params, fisher_r: Params, eps: float) -> Params:
+def contrastive(
+    theta: Params, g_f: Params, fisher_f: Params, fisher_r: Params, eps: float, shards: Shards = WHOLE
+) -> Params:
     """|theta g_f| F_f / (F_r + eps mean(F_r)): connections the forget data need and the retain data do not.
 
     Not in the paper, whose Remark 1 admits any saliency. F_f and F_r are empirical Fisher informations shaped like
     theta, mean(F_r) runs over all their entries, and `eps` > 0 keeps a weight that nothing needs from winning.
     """
-    entries = sum(x.numel() for x in fisher_r.values())
-    floor = eps * sum(float(x.sum(dtype=torch.float32)) for x in fisher_r.values()) / entries
+    sums = torch.tensor([x.sum(dtype=torch.float32) for x in fisher_r.values()], dtype=torch.float64)
+    floor = eps * float(shards.total(sums.sum())) / entries(fisher_r, shards)
     s = connection_sensitivity(theta, g_f, "abs")
     return {name: x * (fisher_f[name] / (fisher_r[name] + floor)) for name, x in s.items()}
 
 
-def top_k(scores: Params, k: int, strict: bool = False) -> dict[str, Tensor]:
-    """Boolean masks, shaped like the scores, of the k largest fp32 scores over all tensors together.
+def entries(scores: Params, shards: Shards = WHOLE) -> int:
+    """How many there are, over all tensors and shards."""
+    return int(shards.total(torch.tensor(sum(s.numel() for s in scores.values()))))
+
+
+def top_k(scores: Params, k: int, strict: bool = False, shards: Shards = WHOLE) -> dict[str, Tensor]:
+    """Boolean masks, shaped like the scores, of the k largest fp32 scores over all tensors and shards together.
 
     Exactly k entries: those tied at the threshold enter in (parameter, flat index) order. `strict` is the released
     code's rule instead, s > the (k+1)-th largest, which leaves the tied ones out and so selects k at most.
     Raises ValueError unless 0 <= k <= all entries, FloatingPointError for NaN or infinity in a score.
     """
-    strict = strict and k < sum(s.numel() for s in scores.values())
-    tau, wanted = threshold(scores, k + strict)
-    if strict:
-        wanted = 0
+    strict = strict and k < entries(scores, shards)
+    tau, wanted, tied = _threshold(scores, k + strict, shards)
+    wanted = 0 if strict else wanted
+    ties = _entering(scores, tau, wanted, shards) if 0 < wanted < tied else {}
+    selects = torch.ge if 0 < wanted == tied else torch.gt
     masks = {}
     for name, s in scores.items():
         masks[name] = torch.empty(s.shape, dtype=torch.bool, device=s.device)
         rest = masks[name].view(-1)
         for chunk in _chunks(s.detach()):
             mask, rest = rest[: len(chunk)], rest[len(chunk) :]
-            torch.gt(chunk, tau, out=mask)
-            if wanted:
-                tied = (chunk == tau).nonzero()[:wanted]
-                mask[tied] = True
-                wanted -= len(tied)
+            selects(chunk, tau, out=mask)
+            if ties.get(name):
+                entering = (chunk == tau).nonzero()[: ties[name]]
+                mask[entering] = True
+                ties[name] -= len(entering)
     return masks
 
 
-def threshold(scores: Params, k: int) -> tuple[float, int]:
+def threshold(scores: Params, k: int, shards: Shards = WHOLE) -> tuple[float, int]:
     """The k-th largest fp32 score, and how many of the entries equal to it belong to the k largest.
 
     Exact, with O(65k) extra memory: two histogram passes over the upper and the lower half of the bit patterns.
     Infinity for k = 0. Raises as `top_k` does.
     """
-    total = sum(s.numel() for s in scores.values())
+    return _threshold(scores, k, shards)[:2]
+
+
+def _threshold(scores: Params, k: int, shards: Shards) -> tuple[float, int, int]:
+    """The threshold, how many of the entries equal to it are wanted, and how many there are."""
+    total = entries(scores, shards)
     if not 0 <= k <= total:
         raise ValueError(f"cannot select {k} of {total} scores")
     if k == 0:
-        return float("inf"), 0
+        return float("inf"), 0, 0
     upper, lower = np.zeros(BINS, dtype=np.int64), np.zeros(BINS, dtype=np.int64)
-    for name, s in scores.items():
+    bad = []
+    for s in scores.values():
         for bits in _bits(s):
             upper += np.bincount(bits >> 16, minlength=BINS)
-        if upper[NOT_FINITE].any():
-            raise FloatingPointError(f"a score of {name} is NaN or infinite")
-    high, k = _descend(upper, DESCENDING, k)
+        bad.append(bool(upper[NOT_FINITE].any()))
+    if (bad := shards.total(torch.tensor(bad).long())).any():  # on every rank, whosever scores they are
+        raise FloatingPointError(f"a score of {list(scores)[int(bad.nonzero()[0])]} is NaN or infinite")
+    high, k = _descend(shards.total(torch.from_numpy(upper)).numpy(), DESCENDING, k)
     for s in scores.values():
         for bits in _bits(s):
             lower += np.bincount(bits[bits >> 16 == high] & (BINS - 1), minlength=BINS)
+    lower = shards.total(torch.from_numpy(lower)).numpy()
     low, k = _descend(lower, np.arange(BINS)[:: -1 if high < BINS // 2 else 1], k)
-    return np.array(high << 16 | low, dtype=np.uint32).view(np.float32).item(), k
+    return np.array(high << 16 | low, dtype=np.uint32).view(np.float32).item(), k, int(lower[low])
+
+
+def _entering(scores: Params, tau: float, wanted: int, shards: Shards) -> dict[str, int]:
+    """How many of this shard's entries equal to tau are among the first `wanted`, by parameter and flat index."""
+    here = torch.tensor([sum(int((chunk == tau).sum()) for chunk in _chunks(s.detach())) for s in scores.values()])
+    everywhere = shards.total(here)
+    first = everywhere.cumsum(0) - everywhere + shards.before(here)
+    return dict(zip(scores, torch.minimum((wanted - first).clamp(min=0), here).tolist(), strict=True))
 
 
 def _bits(s: Tensor) -> Iterator[np.ndarray]:

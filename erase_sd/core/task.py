@@ -18,7 +18,35 @@ class Part(NamedTuple):
     last: bool = True  # of its batch
 
 
-class Task(Protocol):
+class Shards(Protocol):
+    """How the parameters are divided among the ranks: each along its first dimension, in the order of the ranks.
+
+    Whoever counts over all entries, or depends on their order, asks these two; the rest of the core is local.
+    """
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum over the shards of something counted on each of them, alike on every rank; `x` itself without shards."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """Sum over the lower ranks' shards of something counted on each of them; zeros without shards."""
+
+
+class Unsharded:
+    """Every rank holds the parameters whole."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """Already whole."""
+        return x
+
+    def before(self, x: Tensor) -> Tensor:
+        """Nothing comes first."""
+        return torch.zeros_like(x)
+
+
+WHOLE = Unsharded()
+
+
+class Task(Shards, Protocol):
     """A model, its data and its losses. Every loss is a scalar tensor, the mean over the samples of this rank's slice.
 
     (seed, purpose, step) determines the global batch and a rank only slices it, so that resuming needs no data state.
@@ -64,10 +92,7 @@ class Task(Protocol):
         """Add the gradient of `loss` to every `.grad`: fp32 whatever the autocast, averaged over the ranks."""
 
     def mean(self, x: Tensor) -> Tensor:
-        """Mean of a scalar over the ranks' slices of a batch; `x` itself in a single process."""
-
-    def total(self, x: Tensor) -> Tensor:
-        """Sum of a scalar over the shards of the parameters; `x` itself where parameters are not sharded."""
+        """Mean of losses over the ranks' slices of a batch; `x` itself in a single process."""
 
 
 class DenoisingTask(Task, Protocol):
@@ -110,9 +135,9 @@ def taken(task: Task, params: dict[str, nn.Parameter]) -> Params:
     g = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()}
     clear(task)
     g = {name: x.detach().to(torch.promote_types(x.dtype, torch.float32)) for name, x in g.items()}
-    finite = torch.stack([x.isfinite().all() for x in g.values()]).tolist()  # one transfer, not one per parameter
-    if not all(finite):
-        raise FloatingPointError(f"the gradient of {list(g)[finite.index(False)]} holds NaN or infinity")
+    bad = task.total(torch.stack([~x.isfinite().all() for x in g.values()]).long())  # alike on every rank
+    if bad.any():
+        raise FloatingPointError(f"the gradient of {list(g)[int(bad.nonzero()[0])]} holds NaN or infinity")
     return g
 
 

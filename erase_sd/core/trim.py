@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor, nn
 
+from erase_sd.core.task import WHOLE, Shards
 from erase_sd.runtime import generator
 
 
@@ -28,22 +29,27 @@ INITS: dict[str, Callable[[int, int, Generator], Tensor]] = {
 
 
 @torch.no_grad()
-def reinitialise_(params: dict[str, nn.Parameter], masks: dict[str, Tensor], init: str, seed: int) -> dict[str, int]:
+def reinitialise_(
+    params: dict[str, nn.Parameter], masks: dict[str, Tensor], init: str, seed: int, shards: Shards = WHOLE
+) -> dict[str, int]:
     """Give the masked entries of `params` new values in place; returns how many really changed, per parameter.
 
     `masks` are boolean, shaped like their parameters; masks of other parameters are ignored. Only masked entries are
-    drawn, each parameter's from its own generator, so that one mask never changes another's draws. One-dimensional
-    parameters (biases) become 0 whatever `init` says. Raises KeyError for an unknown init.
+    drawn, each parameter's from its own generator, so that one mask never changes another's draws; every shard draws
+    those of all shards and takes its own. One-dimensional parameters (biases) become 0 whatever `init` says.
+    Raises KeyError for an unknown init.
     """
     draw = INITS[init]
-    changed = {}
-    for name, p in params.items():
+    chosen = torch.tensor([int(masks[name].sum()) for name in params], dtype=torch.int64)
+    slices = zip(params.items(), shards.before(chosen).tolist(), shards.total(chosen).tolist(), strict=True)
+    changed = []
+    for (name, p), start, n in slices:
         mask = masks[name].to(p.device)
         old = p[mask]
-        if p.ndim <= 1:
-            new = torch.zeros_like(old)
-        else:
-            new = draw(p.numel() // p.shape[0], old.numel(), generator(seed, "trim", name)).to(old)
+        new = torch.zeros_like(old)
+        if p.ndim > 1:
+            values = draw(p.shape[1:].numel(), n, generator(seed, "trim", name))
+            new = values[start : start + len(old)].to(old)
         p[mask] = new
-        changed[name] = int((new != old).sum())
-    return changed
+        changed.append(int((new != old).sum()))
+    return dict(zip(params, shards.total(torch.tensor(changed, dtype=torch.int64)).tolist(), strict=True))

@@ -60,8 +60,8 @@ class SalUn(Descent):
 
     def masks(self, task: Task) -> dict[str, Tensor]:
         """True where |grad L_f|, averaged with its sign, is among the largest of all weights together."""
-        from erase_sd.core.sensitivity import accumulate, top_k
+        from erase_sd.core.sensitivity import accumulate, entries, top_k
 
         *_, g = accumulate(task, task.forget, task.trainable(), "sensitivity", range(self.sensitivity_batches))
-        entries = sum(x.numel() for x in g.values())
-        return top_k({name: x.abs() for name, x in g.items()}, round(self.mask_fraction * entries))
+        k = round(self.mask_fraction * entries(g, task))
+        return top_k({name: x.abs() for name, x in g.items()}, k, shards=task)

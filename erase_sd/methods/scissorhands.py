@@ -50,14 +50,14 @@ class Scissorhands(Repair):
 
     def trim(self, task: Task) -> Generator[tuple[dict, None], None, dict]:
         """Yield a record per sensitivity batch, re-initialise, and return the record of that."""
-        from erase_sd.core.sensitivity import top_k
+        from erase_sd.core.sensitivity import entries, top_k
         from erase_sd.core.trim import reinitialise_
 
         changed = {}
         if self.fraction:
             s = yield from self.sensitivity(task)
-            k = round(self.fraction * sum(x.numel() for x in s.values()))
-            changed = reinitialise_(task.trimmable(), top_k(s, k, self.strict), self.init, task.seed)
+            masks = top_k(s, round(self.fraction * entries(s, task)), self.strict, task)
+            changed = reinitialise_(task.trimmable(), masks, self.init, task.seed, task)
         return {"phase": "trim", "changed": changed}
 
     def sensitivity(self, task: Task) -> Generator[tuple[dict, None], None, dict[str, Tensor]]:
@@ -73,12 +73,12 @@ class Scissorhands(Repair):
 
         theta = task.ranked()
         if self.saliency in ("magnitude", "random"):
-            return magnitude(theta) if self.saliency == "magnitude" else chance(theta, task.seed)
+            return magnitude(theta) if self.saliency == "magnitude" else chance(theta, task.seed, task)
         if self.saliency == "contrast":
             g_f = yield from mean(task.contrast)
             fisher_f = yield from mean(task.contrast, torch.square)
             fisher_r = yield from mean(task.retain, torch.square)
-            return contrastive(theta, g_f, fisher_f, fisher_r, eps=0.1)
+            return contrastive(theta, g_f, fisher_f, fisher_r, eps=0.1, shards=task)
         g_f = yield from mean(task.forget, torch.abs if self.saliency == "summed" else lambda g: g)
         if self.saliency == "gradient":
             return magnitude(g_f)

@@ -23,4 +23,6 @@ class L1Sparse(Objective):
     def objective(self, task: Task, batch: Any, step: int) -> Tensor:
         """L_r + gamma |theta|_1, over all that is trained, biases and norms included."""
         gamma = self.l1 * (1 - step / self.steps)
-        return task.retain(batch) + gamma * sum(p.abs().sum() for p in task.trainable().values())
+        size = sum(p.abs().sum() for p in task.trainable().values())
+        size = size + task.total(size.detach()) - size.detach()  # of all shards, and each knows its own gradient
+        return task.retain(batch) + gamma * size

@@ -45,6 +45,8 @@ class UCE:
 
     def __call__(self, task: DenoisingTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
         """Replace the trainable projections, in place; yields once. Raises UserError if none is trainable."""
+        import torch
+
         if state is not None:
             return
         theta = {name: p for name, p in task.trainable().items() if name.endswith(PROJECTIONS)}
@@ -57,6 +59,7 @@ class UCE:
             W = p.detach().cpu().double()
             moved, total = moved + float((W @ M - W).square().sum()), total + float(W.square().sum())
             p.data.copy_(W @ M)
+        moved, total = task.total(torch.tensor([moved, total])).tolist()
         yield {"step": 0, "moved": (moved / total) ** 0.5}, {"step": 1, "optimizer": {}}
 
     def solve(self, pairs: Iterable[tuple[Tensor, Tensor]], kept: Iterable[Tensor]) -> Tensor:

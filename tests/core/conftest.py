@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erase_sd.core.knobs import Repair
-from erase_sd.core.task import Part
+from erase_sd.core.task import Part, Unsharded
 from erase_sd.runtime import generator
 
 SETTINGS = {
@@ -31,7 +31,7 @@ SETTINGS = {
 }
 
 
-class ToyTask:
+class ToyTask(Unsharded):
     """5 features, 3 labels: on the forget inputs 2 is forgotten for 0; retain knows 2 too, so the gradients meet."""
 
     def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32, sizes: tuple[int, ...] = (8,)) -> None:
@@ -83,9 +83,6 @@ class ToyTask:
         loss.backward()
 
     def mean(self, x: Tensor) -> Tensor:
-        return x
-
-    def total(self, x: Tensor) -> Tensor:
         return x
 
 

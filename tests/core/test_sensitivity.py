@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from erase_sd.core.sensitivity import accumulate, connection_sensitivity, contrastive
-from erase_sd.core.task import Part, gradient
+from erase_sd.core.task import Part, Unsharded, gradient
 
 
 def last(steps):
@@ -74,7 +74,7 @@ def test_gradient_is_zero_where_the_loss_does_not_depend_on_a_parameter(toy):
 def test_gradient_of_a_half_precision_parameter_is_fp32():
     model = nn.Linear(2, 1).bfloat16()
 
-    class Half:
+    class Half(Unsharded):
         def parts(self, batch):
             return [Part(batch)]
 
