@@ -135,9 +135,10 @@ def taken(task: Task, params: dict[str, nn.Parameter]) -> Params:
     g = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()}
     clear(task)
     g = {name: x.detach().to(torch.promote_types(x.dtype, torch.float32)) for name, x in g.items()}
-    bad = task.total(torch.stack([~x.isfinite().all() for x in g.values()]).long())  # alike on every rank
-    if bad.any():
-        raise FloatingPointError(f"the gradient of {list(g)[int(bad.nonzero()[0])]} holds NaN or infinity")
+    finite = torch.stack([x.isfinite().all() for x in g.values()]).long()
+    missing = task.total(finite - 1).tolist()  # one transfer, not one per parameter; on every rank, whosever it is
+    if bad := [name for name, n in zip(g, missing, strict=True) if n < 0]:
+        raise FloatingPointError(f"the gradient of {bad[0]} holds NaN or infinity")
     return g
 
 
