@@ -133,6 +133,6 @@ PRESETS: dict[str, dict[str, dict]] = {
         "authors": CA | {"train_scope": "kv", "lr": 1.6e-5, "batch_size": 8, "steps": 100},
         "authors-nudity": CA | {"train_scope": "attn", "prior": 1.0, "lr": 6.4e-5, "batch_size": 8, "steps": 400},
         "sd": CA | {"train_scope": "kv", "lr": 1.6e-5, "batch_size": 8, "steps": 100},
-        "pocket": CA | POCKET | {"train_scope": "kv", "lr": 1e-4, "steps": 100},
+        "pocket": CA | POCKET | {"train_scope": "kv", "lr": 1e-4, "steps": 200},
     },
 }

@@ -28,6 +28,7 @@ class UCE:
     many there are; with one caption each it is the published sum.
     """
 
+    asks_original: ClassVar[bool] = False
     words_only: ClassVar[bool] = True  # no pictures are needed: forget_images and retain_images count captions
 
     erase_scale: float = knob(1.0, "s_e, weight of the concepts")
