@@ -117,7 +117,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "paper": ESD
         | {"start": "nothing", "eta": 1.0, "train_scope": "xattn", "lr": 1e-5, "batch_size": 1, "steps": 1000},
         "sd": ESD | {"train_scope": "xattn", "lr": 1e-5, "batch_size": 8, "steps": 125},
-        "pocket": ESD | POCKET | {"train_scope": "xattn", "lr": 5e-5, "steps": 100},
+        "pocket": ESD | POCKET | {"train_scope": "xattn", "lr": 1e-4, "steps": 200},
     },
     "uce": {
         "authors": UCE
