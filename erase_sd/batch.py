@@ -23,6 +23,7 @@ class Batch(NamedTuple):
     c_r: Cond
     z_d: Tensor  # what redirect is fitted on: z_f, or for half of the samples their anchors' pictures
     z_a: Tensor | None = None  # the anchors' pictures, if they were drawn
+    marks: Tensor | None = None  # (n, L) where the concept stands in c_f, see erase_sd.tokens
 
     def rows(self, chosen: slice) -> Batch:
         """Some of the samples."""

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
 from erase_sd.families import family, network
+from erase_sd.guidance import FILE
 from erase_sd.runtime import write_atomic
 
 TEMPLATE = """---
@@ -113,11 +114,15 @@ def _metadata(model: str, license: str) -> ModelCardData:
 def swap_in_snippet(
     pipe: DiffusionPipeline, model: str, folder: str | Path, config: str | None = None, dtype: str = "torch.float32"
 ) -> str:
-    """Python that loads the base `model` and swaps in the network saved in `folder`. Both must have the same dtype.
+    """Python that loads the base `model` and swaps in what is saved in `folder`. Both must have the same dtype.
 
     `config` is the layout of a model that is a single file.
     """
     part, kind = family(pipe).part, type(network(pipe)).__name__
+    if (Path(folder) / FILE).is_file():  # guidance, of which diffusers knows nothing
+        layout = f", config={config!r}" if config else ""
+        given = f"{str(model)!r}, {part}={str(folder)!r}{layout}, dtype={dtype}"
+        return f"import torch\nfrom erase_sd.pipeline import load\n\npipe = load({given})"
     loader = f"from_single_file({str(model)!r}, config={config!r}" if config else f"from_pretrained({str(model)!r}"
     return (
         "import torch\n"

@@ -110,7 +110,7 @@ class DenoisingTask(Unsharded):
         forget = {"z_f": s.forget[f], "t_f": t_f, "noise_f": noise_f, "c_f": s.caption[f], "c_a": s.anchor[f]}
         retain = {"z_r": s.retain[r], "t_r": t_r, "noise_r": noise_r}
         retain["c_r"] = torch.tensor(s.empty) if dropped else s.keep[r]
-        more = {"z_a": s.anchors[f]} if s.anchors is not None else {}
+        more = {name: x[f] for name, x in (("z_a", s.anchors), ("marks", s.marks)) if x is not None}
         return forget | retain | more | {"z_d": s.anchors[f] if swap else s.forget[f]}
 
     def _conditioning(self, rows: Tensor) -> Cond:
@@ -120,6 +120,10 @@ class DenoisingTask(Unsharded):
     def nothing(self, n: int) -> Cond:
         """The conditioning of n empty captions: the unconditional branch of guidance."""
         return self._conditioning(torch.full((n,), self.samples.empty))
+
+    def concept(self) -> Cond:
+        """The conditioning (1, ...) of the concept's own words."""
+        return self._conditioning(torch.tensor([self.samples.concept]))
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t for latents (n, C, H, W) at timesteps (n,)."""

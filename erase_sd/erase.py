@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from erase_sd import subject
+from erase_sd import guidance, subject
 from erase_sd.core.optimisers import make_optimizer
 from erase_sd.denoising import DenoisingTask
 from erase_sd.devices import accelerator as make_accelerator
@@ -63,15 +63,16 @@ def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> 
     asked = subject.resolve(job)
     _check(pipe, plan, accelerator)
     parts = list(modules(pipe).values())
-    base_hash = digest([weights_hash(part) for part in parts])
+    base_hash = digest([weights_hash(part) for part in parts] + guidance.identity(network(pipe)))
     config = plan.config() | {"mixed_precision": accelerator.mixed_precision, "base_hash": base_hash}
     main = accelerator.is_main_process
     place = RunFolder(job.output_dir, config, writes=main) if job.output_dir else nullcontext()
     with place as folder, placed(parts, accelerator.device):
         accelerator.wait_for_everyone()  # all see the folder alike: before the run, or after
         if folder and (done := folder.complete()):
-            part = family(pipe).part
-            network(pipe).load_state_dict(load_network(str(folder.path), part, network(pipe).dtype).state_dict())
+            erased = load_network(str(folder.path), family(pipe).part, network(pipe).dtype)
+            network(pipe).load_state_dict(erased.state_dict())
+            guidance.copy(erased, network(pipe))
             return done
         with _recorded(folder):
             cache = folder and folder.path.parent / ".cache"

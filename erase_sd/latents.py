@@ -17,7 +17,7 @@ from erase_sd.knobs import Sampling
 from erase_sd.pipeline import encode, sample
 from erase_sd.process import StopFlag
 from erase_sd.runtime import digest, write_atomic
-from erase_sd.tokens import subjects
+from erase_sd.tokens import marks, subjects
 from prompts import Example
 
 CHUNK = 64  # pictures per cache file: what a killed run loses at most
@@ -28,6 +28,7 @@ class Sources(NamedTuple):
 
     forget: list[Example]
     retain: list[str]
+    concept: str = ""  # the concept in its own words, all of them if there are several
 
 
 class Samples(NamedTuple):
@@ -42,6 +43,8 @@ class Samples(NamedTuple):
     empty: int  # row of the empty caption
     anchors: Tensor | None = None  # (N_f, C, H, W) what the anchor of each forget sample draws
     subject: Tensor | None = None  # (N_f, 2) where the concept ends in c_f and in c_a, see erase_sd.tokens
+    marks: Tensor | None = None  # (N_f, L) where the concept stands in c_f, see erase_sd.tokens
+    concept: int = 0  # row of the concept's own words
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Token embeddings of each different (c_f, c_a) from the concept's last token on: (l, D) both.
@@ -89,7 +92,8 @@ def collect(
     z_f = pictures([e.prompt for e in forget], 0, "forget set")
     z_r = pictures(retain, 1, "retain set")
     z_a = pictures([e.anchor for e in forget], 0, "anchor set") if knobs.anchor_pictures else None
-    texts = list(dict.fromkeys(["", *retain, *(e.caption for e in forget), *(e.anchor for e in forget)]))
+    captions, replacements = [e.caption for e in forget], [e.anchor for e in forget]
+    texts = list(dict.fromkeys(["", sources.concept, *retain, *captions, *replacements]))
     row = {text: i for i, text in enumerate(texts)}
     return Samples(
         forget=z_f,
@@ -100,7 +104,9 @@ def collect(
         embeddings=encode(pipe, texts, knobs.sample_guidance),
         empty=row[""],
         anchors=z_a,
-        subject=subjects(pipe.tokenizer, [e.caption for e in forget], [e.anchor for e in forget]),
+        subject=subjects(pipe.tokenizer, captions, replacements),
+        marks=marks(pipe.tokenizer, captions, replacements),
+        concept=row[sources.concept],
     )
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from erase_sd import guidance
 from erase_sd.doctor import (
     check_folder,
     check_index,
@@ -71,14 +72,18 @@ def load(
 def load_network(source: str, part: str, dtype: torch.dtype) -> ModelMixin:
     """The denoising network ("unet" or "transformer") of a run folder, of its own folder, or of a Hub repository.
 
-    Raises UserError for a network that is missing, incomplete or damaged.
+    It carries the guidance that the run stored, if any. Raises UserError for a network that is missing, incomplete or
+    damaged.
     """
     check_place(source, f"--{part}")
     own_folder = (Path(source) / "config.json").is_file()
     with explained(f"--{part}", source):
         if Path(source).is_dir():
             check_weight_files(Path(source) if own_folder else Path(source) / part)
-        return AutoModel.from_pretrained(source, subfolder=None if own_folder else part, dtype=dtype)
+        network = AutoModel.from_pretrained(source, subfolder=None if own_folder else part, dtype=dtype)
+        if guided := guidance.load(source):
+            guidance.attach(network, guided)
+    return network
 
 
 @torch.no_grad()

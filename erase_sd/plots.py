@@ -42,6 +42,8 @@ TITLES = {  # column -> title of its panel; flags are drawn as shares
 def write_trace(folder: str | Path, rows: list[dict]) -> None:
     """Write folder/trace.csv and trace.png from the records of a method's steps, one row each; nothing without rows.
 
+    Rows of `step` alone make no picture.
+
     Every column with a value is drawn over `step`: those named loss* together, each other one in a panel of its own,
     flags as the share of steps so far in which they were set. None stands for no value.
     """
@@ -51,6 +53,8 @@ def write_trace(folder: str | Path, rows: list[dict]) -> None:
     columns = [key for key in _columns(rows) if key != "step" and any(row.get(key) is not None for row in rows)]
     losses = [key for key in columns if key.startswith("loss")]
     panels = [losses] * bool(losses) + [[key] for key in columns if key not in losses]
+    if not panels:
+        return
     height = -(-len(panels) // 2)
     figure = Figure(figsize=(9, 3 * height), layout="constrained")
     grid = list(figure.subplots(height, 2, squeeze=False).flat)

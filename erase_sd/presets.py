@@ -18,6 +18,10 @@ GENTLE = {"optimizer": "adamw", "schedule": "cosine", "train_scope": "full", "an
 ESD = GENTLE | {"schedule": "constant", "anchor_model": "original"}
 CA = GENTLE | {"schedule": "constant", "weight_decay": 0.01, "max_grad_norm": 1.0, "anchor_pictures": True}
 UCE = {"train_scope": "kv", "anchor_model": "current"}
+CONSTANT = GENTLE | {"schedule": "constant", "drop_captions": 0.0}  # as most released code trains
+# SLD trains nothing: the least of weights and pictures that a job can do with.
+SLD = {"train_scope": r"re:^(conv|proj)_out\.", "anchor_model": "current", "forget_images": 1, "retain_images": 1}
+SLD_MAX = SLD | {"warmup": 0, "scale": 5000.0, "threshold": 1.0, "momentum_scale": 0.5, "momentum": 0.7}
 
 AUTHORS = {
     "saliency": "summed",
@@ -134,5 +138,39 @@ PRESETS: dict[str, dict[str, dict]] = {
         "authors-nudity": CA | {"train_scope": "attn", "prior": 1.0, "lr": 6.4e-5, "batch_size": 8, "steps": 400},
         "sd": CA | {"train_scope": "kv", "lr": 1.6e-5, "batch_size": 8, "steps": 100},
         "pocket": CA | POCKET | {"train_scope": "kv", "lr": 1e-4, "steps": 200},
+    },
+    "erasediff": {
+        # sd/train_scripts/train_nsfw.sh: what its loop amounts to is L_r + F. "step 160 is enough".
+        "authors-nsfw": CONSTANT
+        | {"multiplier": "constant", "lam": 1.0, "train_scope": "noxattn", "lr": 1e-5, "batch_size": 16, "steps": 160},
+        # train_cls.sh: "step 60".
+        "authors-cls": CONSTANT | {"multiplier": "constant", "lam": 1.0, "lr": 1e-5, "batch_size": 16, "steps": 60},
+        "sd": GENTLE | {"lr": 1e-5, "batch_size": 16, "steps": 160},
+        "pocket": GENTLE | POCKET | {"lr": 1e-4, "steps": 120},
+    },
+    "selective-amnesia": {
+        # configs/forget_nudity.yaml: base rate 1e-5, times 4 GPUs, times batches of 4; 200 epochs of 1000 pictures
+        # would be 12,500 steps a GPU. The Fisher information is measured another way: see the method.
+        "authors-nudity": CONSTANT
+        | {"anchor_pictures": True, "train_scope": "noxattn", "lr": 1.6e-4, "batch_size": 16, "steps": 12_500},
+        "sd": GENTLE | {"anchor_pictures": True, "lr": 2e-5, "batch_size": 16, "steps": 500},
+        "pocket": GENTLE
+        | POCKET
+        | {"anchor_pictures": True, "lam": 2.0, "fisher_batches": 20, "lr": 4e-4, "steps": 300},
+    },
+    "forget-me-not": {
+        # configs/attn.yaml, less textual inversion.
+        "authors": CONSTANT | {"lr": 2e-6, "weight_decay": 0.01, "max_grad_norm": 1.0, "batch_size": 1, "steps": 35},
+        "sd": GENTLE | {"lr": 2e-6, "weight_decay": 0.01, "max_grad_norm": 1.0, "batch_size": 1, "steps": 35},
+        "pocket": GENTLE | POCKET | {"lr": 4e-5, "weight_decay": 0.01, "max_grad_norm": 1.0, "steps": 35},
+    },
+    "sld": {
+        # The authors' configurations; weak is that of diffusers, while ESD's scripts have s_S = 200.
+        "weak": SLD | {"warmup": 15, "scale": 20.0, "threshold": 0.0, "momentum_scale": 0.0, "momentum": 0.0},
+        "medium": SLD | {"warmup": 10, "scale": 1000.0, "threshold": 0.01, "momentum_scale": 0.3, "momentum": 0.4},
+        "strong": SLD | {"warmup": 7, "scale": 2000.0, "threshold": 0.025, "momentum_scale": 0.5, "momentum": 0.7},
+        "max": SLD_MAX,
+        "sd": SLD_MAX,
+        "pocket": POCKET | SLD_MAX,
     },
 }

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from erase_sd import guidance
 from erase_sd.card import swap_in_snippet, write_card
 from erase_sd.families import family, network
 from erase_sd.folder import Progress, RunFolder
@@ -42,6 +43,8 @@ def write_results(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, result
     """Write everything into the folder, the word "complete" last."""
     dtype = getattr(torch, plan.job.weights_dtype)
     save_network(network(pipe), folder.path, family(pipe).part, dtype)
+    if guided := guidance.carried(network(pipe)):
+        guidance.save(guided, folder.path)
     write_trace(folder.path, result.progress.trace)
     if changed := result.progress.changed:
         write_saliency(folder.path, changed, {name: p.numel() for name, p in network(pipe).named_parameters()})

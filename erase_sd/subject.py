@@ -89,7 +89,7 @@ def _pocket(job: Job) -> PocketSubject:
     scenes = [q.scene for q in lessons.exam(parts, SHOWN, SHOWN)]
     return PocketSubject(
         names=job.concept,
-        sources=Sources(forget, retain),
+        sources=Sources(forget, retain, ", ".join(captions.of_part(part) for part in parts)),
         shown=tuple(captions.caption(scene) for scene in scenes),
         steps=score.STEPS,
         guidance=score.GUIDANCE,
@@ -121,7 +121,7 @@ def _open(job: Job) -> Subject:
     asked = [examples[i % len(examples)].prompt for i in range(4)]
     return Subject(
         names=tuple(concept.name for concept in concepts),
-        sources=Sources(examples, kept),
+        sources=Sources(examples, kept, ", ".join(concept.name for concept in concepts)),
         steps=job.picture_steps,
         shown=(*asked, *kept[:: max(1, len(kept) // 4)][:4]),
     )

@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[1]
 OURS = ("erase_sd", "classification", "eval", "prompts")
 FLOOR = {f"erase_sd.{name}" for name in ("process", "runtime", "options", "terminal", "devices", "workers")}
 
-MODELS = {"erase_sd.pipeline", "erase_sd.families", "erase_sd.noising", "erase_sd.groups", "erase_sd.doctor"}
+MODELS = {
+    *("erase_sd.pipeline", "erase_sd.families", "erase_sd.noising"),
+    *("erase_sd.groups", "erase_sd.doctor", "erase_sd.guidance"),
+}
 SETTINGS = {"erase_sd.knobs", "erase_sd.presets", "erase_sd.plan"}
 RECORDS = {"erase_sd.record", "erase_sd.card", "erase_sd.plots", "erase_sd.pictures"}
 JUDGES = {*MODELS, *RECORDS, "erase_sd.knobs", "erase_sd.pocket", "prompts"}
@@ -40,9 +43,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erase_sd.noising": set(),
     "erase_sd.doctor": {"erase_sd.families"},
     "erase_sd.core": set(),
-    "erase_sd.methods": {"erase_sd.core"},
-    "erase_sd.pipeline": {"erase_sd.doctor", "erase_sd.families"},
-    "erase_sd.card": {"erase_sd.families"},
+    "erase_sd.guidance": set(),
+    "erase_sd.methods": {"erase_sd.core", "erase_sd.guidance"},
+    "erase_sd.pipeline": {"erase_sd.doctor", "erase_sd.families", "erase_sd.guidance"},
+    "erase_sd.card": {"erase_sd.families", "erase_sd.guidance"},
     "erase_sd.plots": set(),
     "erase_sd.record": RECORDS,
     "erase_sd.tokens": set(),
@@ -91,6 +95,8 @@ LIBRARIES: dict[str, set[str]] = {  # the only third-party packages these may im
     "erase_sd.presets": set(),
     "erase_sd.plan": set(),
     "erase_sd.groups": {"torch"},
+    "erase_sd.tokens": {"torch"},
+    "erase_sd.guidance": {"torch", "safetensors", "huggingface_hub"},
     "erase_sd.core": {"torch", "numpy"},
     "erase_sd.core.optimisers": {"torch", "bitsandbytes"},
     "erase_sd.methods": {"torch"},

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from erase_sd.core.knobs import Descent
 from erase_sd.core.task import Part, Unsharded
 from erase_sd.methods.ascent import GradientAscent
+from erase_sd.methods.erasediff import EraseDiff
 from erase_sd.methods.finetune import FineTune
 from erase_sd.methods.neggrad import NegGradPlus
 from erase_sd.methods.salun import SalUn
@@ -57,6 +58,21 @@ class Toy(Unsharded):
         return x
 
 
+def erasediff(multiplier: str, eta: float):
+    """L_r + lam F with lam from the gradients as one vector each."""
+
+    def formula(task: Toy, batch: dict[str, Tensor], step: int) -> Tensor:
+        L_r, F_ = task.retain(batch), task.redirect(batch)
+        g_r, g_F = (
+            torch.cat([g.flatten() for g in torch.autograd.grad(L, task.model.parameters(), retain_graph=True)])
+            for L in (L_r, F_)
+        )
+        scale = g_F @ g_F if multiplier == "bome" else g_F.norm() * g_r.norm()
+        return L_r + torch.relu(eta - g_r @ g_F / scale) * F_
+
+    return formula
+
+
 STEPS = 5
 COMMON = {"steps": STEPS, "lr": 0.1}
 FORMULAS = [
@@ -69,6 +85,9 @@ FORMULAS = [
         lambda t, b, k: t.retain(b) + 0.05 * (1 - k / STEPS) * (t.model.weight.abs().sum() + t.model.bias.abs().sum()),
     ),
     (SalUn(**COMMON, mask_fraction=1.0), lambda t, b, k: t.retain(b) + t.redirect(b)),
+    (EraseDiff(**COMMON, eta=0.3), erasediff("bome", 0.3)),
+    (EraseDiff(**COMMON, multiplier="cosine", eta=0.3), erasediff("cosine", 0.3)),
+    (EraseDiff(**COMMON, multiplier="constant", lam=0.4), lambda t, b, k: t.retain(b) + 0.4 * t.redirect(b)),
 ]
 name = lambda value: type(value).__name__ if isinstance(value, Descent) else ""  # noqa: E731
 
@@ -102,6 +121,21 @@ def test_ascent_rests_above_its_ceiling():
     before = [p.detach().clone() for p in task.model.parameters()]
     assert len(list(GradientAscent(**knobs, forget_ceiling=0.01)(task))) == 40  # above it from the start
     assert all(torch.equal(x, p) for x, p in zip(before, task.model.parameters(), strict=True))
+
+
+def test_erasediff_lowers_its_constraint_at_the_rate_it_promises():
+    """BOME's barrier: <g, g_F> >= eta |g_F|^2 for the direction that is applied, with equality where lam > 0."""
+    task, method = Toy(), EraseDiff(steps=1, lr=1e-3, eta=2.0)
+    batch, before = task.batch("repair", 0), [p.detach().clone() for p in task.model.parameters()]
+    g_F = torch.autograd.grad(task.redirect(batch), task.model.parameters())
+    (record, _), *_ = method(task)
+    moved = [(b - p.detach()) / 1e-3 for b, p in zip(before, task.model.parameters(), strict=True)]
+    along, norm2 = (float(sum((a * g).sum() for a, g in zip(other, g_F, strict=True))) for other in (moved, g_F))
+    assert record["lam"] > 0 and along == pytest.approx(2.0 * norm2, rel=1e-2)
+
+
+def test_erasediff_where_nothing_is_left_to_erase():
+    assert EraseDiff().weight(0.0, 0.0, 1.0) == 0.0 and EraseDiff(eta=0.1).weight(1.0, 2.0, 1.0) == 0.0
 
 
 def salient(task: Toy, k: int) -> Tensor:

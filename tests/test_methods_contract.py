@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from erase_sd import erase, subject
-from erase_sd.denoising import DenoisingTask
+from erase_sd.denoising import Batch, DenoisingTask
 from erase_sd.groups import select
 from erase_sd.knobs import Sampling
 from erase_sd.latents import Samples, collect
@@ -26,9 +26,15 @@ from erase_sd.pocket import FOLDER
 from erase_sd.presets import PRESETS
 
 QUICK = {"steps": 12, "lr": 2e-4, "warmup_steps": 0, "sensitivity_batches": 2, "fraction": 5e-4, "batch_size": 8}
-LARGER = {"esd": {"lr": 1e-3}, "concept-ablation": {"lr": 3e-3, "steps": 20}}  # where few weights are trained
+LARGER = {  # where few weights are trained, or something holds them back
+    "esd": {"lr": 1e-3},
+    "concept-ablation": {"lr": 3e-3, "steps": 20},
+    "erasediff": {"lr": 1e-3},
+    "selective-amnesia": {"lr": 1e-3, "lam": 1.0, "fisher_batches": 2, "steps": 20},
+}
 KEEPS = {"finetune"}  # forgets only what it never sees again, which takes thousands of steps
 FEW = Sampling(forget_images=24, retain_images=24, sample_steps=8, sample_guidance=3.5, anchor_pictures=True)
+GUIDES = {"sld"}  # moves no weight: the network carries a hook
 
 
 def quick(method: str, **more: object) -> Plan:
@@ -62,7 +68,14 @@ class Run:
     def losses(self) -> tuple[float, float]:
         """(L_f, L_r) over 64 samples each."""
         batches = [self.task.batch("check", i) for i in range(8)]
-        return tuple(sum(float(loss(b)) for b in batches) / 8 for loss in (self.task.forget, self.task.retain))
+        return tuple(sum(float(loss(b)) for b in batches) / 8 for loss in (self.forget, self.task.retain))
+
+    def forget(self, b: Batch) -> Tensor:
+        """L_f as a pipeline meets it: asked with and without the caption at once, as guidance needs it."""
+        x, nothing = self.task.add_noise(b.z_f, b.noise_f, b.t_f), self.task.nothing(len(b.z_f))
+        both = {name: torch.cat([nothing[name], b.c_f[name]]) for name in b.c_f}
+        answer = self.task.predict(torch.cat([x, x]), torch.cat([b.t_f, b.t_f]), both)[len(x) :]
+        return torch.nn.functional.mse_loss(answer, self.task.target(b.z_f, b.noise_f, b.t_f))
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.task.model.named_parameters()}
@@ -85,7 +98,7 @@ def test_it_forgets(done: tuple[str, Run]) -> None:
     if method in KEEPS:
         assert retain_after < retain
     else:
-        assert forget_after > forget + 0.02
+        assert forget_after > forget + (0.005 if method in GUIDES else 0.02)  # guidance multiplies what a hook does
 
 
 def test_it_stays_finite(done: tuple[str, Run]) -> None:
@@ -96,9 +109,9 @@ def test_it_stays_finite(done: tuple[str, Run]) -> None:
 
 
 def test_it_moves_only_what_it_may(done: tuple[str, Run]) -> None:
-    _, run = done
+    method, run = done
     moved = {name for name, x in run.after[1].items() if not torch.equal(x, run.before[1][name])}
-    assert moved and moved <= {*run.task.trainable(), *run.task.trimmable()}
+    assert bool(moved) == (method not in GUIDES) and moved <= {*run.task.trainable(), *run.task.trimmable()}
 
 
 def test_the_same_seed_gives_the_same_weights(done: tuple[str, Run], samples: Samples) -> None:
@@ -125,7 +138,8 @@ def test_the_main_job_carries_it_out(method: str, tiny_pipe: StableDiffusionPipe
     assert record["trace"]["steps"] == knobs.get("steps", 1) and record["config"]["method"] == method
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "complete"
     assert (tmp_path / "run/saliency.csv").is_file() == (record["reinitialised"] > 0)
-    assert (tmp_path / "run/trace.png").is_file() and f"Method `{method}`" in (tmp_path / "run/README.md").read_text()
+    assert (tmp_path / "run/trace.png").is_file() == (method not in GUIDES)
+    assert f"Method `{method}`" in (tmp_path / "run/README.md").read_text()
 
 
 def test_every_method_has_presets_for_both_models_and_says_what_it_trains() -> None:

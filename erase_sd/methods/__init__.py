@@ -5,10 +5,14 @@ It yields (record, state) after each step, or once if it has no steps; given its
 
 from erase_sd.methods.ascent import GradientAscent
 from erase_sd.methods.concept_ablation import ConceptAblation
+from erase_sd.methods.erasediff import EraseDiff
 from erase_sd.methods.esd import ESD
 from erase_sd.methods.finetune import FineTune
+from erase_sd.methods.forget_me_not import ForgetMeNot
 from erase_sd.methods.salun import SalUn
 from erase_sd.methods.scissorhands import Scissorhands
+from erase_sd.methods.selective_amnesia import SelectiveAmnesia
+from erase_sd.methods.sld import SLD
 from erase_sd.methods.uce import UCE
 
 METHODS = {
@@ -19,4 +23,8 @@ METHODS = {
     "esd": ESD,
     "uce": UCE,
     "concept-ablation": ConceptAblation,
+    "erasediff": EraseDiff,
+    "selective-amnesia": SelectiveAmnesia,
+    "forget-me-not": ForgetMeNot,
+    "sld": SLD,
 }

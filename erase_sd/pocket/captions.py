@@ -48,6 +48,12 @@ def caption(scene: Scene) -> str:
     return " ".join(parts) if any(scene) else ""
 
 
+def of_part(part: tuple[str, str]) -> str:
+    """The sentence of one part alone: 'a cat', 'something in neon style'."""
+    kind, word = part
+    return caption(Scene(None, None, None)._replace(**{kind: word}))
+
+
 def varied(scene: Scene, rng: random.Random) -> str:
     """A training caption: parts dropped and wording varied at random, now and then nothing at all (for guidance)."""
     if rng.random() < 0.1:
