@@ -123,8 +123,8 @@ def carry_out(
         if main:
             write_atomic(folder / WEIGHTS, save({k: x.detach().cpu().contiguous() for k, x in weights.items()}))
             write_run(folder, record)
-        place.forget_checkpoints()
         place.status("complete")
+        place.forget_checkpoints()
         task.accelerator.wait_for_everyone()  # nobody goes on to use what is not written yet
     return record
 

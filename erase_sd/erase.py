@@ -18,6 +18,7 @@ from erase_sd import guidance, subject
 from erase_sd.core.optimisers import make_optimizer
 from erase_sd.denoising import DenoisingTask
 from erase_sd.devices import accelerator as make_accelerator
+from erase_sd.devices import tracked
 from erase_sd.families import family, modules, network
 from erase_sd.folder import Progress, RunFolder
 from erase_sd.groups import select, without_norms
@@ -28,7 +29,7 @@ from erase_sd.pipeline import load_network
 from erase_sd.placement import placed, training
 from erase_sd.plan import Plan, make
 from erase_sd.pocket import FOLDER as POCKET
-from erase_sd.process import UserError
+from erase_sd.process import StopFlag, UserError
 from erase_sd.record import run_record, weights_hash
 from erase_sd.report import Result, write_results
 from erase_sd.runtime import digest
@@ -54,7 +55,12 @@ def erase(
     model = model or pipe.name_or_path or "a pipeline in memory"
     model = "pocket" if Path(model).resolve() == POCKET else model
     plan = make(concept=concept, model=model, method=method, output_dir=output_dir and str(output_dir), **knobs)
-    return carry_out(pipe, plan, accelerator or make_accelerator(plan.job.mixed_precision))
+    if plan.running.dry_run:
+        raise UserError("dry_run is for the command line: python -m erase_sd.train --dry_run")
+    if accelerator and plan.running.report_to:
+        raise UserError("report_to is for the accelerator that erase makes: give log_with to yours instead")
+    made = accelerator or make_accelerator(plan.job.mixed_precision, plan.running.report_to, output_dir)
+    return carry_out(pipe, plan, made)
 
 
 def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> dict:
@@ -66,15 +72,14 @@ def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> 
     base_hash = digest([weights_hash(part) for part in parts] + guidance.identity(network(pipe)))
     config = plan.config() | {"mixed_precision": accelerator.mixed_precision, "base_hash": base_hash}
     main = accelerator.is_main_process
-    place = RunFolder(job.output_dir, config, writes=main) if job.output_dir else nullcontext()
-    with place as folder, placed(parts, accelerator.device):
+    limit, checkpoint = plan.running.checkpoints_total_limit, plan.running.resume_from_checkpoint
+    place = RunFolder(job.output_dir, config, main, limit, checkpoint) if job.output_dir else nullcontext()
+    with StopFlag(), place as folder, placed(parts, accelerator.device):  # one flag from here to the end
         accelerator.wait_for_everyone()  # all see the folder alike: before the run, or after
         if folder and (done := folder.complete()):
-            erased = load_network(str(folder.path), family(pipe).part, network(pipe).dtype)
-            network(pipe).load_state_dict(erased.state_dict())
-            guidance.copy(erased, network(pipe))
+            _take_over(pipe, folder)
             return done
-        with _recorded(folder):
+        with _recorded(folder), tracked(accelerator, config):
             cache = folder and folder.path.parent / ".cache"
             before = asked.look(pipe, base_hash, cache, "before")
             words_only = getattr(plan.method, "words_only", False)
@@ -96,6 +101,14 @@ def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> 
             if folder and main:
                 write_results(pipe, plan, folder, Result(record, progress, before, after, asked.explicit))
     return record
+
+
+def _take_over(pipe: DiffusionPipeline, folder: RunFolder) -> None:
+    """Put the result of a complete run into the pipeline."""
+    folder.forget_checkpoints()  # where the run was killed between its last word and this
+    erased = load_network(str(folder.path), family(pipe).part, network(pipe).dtype)
+    network(pipe).load_state_dict(erased.state_dict())
+    guidance.copy(erased, network(pipe))
 
 
 def _check(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> None:
@@ -137,9 +150,11 @@ def _train(
                 task,
                 weights,
                 folder,
-                every=plan.job.checkpointing_steps,
+                every=plan.running.checkpointing_steps,
                 check=lambda step: _check_finite(task, weights, step),
                 description=plan.job.method,
+                images=2 * plan.losses.batch_size,  # forget and retain samples, over all processes
+                log=accelerator.log,
             )
         finally:
             task.release()

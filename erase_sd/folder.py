@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from erase_sd.process import RunLock, claim
+from erase_sd.checkpoints import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
+from erase_sd.process import RunLock, UserError, claim
 from erase_sd.record import write_status
-from erase_sd.runtime import latest_checkpoint, load_checkpoint, save_checkpoint, write_atomic
+from erase_sd.runtime import remove_leftovers, write_atomic
 
-PARTS = ("optimizer", "kept")  # the tensors of a method's state: the optimiser's, and what else it must not recompute
+# The tensors of a method's state: the optimiser's, what else it must not recompute, and sums before the first step.
+PARTS = ("optimizer", "kept", "sums")
 CONFIG = "job.json"  # not config.json, by which diffusers and our own loader tell the folder of a model
 
 
@@ -32,6 +34,8 @@ class Progress(NamedTuple):
             return self
         if "changed" in record:
             return self._replace(state=state, changed=record["changed"])
+        if "phase" in record:
+            return self._replace(state=state)
         row = {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in record.items()}
         return self._replace(state=state, trace=[*self.trace, row])
 
@@ -39,17 +43,32 @@ class Progress(NamedTuple):
 class RunFolder:
     """Use in a `with` block; UserError if another process, configuration or other files are already there.
 
+    Starting from nothing, or from an earlier checkpoint, loses nothing at once: what is there goes when the first new
+    checkpoint is whole, and a complete run stays as it is.
+
     Of several processes one `writes`; the others read the same folder, and everything they write is left undone.
     """
 
-    def __init__(self, path: str | Path, config: dict[str, Any], writes: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        config: dict[str, Any],
+        writes: bool = True,
+        limit: int | None = 1,
+        start: str | None = "latest",
+    ) -> None:
         self.path, self.config, self.writes = Path(path), json.loads(json.dumps(config)), writes
+        self.limit = limit  # checkpoints that are kept, None for all
+        self.start = start  # the one to go on from: "latest", a name or path, None for none
 
     def __enter__(self) -> RunFolder:
         claim(self.path, CONFIG, self.config)
+        if self.start not in ("latest", None) and not self.complete():
+            _own(self.path / "checkpoints", self.start)  # now, not after hours of drawing
         self._stack = ExitStack()
         if self.writes:
             self._stack.enter_context(RunLock(self.path))
+            remove_leftovers(self.path)
             write_atomic(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")
         return self
 
@@ -69,28 +88,50 @@ class RunFolder:
             write_status(self.path, state, code, message)
 
     def save(self, weights: dict[str, Tensor], progress: Progress) -> None:
-        """Write a checkpoint; the one before goes when this one is whole."""
+        """Write a checkpoint; older ones go when this one is whole."""
         if not self.writes:
             return
+        state = progress.state
         tensors: dict[str, Tensor] = {f"weights/{name}": p.detach() for name, p in weights.items()}
         for part in PARTS:
-            tensors |= {f"{part}/{name}": x for name, x in progress.state.get(part, {}).items()}
-        step = progress.state["step"]
-        meta = {"step": step, "trace": progress.trace, "changed": progress.changed}
-        save_checkpoint(self.path / "checkpoints", step, tensors, meta, limit=1)
+            tensors |= {f"{part}/{name}": x for name, x in state.get(part, {}).items()}
+        meta = {"trace": progress.trace, "changed": progress.changed}
+        meta |= {key: state[key] for key in ("step", "measured") if key in state}
+        kind, count = ("sensitivity", "measured") if "measured" in state else ("checkpoint", "step")
+        save_checkpoint(self.path / "checkpoints", state[count], tensors, meta, self.limit, kind)
 
     def resume(self, weights: dict[str, Tensor]) -> Progress | None:
-        """Put the newest whole checkpoint's weights into `weights`; None if there is no checkpoint."""
-        found = latest_checkpoint(self.path / "checkpoints")
+        """Put the weights of the checkpoint to start from into `weights`; None if the run starts from nothing.
+
+        Raises UserError for a named checkpoint that is missing or damaged.
+        """
+        root = self.path / "checkpoints"
+        if self.start is None:
+            return None
+        found = latest_checkpoint(root) if self.start == "latest" else _own(root, self.start)
         if found is None:
             return None
         tensors, meta = load_checkpoint(found)
         for name, p in weights.items():
             p.data.copy_(tensors[f"weights/{name}"])
         state = {part: tensors.below(f"{part}/") for part in PARTS}
-        return Progress({"step": meta["step"], **state}, meta["trace"], meta["changed"])
+        counts = {key: meta[key] for key in ("step", "measured") if key in meta}
+        return Progress(counts | state, meta["trace"], meta["changed"])
 
     def forget_checkpoints(self) -> None:
         """Remove the checkpoints: the results have replaced them."""
         if self.writes:
             shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+
+def _own(root: Path, wanted: str) -> Path:
+    """The checkpoint of this run called `wanted`. Raises UserError naming those that exist."""
+    path = root / wanted if Path(wanted).name == wanted else Path(wanted)
+    there = checkpoints(root)
+    if path.resolve() not in [folder.resolve() for folder in there]:
+        names = ", ".join(folder.name for folder in there) or "none"
+        raise UserError(
+            f"--resume_from_checkpoint {wanted} is no checkpoint of this run: {root} holds {names}; "
+            "give one of these, latest, or none to start over"
+        )
+    return path

@@ -35,7 +35,6 @@ class Job:
         "float32", "the network's weights while it is trained, and in the result; bfloat16 needs a --rounding"
     )
     gradient_checkpointing: bool = knob(False, "compute activations twice instead of keeping them")
-    checkpointing_steps: int = knob(25, "steps between two checkpoints")
     picture_steps: int = knob(30, "denoising steps of the pictures before and after, not of the pocket model's")
     eval_forget: int = knob(128, "pictures scored on the concept's prompts, pocket model only")
     eval_retain: int = knob(320, "pictures scored on the other prompts, pocket model only")
@@ -43,7 +42,7 @@ class Job:
     def __post_init__(self) -> None:
         """Raise UserError for numbers outside their range."""
         at_least(self, 0, "seed", "eval_forget", "eval_retain")
-        at_least(self, 1, "checkpointing_steps", "picture_steps")
+        at_least(self, 1, "picture_steps")
         if len(self.anchor) not in (0, 1, len(self.concept)):
             counts = f"{len(self.anchor)} anchors for {len(self.concept)} concepts"
             raise UserError(f"--anchor {' '.join(map(repr, self.anchor))}: {counts}; give one, or one per concept")
@@ -53,6 +52,29 @@ class Job:
     def anchors(self) -> tuple[str | None, ...]:
         """One per concept; None leaves the choice to the concept."""
         return (self.anchor or (None,)) * (1 if len(self.anchor) > 1 else len(self.concept))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """How the job is carried out: nothing here changes what it computes."""
+
+    checkpointing_steps: int = knob(25, "steps, or sensitivity batches, between two checkpoints")
+    checkpoints_total_limit: int | None = knob(
+        1, "newest checkpoints kept, none for all; they go when the results are written"
+    )
+    resume_from_checkpoint: str | None = knob(
+        "latest", "checkpoint of --output_dir to go on from; none starts over, a complete run stays as it is"
+    )
+    report_to: (
+        Literal["tensorboard", "wandb", "trackio", "aim", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"] | None
+    ) = knob(None, "tracker that gets the configuration and every step; its files go to <output_dir>/logs")
+    dry_run: bool = knob(False, "print sizes, peak memory, steps and pictures of the job, and do nothing")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers outside their range."""
+        at_least(self, 1, "checkpointing_steps")
+        if self.checkpoints_total_limit is not None:
+            at_least(self, 1, "checkpoints_total_limit")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,13 +120,12 @@ def drawn(
     description: str,
 ) -> Tensor:
     """Latents (N, C, H, W) of the prompts, chunk by chunk, from the cache where it has them."""
-    with tqdm(total=len(prompts), desc=description, unit="image") as bar, StopFlag() as stop:
+    with StopFlag() as stop, tqdm(total=len(prompts), desc=description, unit="image") as bar:
         chunks = []
         for chunk in _chunks(prompts, image_seeds):
             chunks.append(_chunk(pipe, *chunk, knobs, model_hash, cache))
             bar.update(len(chunk[0]))
-            if stop.is_set():
-                raise SystemExit(128 + stop.signum)
+            stop.leave()
     return torch.cat(chunks)
 
 

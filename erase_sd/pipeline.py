@@ -25,7 +25,7 @@ from erase_sd.doctor import (
     explained,
 )
 from erase_sd.families import Cond, family
-from erase_sd.runtime import generator, new_folder
+from erase_sd.runtime import StopFlag, generator, new_folder
 
 LEFT_OUT: dict[str, dict[str, Any]] = {  # the safety checker paints images black, and what only serves it
     "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -111,14 +111,14 @@ def sample(
 ) -> list[Image.Image] | list[Tensor]:
     """One image per prompt and seed, the same whatever the batch size and order; `pipe` is left as it was.
 
-    `size` is the side in pixels, by default the model's own. `output_type` is "pil", or "latent" for tensors
-    (C, H, W), float32, on the CPU. With a `description` the first process shows a progress bar over images.
+    `size`, in pixels, is by default the model's. `output_type` is "pil", or "latent" for tensors (C, H, W), float32,
+    on the CPU. With a `description` the first process shows a bar. SystemExit after the batch in which a signal came.
     """
     quiet = _working_copy(pipe)
     jobs = list(zip(prompts, seeds, strict=True))
     hidden = description is None or os.environ.get("RANK", "0") != "0"
     images = []
-    with tqdm(total=len(jobs), desc=description, unit="image", disable=hidden) as bar:
+    with StopFlag() as stop, tqdm(total=len(jobs), desc=description, unit="image", disable=hidden) as bar:
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             drawn = draw(
@@ -132,6 +132,7 @@ def sample(
             )
             images += list(family(pipe).unpacked(drawn).float().cpu()) if output_type == "latent" else drawn
             bar.update(len(drawn))
+            stop.leave()
     return images
 
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-from erase_sd.knobs import Job, Losses, Sampling
+from erase_sd.knobs import Job, Losses, Running, Sampling
 from erase_sd.methods import METHODS
 from erase_sd.options import filled, names
 from erase_sd.presets import PRESETS
 from erase_sd.process import UserError
 
-HOW = {
-    "mixed_precision",
-    "gradient_checkpointing",
-    "checkpointing_steps",
-    "output_dir",
-}  # how and where a job runs, not what it computes
+# How and where a job runs, not what it computes.
+HOW = {"mixed_precision", "gradient_checkpointing", "output_dir", *names(Running)}
+ONCE = {"resume_from_checkpoint", "dry_run"}  # said of one call, not of the job
 
 
 class Plan(NamedTuple):
@@ -26,6 +23,7 @@ class Plan(NamedTuple):
     method: Any  # a dataclass of METHODS
     sampling: Sampling
     losses: Losses
+    running: Running
 
     def config(self) -> dict[str, Any]:
         """All values that decide the result, as JSON holds them: two runs with the same one are the same run."""
@@ -38,7 +36,7 @@ class Plan(NamedTuple):
         given = _values(self)
         asked = {name: given[name] for name in ("concept", "model", "method", "preset")}
         usual = _values(make(**asked))
-        more = {name: value for name, value in given.items() if name not in asked and value != usual[name]}
+        more = {name: value for name, value in given.items() if name not in {*asked, *ONCE} and value != usual[name]}
         return [word for name, value in (asked | more).items() for word in _words(name, value)]
 
 
@@ -46,7 +44,7 @@ def groups(method: str) -> dict[str, type]:
     """The dataclasses whose fields are the options of a method. Raises UserError for an unknown method."""
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
-    return {"job": Job, "method": METHODS[method], "sampling": Sampling, "losses": Losses}
+    return {"job": Job, "method": METHODS[method], "sampling": Sampling, "losses": Losses, "running": Running}
 
 
 def _words(name: str, value: Any) -> list[str]:

@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 PARENT = os.getppid()  # at import: a launcher may die while torch is still loading
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # what accelerate launch and torchrun set
 
 
 class UserError(ValueError):
@@ -19,9 +20,11 @@ class UserError(ValueError):
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Exit with main()'s code; a UserError becomes one sentence on stderr and code 2."""
+    """Exit with main()'s code; a UserError becomes one sentence on stderr and code 2, Ctrl-C code 130."""
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
@@ -30,12 +33,15 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
 class StopFlag:
     """Set by the first SIGTERM or SIGINT inside its `with` block; a later second one raises KeyboardInterrupt.
 
-    `accelerate launch` with one process does not forward signals, so the death of that launcher sets it as well.
-    Outside the main thread, where Python handles no signals, it watches the launcher only.
+    Blocks may be nested: an inner one yields the outermost flag, so that a signal is lost between no two of them.
+    `accelerate launch` with one process does not forward signals, so the death of a launcher sets it as well. Outside
+    the main thread, where Python handles no signals, it watches the launcher only.
     """
 
     POLL = 0.5  # seconds between two looks at the parent process
     GRACE = 1.0  # seconds in which a second signal is the launcher's copy of the first: torchrun and Slurm send both
+
+    _outermost: ClassVar["StopFlag | None"] = None
 
     def __init__(self) -> None:
         self.signum: int = signal.SIGTERM
@@ -47,14 +53,24 @@ class StopFlag:
         """Whether to stop: save, then exit with 128 + signum."""
         return self._set.is_set()
 
-    def __enter__(self) -> Self:
+    def leave(self) -> None:
+        """Exit with 128 + signum if the flag is set: for places where nothing is left half done."""
+        if self.is_set():
+            raise SystemExit(128 + self.signum)
+
+    def __enter__(self) -> "StopFlag":
+        if StopFlag._outermost is not None:
+            return StopFlag._outermost
         if threading.current_thread() is threading.main_thread():
+            StopFlag._outermost = self
             self._handlers = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # a shell may go (nohup), the launcher of a run may not
+        if LAUNCHED & os.environ.keys():  # a shell may go (nohup), the launcher of a run may not
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if StopFlag._outermost is self:
+            StopFlag._outermost = None
         self._left.set()
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)

@@ -20,6 +20,7 @@ from erase_sd.pipeline import save_network
 from erase_sd.plan import Plan
 from erase_sd.plots import write_saliency, write_trace
 from erase_sd.pocket import FOLDER as POCKET
+from erase_sd.process import StopFlag
 from erase_sd.record import write_run
 from erase_sd.runtime import write_atomic
 from erase_sd.subject import View
@@ -40,7 +41,7 @@ class Result(NamedTuple):
 
 
 def write_results(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, result: Result) -> None:
-    """Write everything into the folder, the word "complete" last."""
+    """Write everything into the folder, the word "complete" last; until then a stopped run has its checkpoint."""
     dtype = getattr(torch, plan.job.weights_dtype)
     save_network(network(pipe), folder.path, family(pipe).part, dtype)
     if guided := guidance.carried(network(pipe)):
@@ -54,9 +55,11 @@ def write_results(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, result
     before_after(result.before, result.after, result.explicit).save(picture, "png")
     write_atomic(folder.path / "before_after.png", picture.getvalue())
     _card(pipe, plan, folder, scores)
+    with StopFlag() as stop:
+        stop.leave()
     write_run(folder.path, result.run)
-    folder.forget_checkpoints()
     folder.status("complete")
+    folder.forget_checkpoints()
 
 
 def _card(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, scores: dict | None) -> None:

@@ -48,12 +48,13 @@ def _run(plan: Plan) -> int:
     from erase_sd.pocket import FOLDER
 
     model = str(FOLDER) if plan.job.model == "pocket" else plan.job.model
-    processes = accelerator(plan.job.mixed_precision)
+    processes = accelerator(plan.job.mixed_precision, plan.running.report_to, plan.job.output_dir)
     pipe = load(model, config=plan.job.model_config)
     record = carry_out(pipe, plan, processes)
     if processes.is_main_process:
         print(summary(record, plan.job.output_dir))
         print(f"\nTo use it:\n\n{swap_in_snippet(pipe, model, plan.job.output_dir, plan.job.model_config)}")
+    processes.end_training()
     return 0
 
 

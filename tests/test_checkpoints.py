@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 
-from erase_sd.runtime import UserError, latest_checkpoint, load_checkpoint, save_checkpoint
+from erase_sd.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from erase_sd.process import UserError
 
 TENSORS = {"w": torch.arange(6.0).view(2, 3), "adam/step": torch.tensor(3.0), "half": torch.ones(2).bfloat16()}
 

@@ -15,7 +15,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = ("erase_sd", "classification", "eval", "prompts")
-FLOOR = {f"erase_sd.{name}" for name in ("process", "runtime", "options", "terminal", "devices", "workers")}
+FLOOR = {
+    f"erase_sd.{name}" for name in ("process", "runtime", "options", "terminal", "devices", "workers", "checkpoints")
+}
 
 MODELS = {
     *("erase_sd.pipeline", "erase_sd.families", "erase_sd.noising"),
@@ -29,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erase_sd": {"erase_sd.erase"},
     "erase_sd.process": set(),
     "erase_sd.runtime": {"erase_sd.process"},
+    "erase_sd.checkpoints": set(),
     "erase_sd.options": set(),
     "erase_sd.terminal": set(),
     "erase_sd.devices": set(),
@@ -90,7 +93,8 @@ LIBRARIES: dict[str, set[str]] = {  # the only third-party packages these may im
     "erase_sd.workers": set(),
     "erase_sd.terminal": {"diffusers", "transformers"},
     "erase_sd.devices": {"torch", "accelerate"},
-    "erase_sd.runtime": {"torch", "safetensors"},
+    "erase_sd.runtime": {"torch"},
+    "erase_sd.checkpoints": {"torch", "safetensors"},
     "erase_sd.knobs": set(),
     "erase_sd.presets": set(),
     "erase_sd.plan": set(),

@@ -11,15 +11,8 @@ import time
 import pytest
 import torch
 
-from erase_sd.runtime import (
-    RunLock,
-    StopFlag,
-    UserError,
-    latest_checkpoint,
-    load_checkpoint,
-    run_main,
-    save_checkpoint,
-)
+from erase_sd.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from erase_sd.runtime import RunLock, StopFlag, UserError, run_main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -114,7 +107,7 @@ def test_kill_minus_nine_inside_a_checkpoint_leaves_the_previous_one(tmp_path):
     child = python(
         f"""
         import time, safetensors.torch, torch
-        from erase_sd.runtime import save_checkpoint
+        from erase_sd.checkpoints import save_checkpoint
         save = safetensors.torch.save_file
         def slow(tensors, file):
             save(tensors, file)

@@ -219,11 +219,11 @@ def uninterrupted(clone: Path, tiny_sd: Path, tmp_path_factory: pytest.TempPathF
 
 
 def stopped(command: list[str], cwd: Path, signum: int) -> tuple[int, str]:
-    """Start, send the signal once the first checkpoint is there; (exit code, stderr)."""
+    """Start, send the signal once the first checkpoint of a step is there; (exit code, stderr)."""
     with open(cwd / "log", "w") as log:
         child = subprocess.Popen(command, cwd=cwd, env=environment(), stdout=log, stderr=log)
     end = time.monotonic() + 200
-    while not list((cwd / "runs/cat/checkpoints").glob("checkpoint-*")):
+    while not list((cwd / "runs/cat/checkpoints").glob("checkpoint-*[1-9]*")):  # a step, not only the trim
         assert child.poll() is None and time.monotonic() < end, (cwd / "log").read_text()[-3000:]
         time.sleep(0.01)
     child.send_signal(signum)

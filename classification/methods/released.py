@@ -36,22 +36,25 @@ class ClassifierScissorhands(Scissorhands):
         if not 0 < self.trim_share <= 1:
             raise UserError(f"--trim_share {self.trim_share} is outside (0, 1]: it is a share of the forget set")
 
-    def __call__(self, task: ClassificationTask, state: dict | None = None) -> Iterator[tuple[dict, dict | None]]:
+    def __call__(self, task: ClassificationTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
         """Algorithm 1, or, with a memory scope, the released loop."""
         if self.memory_scope is None:
             yield from super().__call__(task, state)
             return
-        if state is None:
+        if state is None or "measured" in state:
+            record = yield from self.trim(task, state)
             state = {"step": 0, "optimizer": {}, "kept": {}}
-            yield (yield from self.trim(task)), state
+            yield record, state
         yield from self.loop(task, state)
 
-    def sensitivity(self, task: ClassificationTask) -> Generator[tuple[dict, None], None, Params]:
+    def sensitivity(
+        self, task: ClassificationTask, state: dict | None = None
+    ) -> Generator[tuple[dict, dict], None, Params]:
         """The saliency, measured on the share of D_f."""
         whole = task.walks["forget"]
         task.walks["forget"] = whole.part(self.trim_share)
         try:
-            return (yield from super().sensitivity(task))
+            return (yield from super().sensitivity(task, state))
         finally:
             task.walks["forget"] = whole
 

@@ -3,7 +3,7 @@
 s_j = theta_j dL_f/dtheta_j = dL_f(c * theta)/dc_j  at c = 1:  what the loss feels when connection j is cut.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -27,18 +27,46 @@ def accumulate(
     purpose: str,
     batches: Iterable[int],
     each: Callable[[Tensor], Tensor] = lambda g: g,
+    done: tuple[int, Params] | None = None,
 ) -> Iterator[Params]:
     """Mean gradient of `loss` over the numbered batches; yields the running mean after each, the last is the result.
 
     It is one set of fp32 tensors, updated in place, and only one batch's gradient exists beside it. `each` is applied
     to a batch's gradient before averaging: `torch.square` gives the empirical Fisher information per batch,
-    `torch.abs` the sum inside the released Scissorhands code. Raises FloatingPointError as `gradient` does.
+    `torch.abs` the sum inside the released Scissorhands code. `done` is the number of earlier batches and their mean,
+    which is updated too. Raises FloatingPointError as `gradient` does.
     """
-    mean: Params = {}
-    for n, b in enumerate(batches, start=1):
+    first, mean = done or (0, {})
+    for n, b in enumerate(batches, start=first + 1):
         for name, g in gradient(task, loss, task.batch(purpose, b), params).items():
             mean[name] = each(g) if n == 1 else mean[name].lerp_(each(g), 1 / n)
         yield mean
+
+
+def averages(
+    task: Task,
+    passes: dict[str, tuple[Callable[[Any], Tensor], Callable[[Tensor], Tensor]]],
+    params: dict[str, nn.Parameter],
+    batches: int,
+    state: dict | None = None,
+) -> Generator[tuple[dict, dict], None, dict[str, Params]]:
+    """The mean of each named pass (loss, each) over the first `batches` sensitivity batches, see `accumulate`.
+
+    Yields (record, state) after each batch and returns {pass: mean}. The state {"step": 0, "measured": batches of all
+    passes so far, "sums": {"<pass>/<parameter>": running mean}} continues bit for bit; its tensors are updated in
+    place.
+    """
+    measured, sums = (state["measured"], state["sums"]) if state else (0, {})
+    means: dict[str, Params] = {}
+    for number, (name, (loss, each)) in enumerate(passes.items()):
+        known = {p: sums[f"{name}/{p}"].to(params[p].device) for p in params if f"{name}/{p}" in sums}
+        means[name] = known
+        start = min(batches, max(0, measured - number * batches))
+        for _ in accumulate(task, loss, params, "sensitivity", range(start, batches), each, (start, known)):
+            measured += 1
+            sums = {f"{q}/{p}": x for q, those in means.items() for p, x in those.items()}
+            yield {"phase": "sensitivity"}, {"step": 0, "measured": measured, "sums": sums}
+    return means
 
 
 def connection_sensitivity(theta: Params, g: Params, saliency: Literal["abs", "signed"] = "abs") -> Params:

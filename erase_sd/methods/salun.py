@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,14 +34,16 @@ class SalUn(Descent):
             raise UserError(f"--mask_fraction {self.mask_fraction} is outside [0, 1]: it is a share of the weights")
 
     def __call__(self, task: Task, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
-        """Descend L_r + w L_redirect over the salient weights."""
+        """Descend L_r + w L_redirect over the salient weights; yields per sensitivity batch, mask and step."""
         import torch
 
         from erase_sd.core.descent import descend
 
         theta = task.trainable()
-        masks = self.masks(task) if state is None else state["kept"]
-        masks = {name: mask.to(theta[name].device) for name, mask in masks.items()}
+        if state is None or "measured" in state:
+            state = {"step": 0, "optimizer": {}, "kept": (yield from self.masks(task, state))}
+            yield {"phase": "mask"}, state
+        masks = {name: mask.to(theta[name].device) for name, mask in state["kept"].items()}
         frozen = {name: p.detach().clone() for name, p in theta.items()}  # what is masked out never moves
 
         def objective(batch: Any, step: int) -> Tensor:
@@ -58,10 +60,11 @@ class SalUn(Descent):
         for record, now in descend(task, self, objective, state, edit=edit, after=after):
             yield record, now | {"kept": masks}
 
-    def masks(self, task: Task) -> dict[str, Tensor]:
+    def masks(self, task: Task, state: dict | None) -> Generator[tuple[dict, dict], None, dict[str, Tensor]]:
         """True where |grad L_f|, averaged with its sign, is among the largest of all weights together."""
-        from erase_sd.core.sensitivity import accumulate, entries, top_k
+        from erase_sd.core.sensitivity import averages, entries, top_k
 
-        *_, g = accumulate(task, task.forget, task.trainable(), "sensitivity", range(self.sensitivity_batches))
+        passes = {"g_f": (task.forget, lambda g: g)}
+        g = (yield from averages(task, passes, task.trainable(), self.sensitivity_batches, state))["g_f"]
         k = round(self.mask_fraction * entries(g, task))
         return top_k({name: x.abs() for name, x in g.items()}, k, shards=task)

@@ -11,9 +11,7 @@ from erase_sd.options import knob
 from erase_sd.process import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from erase_sd.core.task import Task
+    from erase_sd.core.task import Params, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,50 +34,45 @@ class Scissorhands(Repair):
         if self.fraction and self.sensitivity_batches < 1:
             raise UserError("--sensitivity_batches 0 ranks nothing: give 1 or more, or --fraction 0 to trim nothing")
 
-    def __call__(self, task: Task, state: dict | None = None) -> Iterator[tuple[dict, dict | None]]:
-        """Trim, then repair, in place; yields (record, state) per sensitivity batch, after the trim, per repair step.
-
-        The state is None as long as there is nothing to resume from.
-        """
+    def __call__(self, task: Task, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
+        """Trim, then repair, in place; yields per sensitivity batch, after the trim and per repair step."""
         from erase_sd.core.repair import repair
 
-        if state is None:
+        if state is None or "measured" in state:
+            record = yield from self.trim(task, state)
             state = {"step": 0, "optimizer": {}}
-            yield (yield from self.trim(task)), state
+            yield record, state
         yield from repair(task, self, state)
 
-    def trim(self, task: Task) -> Generator[tuple[dict, None], None, dict]:
-        """Yield a record per sensitivity batch, re-initialise, and return the record of that."""
+    def trim(self, task: Task, state: dict | None = None) -> Generator[tuple[dict, dict], None, dict]:
+        """Yield after each sensitivity batch, re-initialise, and return the record of that."""
         from erase_sd.core.sensitivity import entries, top_k
         from erase_sd.core.trim import reinitialise_
 
         changed = {}
         if self.fraction:
-            s = yield from self.sensitivity(task)
+            s = yield from self.sensitivity(task, state)
             masks = top_k(s, round(self.fraction * entries(s, task)), self.strict, task)
             changed = reinitialise_(task.trimmable(), masks, self.init, task.seed, task)
         return {"phase": "trim", "changed": changed}
 
-    def sensitivity(self, task: Task) -> Generator[tuple[dict, None], None, dict[str, Tensor]]:
-        """Yield a record per batch; return the saliency of every ranked entry."""
+    def sensitivity(self, task: Task, state: dict | None = None) -> Generator[tuple[dict, dict], None, Params]:
+        """Yield after each batch; return the saliency of every ranked entry."""
         import torch
 
-        from erase_sd.core.sensitivity import accumulate, chance, connection_sensitivity, contrastive, magnitude
-
-        def mean(loss, each=lambda g: g):
-            for g in accumulate(task, loss, theta, "sensitivity", range(self.sensitivity_batches), each):  # noqa: B007
-                yield {"phase": "sensitivity"}, None
-            return g  # the last running mean is the mean
+        from erase_sd.core.sensitivity import averages, chance, connection_sensitivity, contrastive, magnitude
 
         theta = task.ranked()
         if self.saliency in ("magnitude", "random"):
             return magnitude(theta) if self.saliency == "magnitude" else chance(theta, task.seed, task)
+        same = lambda g: g  # noqa: E731
+        passes = {"g_f": (task.forget, torch.abs if self.saliency == "summed" else same)}
         if self.saliency == "contrast":
-            g_f = yield from mean(task.contrast)
-            fisher_f = yield from mean(task.contrast, torch.square)
-            fisher_r = yield from mean(task.retain, torch.square)
-            return contrastive(theta, g_f, fisher_f, fisher_r, eps=0.1, shards=task)
-        g_f = yield from mean(task.forget, torch.abs if self.saliency == "summed" else lambda g: g)
+            passes = {"g_f": (task.contrast, same), "fisher_f": (task.contrast, torch.square)}
+            passes |= {"fisher_r": (task.retain, torch.square)}
+        g_f, *fisher = (yield from averages(task, passes, theta, self.sensitivity_batches, state)).values()
+        if self.saliency == "contrast":
+            return contrastive(theta, g_f, *fisher, eps=0.1, shards=task)
         if self.saliency == "gradient":
             return magnitude(g_f)
         return connection_sensitivity(theta, g_f, "signed" if self.saliency == "signed" else "abs")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from erase_sd.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from erase_sd.process import StopFlag, UserError
-from erase_sd.runtime import latest_checkpoint, load_checkpoint, save_checkpoint
 
 EVERY = 250  # steps between two checkpoints
 
