@@ -124,6 +124,8 @@ def swap_in_snippet(
         given = f"{str(model)!r}, {part}={str(folder)!r}{layout}, dtype={dtype}"
         return f"import torch\nfrom erase_sd.pipeline import load\n\npipe = load({given})"
     loader = f"from_single_file({str(model)!r}, config={config!r}" if config else f"from_pretrained({str(model)!r}"
+    lacking = [name for name, x in pipe.components.items() if x is None and name not in pipe._optional_components]
+    loader += "".join(f", {name}=None" for name in lacking)  # Stable Diffusion 3 without T5 does not load otherwise
     return (
         "import torch\n"
         f"from diffusers import {', '.join(sorted([type(pipe).__name__, kind]))}\n\n"

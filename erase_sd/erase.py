@@ -66,7 +66,7 @@ def erase(
 def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> dict:
     """The job of `erase`, planned. Exits with 128 + signal when stopped, after a checkpoint."""
     start, job = time.monotonic(), plan.job
-    asked = subject.resolve(job)
+    asked = subject.resolve(job, plan.sampling.resolution)
     _check(pipe, plan, accelerator)
     parts = list(modules(pipe).values())
     base_hash = digest([weights_hash(part) for part in parts] + guidance.identity(network(pipe)))

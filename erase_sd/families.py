@@ -29,14 +29,14 @@ class Family:
 
     part: str  # the component that is erased
     needed: tuple[str, ...]  # the components that a complete model has
-    encode: Callable[[DiffusionPipeline, list[str], float], Cond]  # (pipeline, captions, guidance scale)
+    encode: Callable[[DiffusionPipeline, list[str], float, int], Cond]  # (pipeline, captions, guidance, pixels a side)
     call: Callable[[Callable, Tensor, Tensor, Cond], Tensor]  # (network, x_t, t, cond) -> shaped like x_t
     widths: tuple[str, str, tuple[str, ...]]  # network's key = sum of the encoders' key: they fit each other
     patch: int = 1  # latent pixels in one input of the network
     unpacked: Callable[[Tensor], Tensor] = lambda z: z  # latents as the pipeline returns them -> (n, C, H, W)
 
 
-def _encode_sd(pipe: DiffusionPipeline, captions: list[str], guidance: float) -> Cond:
+def _encode_sd(pipe: DiffusionPipeline, captions: list[str], guidance: float, side: int) -> Cond:
     return {"encoder_hidden_states": pipe.encode_prompt(captions, pipe.text_encoder.device, 1, False)[0]}
 
 
@@ -44,9 +44,9 @@ def _call_sd(network: Callable, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
     return network(x_t, t, **cond).sample
 
 
-def _encode_sdxl(pipe: DiffusionPipeline, captions: list[str], guidance: float) -> Cond:
+def _encode_sdxl(pipe: DiffusionPipeline, captions: list[str], guidance: float, side: int) -> Cond:
     """The empty caption is all zeros where the pipeline samples it so."""
-    device, side = pipe.text_encoder.device, pipe.default_sample_size * pipe.vae_scale_factor
+    device = pipe.text_encoder.device
     hidden, _, pooled, _ = pipe.encode_prompt(captions, device=device, do_classifier_free_guidance=False)
     if pipe.config.force_zeros_for_empty_prompt:
         empty = torch.tensor([not caption for caption in captions], device=hidden.device)
@@ -60,7 +60,7 @@ def _call_sdxl(network: Callable, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
     return network(x_t, t, cond["encoder_hidden_states"], added_cond_kwargs=added).sample
 
 
-def _encode_sd3(pipe: DiffusionPipeline, captions: list[str], guidance: float) -> Cond:
+def _encode_sd3(pipe: DiffusionPipeline, captions: list[str], guidance: float, side: int) -> Cond:
     device = pipe.text_encoder.device
     hidden, _, pooled, _ = pipe.encode_prompt(captions, None, None, device=device, do_classifier_free_guidance=False)
     return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
@@ -70,7 +70,7 @@ def _call_sd3(network: Callable, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
     return network(hidden_states=x_t, timestep=t, **cond).sample
 
 
-def _encode_flux(pipe: DiffusionPipeline, captions: list[str], guidance: float) -> Cond:
+def _encode_flux(pipe: DiffusionPipeline, captions: list[str], guidance: float, side: int) -> Cond:
     """Distilled guidance is an input of the network (dev), or nothing (schnell)."""
     hidden, pooled, _ = pipe.encode_prompt(captions, None, device=pipe.text_encoder.device)
     distilled = {"guidance": torch.full((len(captions),), guidance)} if pipe.transformer.config.guidance_embeds else {}
@@ -141,6 +141,12 @@ def family(pipe: DiffusionPipeline | str) -> Family:
         known = ", ".join(FAMILIES)
         raise UserError(f"a {name} cannot be erased: give a text-to-image model of one of {known}")
     return FAMILIES[name]
+
+
+def resolution(pipe: DiffusionPipeline) -> int:
+    """The side, in pixels, of the images that the model was made for."""
+    native = getattr(pipe, "default_sample_size", None) or network(pipe).config.sample_size
+    return native * pipe.vae_scale_factor
 
 
 def network(pipe: DiffusionPipeline) -> nn.Module:

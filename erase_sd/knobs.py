@@ -84,6 +84,7 @@ class Sampling:
     forget_images: int = knob(256, "pictures of the concept")
     retain_images: int = knob(512, "pictures of everything else")
     anchor_pictures: bool = knob(False, "draw the anchors' pictures as well and fit redirect on both, half and half")
+    resolution: int | None = knob(None, "side of the pictures in pixels, a multiple of 16 (default: the model's own)")
     sample_steps: int = knob(20, "denoising steps per picture")
     sample_guidance: float = knob(7.5, "classifier-free guidance scale")
     sample_batch_size: int = knob(32, "pictures drawn at a time; changes no picture")
@@ -92,6 +93,8 @@ class Sampling:
         """Raise UserError for numbers outside their range."""
         at_least(self, 1, "forget_images", "retain_images", "sample_steps", "sample_batch_size")
         at_least(self, 0, "sample_guidance")
+        if self.resolution is not None and (self.resolution < 16 or self.resolution % 16):
+            raise UserError(f"--resolution {self.resolution} is no multiple of 16: give one, such as 512")
 
 
 @dataclass(frozen=True, kw_only=True)

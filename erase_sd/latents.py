@@ -101,7 +101,7 @@ def collect(
         caption=torch.tensor([row[e.caption] for e in forget]),
         anchor=torch.tensor([row[e.anchor] for e in forget]),
         keep=torch.tensor([row[text] for text in retain]),
-        embeddings=encode(pipe, texts, knobs.sample_guidance),
+        embeddings=encode(pipe, texts, knobs.sample_guidance, knobs.resolution),
         empty=row[""],
         anchors=z_a,
         subject=subjects(pipe.tokenizer, captions, replacements),
@@ -144,6 +144,7 @@ def _chunk(
 ) -> Tensor:
     """One chunk of latents; the file's name is the hash of everything they depend on."""
     recipe = [model_hash, prompts, image_seeds, knobs.sample_steps, knobs.sample_guidance, dict(pipe.scheduler.config)]
+    recipe += [knobs.resolution] if knobs.resolution else []
     path = cache and cache / f"latents-{digest(recipe)[:32]}.safetensors"
     if path and path.is_file():
         return load_file(path)["z"]
@@ -155,6 +156,7 @@ def _chunk(
             steps=knobs.sample_steps,
             guidance=knobs.sample_guidance,
             batch_size=knobs.sample_batch_size,
+            size=knobs.resolution,
             output_type="latent",
         )
     )

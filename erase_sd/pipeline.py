@@ -24,7 +24,7 @@ from erase_sd.doctor import (
     check_weight_files,
     explained,
 )
-from erase_sd.families import Cond, family
+from erase_sd.families import Cond, family, resolution
 from erase_sd.runtime import StopFlag, generator, new_folder
 
 LEFT_OUT: dict[str, dict[str, Any]] = {  # the safety checker paints images black, and what only serves it
@@ -87,13 +87,19 @@ def load_network(source: str, part: str, dtype: torch.dtype) -> ModelMixin:
 
 
 @torch.no_grad()
-def encode(pipe: DiffusionPipeline, captions: list[str], guidance: float = 1.0, batch_size: int = 32) -> Cond:
+def encode(
+    pipe: DiffusionPipeline,
+    captions: list[str],
+    guidance: float = 1.0,
+    size: int | None = None,
+    batch_size: int = 32,
+) -> Cond:
     """What the network sees of N captions, as the pipeline itself gives it: tensors (N, ...), float32, on the CPU.
 
-    `guidance` counts for networks that take a guidance scale as an input.
+    `guidance` and `size`, the side of the image in pixels, count where the network takes them as inputs.
     """
     chunks = [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
-    conds = [family(pipe).encode(pipe, chunk, guidance) for chunk in chunks]
+    conds = [family(pipe).encode(pipe, chunk, guidance, size or resolution(pipe)) for chunk in chunks]
     return {name: torch.cat([cond[name].float().cpu() for cond in conds]) for name in conds[0]}
 
 

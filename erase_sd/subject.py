@@ -37,13 +37,13 @@ class Subject:
     shown: tuple[str, ...]
     steps: int = 30
     guidance: float = 7.5
+    size: int | None = None  # pixels a side
 
     def look(self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> View:
         """Draw the prompts that the picture shows, and answer the exam if there is one."""
         seeds = list(range(900_000, 900_000 + len(self.shown)))
-        images = sample(
-            pipe, list(self.shown), seeds, steps=self.steps, guidance=self.guidance, batch_size=4, description=when
-        )
+        how = {"steps": self.steps, "guidance": self.guidance, "size": self.size, "batch_size": 4}
+        images = sample(pipe, list(self.shown), seeds, **how, description=when)
         return View(list(self.shown), images, self._answers(pipe, model_hash, cache, when))
 
     def _answers(self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> None:
@@ -74,9 +74,11 @@ class PocketSubject(Subject):
         return score.scores(list(self.parts), list(self.questions), before.answers, after.answers)
 
 
-def resolve(job: Job) -> Subject:
-    """The subject of a job. Raises UserError for a concept the model has no words for."""
-    return _pocket(job) if job.model == "pocket" else _open(job)
+def resolve(job: Job, size: int | None = None) -> Subject:
+    """The subject of a job, on images of `size` pixels. Raises UserError for a concept the model has no words for."""
+    if job.model == "pocket" and size:
+        raise UserError(f"--resolution {size} is for other models: the pocket model draws 64 pixels")
+    return _pocket(job) if job.model == "pocket" else _open(job, size)
 
 
 def _pocket(job: Job) -> PocketSubject:
@@ -107,7 +109,7 @@ def _other(part: lessons.Part, anchor: str, erased: list[lessons.Part]) -> str:
     return named[1]
 
 
-def _open(job: Job) -> Subject:
+def _open(job: Job, size: int | None) -> Subject:
     concepts = [prompts.load(text, job.kind, anchor) for text, anchor in zip(job.concept, job.anchors(), strict=True)]
     for anchor, concept in product(job.anchor, concepts):
         if concept.names(anchor):
@@ -124,4 +126,5 @@ def _open(job: Job) -> Subject:
         sources=Sources(examples, kept, ", ".join(concept.name for concept in concepts)),
         steps=job.picture_steps,
         shown=(*asked, *kept[:: max(1, len(kept) // 4)][:4]),
+        size=size,
     )

@@ -16,6 +16,8 @@ from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -24,7 +26,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 SD14_UNET = {
     "sample_size": 64,
@@ -201,5 +211,42 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tokenizer_3=None,
         )
     folder = tmp_path_factory.mktemp("models") / "tiny-sd3"
+    pipe.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Flux pipeline, dev's guidance input and all, at toy width."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        clip, letters = byte_tokenizer(), sorted(ByteLevel.alphabet())
+        t5 = T5Tokenizer(
+            vocab=[(token, 0.0) for token in ("<pad>", "</s>", "<unk>", "\u2581", *letters)],
+            extra_ids=0,
+            model_max_length=32,
+        )
+        pipe = FluxPipeline(
+            transformer=FluxTransformer2DModel(
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=32,
+                pooled_projection_dim=32,
+                guidance_embeds=True,
+                axes_dims_rope=(4, 4, 8),
+            ).eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=AutoencoderKL(**SD14_VAE | TINY_VAE, shift_factor=0.06).eval(),
+            text_encoder=text_encoder(clip).eval(),
+            tokenizer=clip,
+            text_encoder_2=T5EncoderModel(
+                T5Config(vocab_size=len(t5), d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+            ).eval(),
+            tokenizer_2=t5,
+        )
+    folder = tmp_path_factory.mktemp("models") / "tiny-flux"
     pipe.save_pretrained(str(folder))
     return folder
