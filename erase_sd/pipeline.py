@@ -1,7 +1,6 @@
-"""Load, sample and save text-to-image pipelines of diffusers, of any family that can be erased."""
+"""Load and sample text-to-image pipelines of diffusers, of any family that can be erased."""
 
 import copy
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from erase_sd.doctor import (
     explained,
 )
 from erase_sd.families import Cond, family, resolution
-from erase_sd.runtime import StopFlag, generator, new_folder
+from erase_sd.runtime import StopFlag, generator
 
 LEFT_OUT: dict[str, dict[str, Any]] = {  # the safety checker paints images black, and what only serves it
     "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -177,30 +176,3 @@ def _working_copy(pipe: DiffusionPipeline) -> DiffusionPipeline:
         quiet.register_to_config(requires_safety_checker=False)
     quiet.set_progress_bar_config(disable=True)
     return quiet
-
-
-def save_network(network: ModelMixin, folder: str | Path, part: str, dtype: torch.dtype | None = None) -> Path:
-    """Write `network` to folder/part, whole or not at all, for `from_pretrained(folder, subfolder=part)`.
-
-    `dtype` is that of the file, by default the model's own. Raises FloatingPointError, with nothing written, if a
-    weight is not finite in that dtype. `network` itself is not changed.
-    """
-    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in network.state_dict().items()}
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise FloatingPointError(f"{part} weight {name} has NaN or infinite values: nothing was saved")
-    target = Path(folder) / part
-    with torch.device("meta"):
-        blank = type(network).from_config(network.config)
-    blank.load_state_dict(weights, assign=True)
-    with new_folder(target) as temporary:
-        blank.save_pretrained(str(temporary))
-        _scrub(Path(temporary) / blank.config_name)
-    return target
-
-
-def _scrub(config: Path) -> None:
-    """Drop the path the model was loaded from: it names the user's own folders."""
-    values = json.loads(config.read_text())
-    values.pop("_name_or_path", None)
-    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

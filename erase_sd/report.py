@@ -16,13 +16,13 @@ from erase_sd.card import swap_in_snippet, write_card
 from erase_sd.families import family, network
 from erase_sd.folder import Progress, RunFolder
 from erase_sd.pictures import pixelate, sheet
-from erase_sd.pipeline import save_network
 from erase_sd.plan import Plan
 from erase_sd.plots import write_saliency, write_trace
 from erase_sd.pocket import FOLDER as POCKET
 from erase_sd.process import StopFlag
 from erase_sd.record import write_run
 from erase_sd.runtime import write_atomic
+from erase_sd.saving import save_network
 from erase_sd.subject import View
 
 LICENSES = {"pocket": "cc-by-4.0"}  # the most demanding of the artwork's licences

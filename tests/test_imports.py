@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erase_sd.groups": set(),
     "erase_sd.families": set(),
     "erase_sd.noising": set(),
+    "erase_sd.saving": set(),
     "erase_sd.doctor": {"erase_sd.families"},
     "erase_sd.core": set(),
     "erase_sd.guidance": set(),

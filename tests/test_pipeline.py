@@ -15,7 +15,8 @@ from diffusers import (
 from safetensors.torch import load_file
 
 from erase_sd.noising import process
-from erase_sd.pipeline import encode, load, sample, save_network
+from erase_sd.pipeline import encode, load, sample
+from erase_sd.saving import save_network
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 

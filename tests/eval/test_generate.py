@@ -16,8 +16,9 @@ import torch
 from diffusers import AutoModel, UNet2DConditionModel
 from PIL import Image
 
-from erase_sd.pipeline import load, save_network
+from erase_sd.pipeline import load
 from erase_sd.process import UserError
+from erase_sd.saving import save_network
 from eval.generate import Generation, draw, main
 from eval.images import read
 from eval.sources import Picture, batches, pictures, resolve, settled

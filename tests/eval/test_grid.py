@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from erase_sd.pipeline import load, save_network
+from erase_sd.pipeline import load
 from erase_sd.process import UserError
+from erase_sd.saving import save_network
 from eval import censoring
 from eval.censoring import Veil, crossed, shown
 from eval.grid import Grid, brief, columns, label, main, matched
