@@ -1,4 +1,4 @@
-"""Write a network so that diffusers' `from_pretrained` loads it: whole or not at all, finite, without private paths."""
+"""Write a network so that diffusers loads it: whole or not at all, finite, without private paths."""
 
 import json
 from pathlib import Path

@@ -21,7 +21,7 @@ FLOOR = {
 
 MODELS = {
     *("erase_sd.pipeline", "erase_sd.families", "erase_sd.noising"),
-    *("erase_sd.groups", "erase_sd.doctor", "erase_sd.guidance"),
+    *("erase_sd.groups", "erase_sd.doctor", "erase_sd.guidance", "erase_sd.saving"),
 }
 SETTINGS = {"erase_sd.knobs", "erase_sd.presets", "erase_sd.plan"}
 RECORDS = {"erase_sd.record", "erase_sd.card", "erase_sd.plots", "erase_sd.pictures"}
