@@ -158,7 +158,7 @@ def step(
     g_f = gradient(task, task.forget, batch, theta)
     g = gradient(task, task.retain, batch, theta)
     projected = clock(project, g, g_f, lam)
-    apply(optimizer, theta, g)
+    apply(optimizer, theta, g, "nearest", task.seed, n)
     return projected
 
 
