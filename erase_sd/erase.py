@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from erase_sd.devices import tracked
 from erase_sd.families import family, modules, network
 from erase_sd.folder import Progress, RunFolder
 from erase_sd.groups import select, without_norms
-from erase_sd.knobs import Losses
 from erase_sd.latents import Samples, collect
 from erase_sd.loop import run
 from erase_sd.pipeline import load_network
@@ -118,21 +116,10 @@ def _check(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> Non
         raise UserError(f"the {part} is {model.dtype}: load it in float32, mixed_precision saves the same time")
     scopes = plan.losses.trim_scope, plan.losses.rank_scope or "full", plan.losses.train_scope
     trimmed, *_ = (without_norms(model, select(model, scope)) for scope in scopes)
-    if _trims(plan) and not trimmed:
+    if plan.trims() and not trimmed:
         raise UserError(f"--trim_scope {scopes[0]} holds norms only, which are never re-initialised: widen it")
     if hasattr(plan.method, "optimizer"):
         make_optimizer({"probe": nn.Parameter(torch.zeros(1, device=accelerator.device))}, plan.method)
-
-
-def _trims(plan: Plan) -> bool:
-    """Whether the method re-initialises weights: only then has trim_scope a meaning."""
-    return bool(getattr(plan.method, "fraction", 0))
-
-
-def _losses(plan: Plan) -> Losses:
-    """The plan's, without what its method does not use: the scopes of a trim, a copy of the original network."""
-    losses = plan.losses if _trims(plan) else replace(plan.losses, trim_scope=plan.losses.train_scope, rank_scope=None)
-    return losses if getattr(plan.method, "asks_original", True) else replace(losses, anchor_model="current")
 
 
 def _train(
@@ -142,7 +129,7 @@ def _train(
     start = time.monotonic()
     dtype, parts = getattr(torch, plan.job.weights_dtype), list(modules(pipe).values())
     with training(network(pipe), parts, accelerator.device, dtype, plan.job.gradient_checkpointing):
-        task = DenoisingTask(pipe, samples, _losses(plan), plan.job.seed, accelerator)
+        task = DenoisingTask(pipe, samples, plan.used_losses(), plan.job.seed, accelerator)
         weights = task.trimmable() | task.trainable()
         try:
             progress = run(

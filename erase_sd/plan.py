@@ -31,6 +31,16 @@ class Plan(NamedTuple):
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return values | {"mixed_precision": self.job.mixed_precision}
 
+    def trims(self) -> bool:
+        """Whether the method re-initialises weights: only then has trim_scope a meaning."""
+        return bool(getattr(self.method, "fraction", 0))
+
+    def used_losses(self) -> Losses:
+        """The losses without what the method does not use: the scopes of a trim, a copy of the original network."""
+        own = {} if self.trims() else {"trim_scope": self.losses.train_scope, "rank_scope": None}
+        own |= {} if getattr(self.method, "asks_original", True) else {"anchor_model": "current"}
+        return dataclasses.replace(self.losses, **own)
+
     def options(self) -> list[str]:
         """The command line of this job: what its preset and the defaults do not say already."""
         given = _values(self)

@@ -43,11 +43,16 @@ def _run(plan: Plan) -> int:
 
     from erase_sd.card import swap_in_snippet
     from erase_sd.devices import accelerator
+    from erase_sd.dryrun import describe
     from erase_sd.erase import carry_out
     from erase_sd.pipeline import load
     from erase_sd.pocket import FOLDER
 
     model = str(FOLDER) if plan.job.model == "pocket" else plan.job.model
+    if plan.running.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            print(describe(plan, model))
+        return 0
     processes = accelerator(plan.job.mixed_precision, plan.running.report_to, plan.job.output_dir)
     pipe = load(model, config=plan.job.model_config)
     record = carry_out(pipe, plan, processes)

@@ -70,7 +70,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("erase_sd.core", "erase_sd.methods", "erase_sd.latents", "erase_sd.denoising", "erase_sd.pocket", "prompts"),
         *("erase_sd.folder", "erase_sd.loop", "erase_sd.subject", "erase_sd.report", "erase_sd.placement"),
     },
+    "erase_sd.dryrun": {*MODELS, *SETTINGS, "erase_sd.subject"},
     "erase_sd.train": {*SETTINGS, "erase_sd.methods", "erase_sd.erase", "erase_sd.pipeline", "erase_sd.card"}
+    | {"erase_sd.dryrun"}
     | {"erase_sd.pocket", "prompts"},
     "classification": {*RECORDS, "erase_sd.core", "erase_sd.methods", "erase_sd.folder", "erase_sd.loop"},
     "eval": JUDGES,
