@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from erase_sd.core.task import WHOLE, Params, Shards, Task, gradient
 from erase_sd.runtime import generator
 
-CHUNK = 1 << 17  # entries ranked at a time: bounds the extra memory whatever the size of the model or of a tensor
+CHUNK = 1 << 16  # entries ranked at a time: bounds the extra memory whatever the size of the model or of a tensor
 BINS = 1 << 16
 # The upper halves of fp32 bit patterns from the largest number to the smallest: negative ones order backwards.
 DESCENDING = np.concatenate([np.arange(BINS // 2)[::-1], np.arange(BINS // 2, BINS)])
