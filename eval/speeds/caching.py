@@ -19,8 +19,8 @@ from eval.speeds.step import ENDLESS
 
 
 def lines(suite: Suite, network: Network) -> Iterator[str]:
-    """How much of what the operation counts promise is missing, at the first size of latents."""
-    side, n = network.latents[0], network.samples
+    """How much of what the operation counts promise is missing."""
+    side, n = network.cached_latents, network.cached_samples
     pipe = pipeline(network.channels(), side)
     jobs = {"cached": task(pipe, n, side), "encoding": encoding(task(pipe, n, side), pipe)}
     ways = {name: partial(next, repair(job, ENDLESS)) for name, job in jobs.items()}

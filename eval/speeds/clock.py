@@ -8,11 +8,11 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 Ways = dict[str, Callable[[], object]]
 Seconds = dict[str, list[float]]
+Shape = tuple[int, ...]
 
 
 def interleaved(ways: Ways, rounds: int, prepare: Callable[[], object] = lambda: None) -> Seconds:
@@ -45,14 +45,28 @@ def line(name: str, what: str, value: float, target: str, detail: str) -> str:
 
 
 def operations(work: Callable[[], object]) -> int:
-    """Floating-point operations of matrix products, convolutions and attention, a multiply-add being two.
-
-    Attention is computed unfused meanwhile: the counter does not know every fused kernel.
-    """
-    counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter:
+    """Floating-point operations of matrix products, convolutions and attention, a multiply-add being two."""
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    with counter:
         work()
     return counter.get_total_flops()
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(_grad: Shape, query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+    """Twice the forward pass, as for any product: what a fused kernel computes once more is not useful work."""
+    return 2 * sdpa_flop_count(query, key, value)
+
+
+_KERNELS = [f"_scaled_dot_product_{kind}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention")]
+ATTENTION = {  # torch knows the kernels of GPUs, not that of CPUs
+    getattr(torch.ops.aten, f"{kernel}{cpu}{backward}"): count
+    for kernel, cpu in [*((kernel, "") for kernel in _KERNELS), (_KERNELS[0], "_for_cpu")]
+    for backward, count in (("", _attention), ("_backward", _attention_backward))
+}
 
 
 def machine() -> str:

@@ -72,8 +72,12 @@ class Network:
 
     widths: tuple[int, ...] = knob((64, 128, 256, 256), "channels of the four levels of the UNet (SD v1.4: 320 ...)")
     full: bool = knob(False, "SD v1.4's own widths, 859,520,964 parameters, instead")
-    latents: tuple[int, ...] = knob((64, 16), "height and width of the latents of step; caching takes the first")
-    samples: int = knob(1, "samples of each set per step, for step, caching and memory")
+    latents: tuple[int, ...] = knob((64, 16), "height and width of the latents of step")
+    cached_latents: int = knob(
+        32, "height and width of the latents of caching; 64 with --full: attention's share is SD v1.4's at 512 pixels"
+    )
+    samples: int = knob(1, "samples of each set per step, for step and memory")
+    cached_samples: int = knob(4, "the same for caching; with 1, passes over the weights hide what encoding costs")
     job_latents: int = knob(16, "height and width of the latents in the job whose memory is measured")
     model_dir: str | None = knob(None, "where that job's model is built and kept (default: a temporary folder)")
     gpu_latents: int = knob(64, "height and width of the latents on a GPU; 64 are 512 pixels")
@@ -82,8 +86,8 @@ class Network:
 
     def __post_init__(self) -> None:
         """Raise UserError for widths that Stable Diffusion's blocks cannot have and numbers that are too small."""
-        at_least(self, 1, "samples", "gpu_batch")
-        for name in ("latents", "job_latents", "gpu_latents"):
+        at_least(self, 1, "samples", "cached_samples", "gpu_batch")
+        for name in ("latents", "cached_latents", "job_latents", "gpu_latents"):
             sides = getattr(self, name)
             for side in sides if isinstance(sides, tuple) else (sides,):
                 if side < 8 or side % 8:

@@ -12,11 +12,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from erase_sd.core.sensitivity import top_k
 from erase_sd.process import UserError
 from eval.speed import BENCHMARKS
 from eval.speeds import gpu, memory, projection, step, topk
+from eval.speeds.clock import operations
 from eval.speeds.fresh import SMALL, extra
 from eval.speeds.knobs import Network, Suite
 
@@ -51,7 +54,7 @@ def ratios(run: subprocess.CompletedProcess) -> list[tuple[str, float]]:
     [
         (["topk", "--scores", "50000", "--tensors", "7"], ["topk"] * 4),
         (["projection", "--parameters", "50000", "--parts", "7"], ["projection"] * 2),
-        (["step", "caching", *TOY, "--latents", "16", "8"], ["step"] * 4 + ["caching"]),
+        (["step", "caching", *TOY, "--latents", "16", "8", "--cached_latents", "8"], ["step"] * 4 + ["caching"]),
         pytest.param(["memory", *TOY, "--job_latents", "8"], ["memory"] * 2, marks=pytest.mark.slow),
     ],
 )
@@ -138,6 +141,16 @@ def test_redirect_counts_three_backward_passes_and_the_anchors_forward(capsys: p
     network = Network(widths=(16, 16, 16, 16), latents=(8,))
     found = [float(line.rpartition("operations ")[2].rstrip(")")) for line in step.lines(Suite(rounds=1), network)]
     assert found == pytest.approx([1, 10 / 6], rel=0.02)
+
+
+def test_fused_attention_counts_like_its_matrix_products():
+    def work() -> None:
+        q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (16, 24, 24))
+        torch.nn.functional.scaled_dot_product_attention(q, k, v).sum().backward()
+
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    assert operations(work) == counter.get_total_flops() == 3 * 2 * 2 * (2 * 3 * 16 * 24 * 8)
 
 
 def test_every_benchmark_has_its_file_and_its_word():
