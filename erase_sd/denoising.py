@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from erase_sd.batch import Batch
+from erase_sd.batch import Batch, draw
 from erase_sd.core.task import Part, Unsharded
 from erase_sd.families import Cond, family, network
 from erase_sd.groups import select, without_norms
@@ -47,20 +47,30 @@ class DenoisingTask(Unsharded):
         if knobs.batch_size < each:
             raise UserError(f"--batch_size {knobs.batch_size} leaves micro-batches empty: give {each} or more")
         self.family, self.process = family(pipe), process(pipe)
-        self.model: nn.Module = network(pipe).to(accelerator.device).requires_grad_(False)
+        self.model: nn.Module = network(pipe).requires_grad_(False)
         self._trainable = select(self.model, knobs.train_scope)
         self._trimmable = without_norms(self.model, select(self.model, knobs.trim_scope))
         self._ranked = select(self.model, knobs.rank_scope) if knobs.rank_scope else self._trimmable
-        self.original = self._frozen_copy() if knobs.anchor_model == "original" else None
+        self.original: nn.Module | None = None
         for p in (self._trainable | self._trimmable | self._ranked).values():
             p.requires_grad_(True)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Everything on its device, the original network beside it if a loss asks for it, gradients meant to meet."""
+        self.model.to(self.accelerator.device)
+        if self.knobs.anchor_model == "original":
+            self.original = self._frozen_copy()
         self._unwrapped = {name: self.model.__dict__[name] for name in WRAPPED if name in self.model.__dict__}
-        self.forward = accelerator.prepare_model(self.model)
+        self.forward = self.accelerator.prepare_model(self.model)
 
     def _frozen_copy(self) -> nn.Module:
         """The network before any change; half precision where the device computes in it."""
         frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
         return frozen.to(torch.bfloat16) if self.accelerator.device.type == "cuda" else frozen
+
+    def assemble(self) -> None:
+        """Bring the result into the pipe's own network: it is there."""
 
     def release(self) -> None:
         """Undo what preparing the model did to it: no autocast in its forward, no gradients."""
@@ -85,7 +95,8 @@ class DenoisingTask(Unsharded):
         """The global batch of this step, sliced to this rank."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         rows = range(rank, self.knobs.batch_size, ranks)
-        draws = [self._draw(generator(self.seed, purpose, step, i)) for i in rows]
+        g = (generator(self.seed, purpose, step, i) for i in rows)
+        draws = [draw(self.samples, self.process, self.knobs.drop_captions, each) for each in g]
         columns = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
         conds = {name: self._conditioning(columns.pop(name)) for name in ("c_f", "c_a", "c_r")}
         return Batch(**conds, **{name: x.to(self.accelerator.device) for name, x in columns.items()})
@@ -96,22 +107,11 @@ class DenoisingTask(Unsharded):
         for i in range(n):
             rows = slice(len(batch.z_f) * i // n, len(batch.z_f) * (i + 1) // n)
             share = len(batch.z_f[rows]) * ranks / self.knobs.batch_size  # the ranks' mean makes it a share of all
-            with self.accelerator.no_sync(self.forward) if i < n - 1 else nullcontext():
+            with self._alone() if i < n - 1 else nullcontext():
                 yield Part(batch.rows(rows), share, i == n - 1)
 
-    def _draw(self, g: torch.Generator) -> dict[str, Tensor]:
-        """One forget and one retain sample with their timesteps, noise and rows of the captions."""
-        s = self.samples
-        f, r = (int(torch.randint(n, (), generator=g)) for n in (len(s.forget), len(s.retain)))
-        t_f, t_r = self.process.draw(2, g)
-        noise_f, noise_r = torch.randn(2, *s.forget.shape[1:], generator=g)
-        dropped = torch.rand((), generator=g) < self.knobs.drop_captions
-        swap = s.anchors is not None and torch.rand((), generator=g) < 0.5
-        forget = {"z_f": s.forget[f], "t_f": t_f, "noise_f": noise_f, "c_f": s.caption[f], "c_a": s.anchor[f]}
-        retain = {"z_r": s.retain[r], "t_r": t_r, "noise_r": noise_r}
-        retain["c_r"] = torch.tensor(s.empty) if dropped else s.keep[r]
-        more = {name: x[f] for name, x in (("z_a", s.anchors), ("marks", s.marks)) if x is not None}
-        return forget | retain | more | {"z_d": s.anchors[f] if swap else s.forget[f]}
+    def _alone(self) -> AbstractContextManager:
+        return self.accelerator.no_sync(self.forward)  # in it no rank waits for the others' gradients
 
     def _conditioning(self, rows: Tensor) -> Cond:
         """The conditioning of captions, by their rows in the table."""
@@ -180,12 +180,20 @@ class DenoisingTask(Unsharded):
         return nn.functional.mse_loss(predicted, self.target(x0, noise, t))
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients in fp32, averaged over the ranks by accelerate's wrapper."""
+        """Gradients in fp32, averaged over the ranks by accelerate's wrapper, added to those of earlier parts."""
+        scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+        self._scale(scale)
+        self._differentiate(loss)
+        self._scale(1 / scale)
+
+    def _differentiate(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
-        if (scaler := self.accelerator.scaler) is not None:
-            for p in self.model.parameters():
-                if p.grad is not None:
-                    p.grad /= scaler.get_scale()
+
+    def _scale(self, by: float) -> None:
+        """Gradients, where a scaler of fp16 is at work."""
+        for p in self.model.parameters() if by != 1 else ():
+            if p.grad is not None:
+                p.grad *= by
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean of a scalar over the ranks."""

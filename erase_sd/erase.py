@@ -15,6 +15,7 @@ from torch import nn
 
 from erase_sd import guidance, subject
 from erase_sd.core.optimisers import make_optimizer
+from erase_sd.core.task import first_lost
 from erase_sd.denoising import DenoisingTask
 from erase_sd.devices import accelerator as make_accelerator
 from erase_sd.devices import tracked
@@ -31,6 +32,7 @@ from erase_sd.process import StopFlag, UserError
 from erase_sd.record import run_record, weights_hash
 from erase_sd.report import Result, write_results
 from erase_sd.runtime import digest
+from erase_sd.sharded import ShardedTask, wanted
 
 
 def erase(
@@ -118,6 +120,8 @@ def _check(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> Non
     trimmed, *_ = (without_norms(model, select(model, scope)) for scope in scopes)
     if plan.trims() and not trimmed:
         raise UserError(f"--trim_scope {scopes[0]} holds norms only, which are never re-initialised: widen it")
+    if wanted(accelerator, plan.job.fsdp) and "8bit" in (optimizer := getattr(plan.method, "optimizer", "")):
+        raise UserError(f"--optimizer {optimizer} keeps blocks that cross the shards of --fsdp: use adamw or sgd")
     if hasattr(plan.method, "optimizer"):
         make_optimizer({"probe": nn.Parameter(torch.zeros(1, device=accelerator.device))}, plan.method)
 
@@ -129,7 +133,9 @@ def _train(
     start = time.monotonic()
     dtype, parts = getattr(torch, plan.job.weights_dtype), list(modules(pipe).values())
     with training(network(pipe), parts, accelerator.device, dtype, plan.job.gradient_checkpointing):
-        task = DenoisingTask(pipe, samples, plan.used_losses(), plan.job.seed, accelerator)
+        sharded = wanted(accelerator, plan.job.fsdp) and getattr(plan.method, "trains", True)
+        kind = ShardedTask if sharded else DenoisingTask
+        task = kind(pipe, samples, plan.used_losses(), plan.job.seed, accelerator)
         weights = task.trimmable() | task.trainable()
         try:
             progress = run(
@@ -143,6 +149,7 @@ def _train(
                 images=2 * plan.losses.batch_size,  # forget and retain samples, over all processes
                 log=accelerator.log,
             )
+            task.assemble()
         finally:
             task.release()
     return progress, time.monotonic() - start
@@ -151,9 +158,8 @@ def _train(
 @torch.no_grad()
 def _check_finite(task: DenoisingTask, weights: dict[str, nn.Parameter], step: int) -> None:
     """Raise FloatingPointError if the last step lost the model, which the loop itself would notice in the next one."""
-    for name, p in weights.items():
-        if not p.isfinite().all():
-            raise FloatingPointError(f"after {step} steps {name} holds NaN or infinity")
+    if name := first_lost(task, weights):
+        raise FloatingPointError(f"after {step} steps {name} holds NaN or infinity")
     if not task.mean(task.retain(task.batch("repair", step))).isfinite():  # finite weights can be too large to compute
         raise FloatingPointError(f"after {step} steps the retain loss is not finite")
 

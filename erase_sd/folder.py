@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,10 @@ class Progress(NamedTuple):
     state: dict[str, Any] | None  # None before the first record
     trace: list[dict]
     changed: dict[str, int]
+
+    def mapped(self, change: Callable[[Mapping], Mapping]) -> Progress:
+        """The progress with the tensors of its state changed."""
+        return self._replace(state=self.state | {part: change(self.state.get(part, {})) for part in PARTS})
 
     def after(self, record: dict, state: dict[str, Any] | None) -> Progress:
         """The progress after one more record of the method: nothing yet, the trim, or a step; NaN becomes None."""
@@ -100,10 +105,11 @@ class RunFolder:
         kind, count = ("sensitivity", "measured") if "measured" in state else ("checkpoint", "step")
         save_checkpoint(self.path / "checkpoints", state[count], tensors, meta, self.limit, kind)
 
-    def resume(self, weights: dict[str, Tensor]) -> Progress | None:
+    def resume(self, weights: dict[str, Tensor], mine: Callable[[Mapping], Mapping]) -> Progress | None:
         """Put the weights of the checkpoint to start from into `weights`; None if the run starts from nothing.
 
-        Raises UserError for a named checkpoint that is missing or damaged.
+        `mine` takes this process's part of the checkpoint's tensors. Raises UserError for a named checkpoint that is
+        missing or damaged.
         """
         root = self.path / "checkpoints"
         if self.start is None:
@@ -112,9 +118,9 @@ class RunFolder:
         if found is None:
             return None
         tensors, meta = load_checkpoint(found)
-        for name, p in weights.items():
-            p.data.copy_(tensors[f"weights/{name}"])
-        state = {part: tensors.below(f"{part}/") for part in PARTS}
+        for name, x in mine(tensors.below("weights/")).items():
+            weights[name].data.copy_(x)
+        state = {part: mine(tensors.below(f"{part}/")) for part in PARTS}
         counts = {key: meta[key] for key in ("step", "measured") if key in meta}
         return Progress(counts | state, meta["trace"], meta["changed"])
 

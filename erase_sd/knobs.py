@@ -34,6 +34,7 @@ class Job:
     weights_dtype: Literal["float32", "bfloat16"] = knob(
         "float32", "the network's weights while it is trained, and in the result; bfloat16 needs a --rounding"
     )
+    fsdp: bool = knob(False, "divide the network among the processes (FSDP2) instead of copying it to each")
     gradient_checkpointing: bool = knob(False, "compute activations twice instead of keeping them")
     picture_steps: int = knob(30, "denoising steps of the pictures before and after, not of the pocket model's")
     eval_forget: int = knob(128, "pictures scored on the concept's prompts, pocket model only")

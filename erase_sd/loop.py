@@ -36,7 +36,7 @@ def run(
     the global batch of a step, from which the images/s come that are shown and logged. Raises UserError when the model
     is lost, SystemExit with 128 + signal when any rank is stopped.
     """
-    progress = (folder and folder.resume(weights)) or Progress(None, [], {})
+    progress = (folder and folder.resume(weights, task.mine)) or Progress(None, [], {})
     steps = getattr(method, "steps", 1)
     try:
         with StopFlag() as stop, _bar(steps, len(progress.trace), description) as bar:
@@ -49,7 +49,7 @@ def run(
                     if "measured" not in state:
                         check(state["step"])
                     if folder:
-                        folder.save(weights, progress)
+                        folder.save(task.whole(weights), progress.mapped(task.whole))
                 if stopping:
                     raise SystemExit(128 + stop.signum)  # also where another rank was told to
                 since = time.monotonic()

@@ -1,6 +1,6 @@
 """What the algorithm asks of a model: batches, losses, a backward pass. Nothing here knows what the model does."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,6 +30,12 @@ class Shards(Protocol):
     def before(self, x: Tensor) -> Tensor:
         """Sum over the lower ranks' shards of something counted on each of them; zeros without shards."""
 
+    def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Tensors named and shaped like parameters, or <parameter>/<slot>, as a checkpoint holds them: undivided."""
+
+    def mine(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """This rank's part of what `whole` returned."""
+
 
 class Unsharded:
     """Every rank holds the parameters whole."""
@@ -41,6 +47,14 @@ class Unsharded:
     def before(self, x: Tensor) -> Tensor:
         """Nothing comes first."""
         return torch.zeros_like(x)
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Themselves."""
+        return tensors
+
+    def mine(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """All of them."""
+        return tensors
 
 
 WHOLE = Unsharded()
@@ -138,11 +152,16 @@ def taken(task: Task, params: dict[str, nn.Parameter]) -> Params:
     g = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()}
     clear(task)
     g = {name: x.detach().to(torch.promote_types(x.dtype, torch.float32)) for name, x in g.items()}
-    finite = torch.stack([_finite(x) for x in g.values()]).long()
-    missing = task.total(finite - 1).tolist()  # one transfer, not one per parameter; on every rank, whosever it is
-    if bad := [name for name, n in zip(g, missing, strict=True) if n < 0]:
-        raise FloatingPointError(f"the gradient of {bad[0]} holds NaN or infinity")
+    if name := first_lost(task, g):
+        raise FloatingPointError(f"the gradient of {name} holds NaN or infinity")
     return g
+
+
+def first_lost(shards: Shards, tensors: Params) -> str | None:
+    """The first tensor that holds NaN or infinity, alike on every rank, whosever it is; None if all are finite."""
+    finite = torch.stack([_finite(x) for x in tensors.values()]).long()
+    missing = shards.total(finite - 1).tolist()  # one transfer, not one per tensor
+    return next((name for name, n in zip(tensors, missing, strict=True) if n < 0), None)
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from erase_sd.options import knob
 from erase_sd.process import UserError
@@ -21,6 +21,8 @@ class SLD:
 
     The concept's own words are the safety concept; the paper's is a sentence of twenty inappropriate things.
     """
+
+    trains: ClassVar[bool] = False
 
     warmup: int = knob(10, "network calls at the start of an image without safety guidance")
     scale: float = knob(1000.0, "s_S, guidance per unit of |e_p - e_S|, cut at 1")
