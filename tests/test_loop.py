@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from erase_sd import loop
+from erase_sd.core.task import Unsharded
 from erase_sd.folder import RunFolder
 from erase_sd.process import StopFlag, UserError
 
@@ -42,7 +43,7 @@ class Counting:
             yield {"step": step, "loss": float(step), "cos": math.nan, "c": 0.1}, {"step": step + 1, "optimizer": {}}
 
 
-class Weight:
+class Weight(Unsharded):
     def __init__(self) -> None:
         self.weight = torch.zeros(1)
 
