@@ -112,3 +112,16 @@ def test_the_concept_is_what_the_anchor_does_not_share(tiny_pipe: StableDiffusio
     assert words(tiny_pipe, "fig in neon style", "fig in mart style") == "neon"
     assert words(tiny_pipe, "fig in neon", "fig") == "inneon"
     assert words(tiny_pipe, "fig", "fig") == ""
+
+
+def test_recorded_under_gradient_checkpointing(tiny_pipe: StableDiffusionPipeline) -> None:
+    """The forward pass that is computed again must not count twice."""
+    losses = []
+    for checkpointing in (False, True):
+        task = Attentive(tiny_pipe)
+        before = {name: x.clone() for name, x in task.model.state_dict().items()}
+        if checkpointing:
+            task.model.enable_gradient_checkpointing()
+        losses.append([record["loss"] for record, _ in ForgetMeNot(steps=3, lr=1.0)(task)])
+        task.model.load_state_dict(before)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][2] < losses[0][0]

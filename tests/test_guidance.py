@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from erase_sd import erase
 from erase_sd.card import swap_in_snippet
 from erase_sd.guidance import FILE, SafetyGuidance, Settings, attach, carried, save
 from erase_sd.guidance import load as stored
+from erase_sd.methods.sld import SLD
 from erase_sd.pipeline import load, sample
 from erase_sd.process import UserError
 from erase_sd.runtime import generator
@@ -107,7 +109,7 @@ def test_a_network_carries_one_guidance(pipe: StableDiffusionPipeline, tmp_path:
     assert again.settings == STRONG and again.identity() == two.identity() != one.identity()
 
 
-SMALL = {"forget_images": 2, "retain_images": 2, "sample_steps": 2, "batch_size": 2}
+SMALL = {"forget_images": 2, "retain_images": 2, "sample_steps": 2, "batch_size": 2, "picture_steps": 2}
 
 
 def test_a_run_of_sld_loads_like_any_other(tiny_sd: Path, tmp_path: Path) -> None:
@@ -133,3 +135,19 @@ def test_a_run_of_sld_loads_like_any_other(tiny_sd: Path, tmp_path: Path) -> Non
 def test_numbers_without_meaning(pipe: StableDiffusionPipeline, knobs: dict) -> None:
     with pytest.raises(UserError, match=f"--{next(iter(knobs))}"):
         erase(pipe, "cat", "sld", **knobs)
+
+
+@pytest.mark.parametrize("model", ["tiny_sdxl", "tiny_sd3"])
+def test_other_families_are_guided_too(model: str, request: pytest.FixtureRequest) -> None:
+    pipe = load(str(request.getfixturevalue(model)))
+    ask = {"prompts": ["a cat", "a dog"], "seeds": [5, 6], "steps": 3, "guidance": 7.5, "output_type": "latent"}
+    plain = sample(pipe, **ask)
+    erase(pipe, "cat", "sld", **SMALL)
+    guided = sample(pipe, **ask)
+    assert all((x - y).abs().max() > 1e-4 and x.isfinite().all() for x, y in zip(guided, plain, strict=True))
+
+
+def test_flux_has_nothing_to_guide() -> None:
+    flux = SimpleNamespace(model=SimpleNamespace(config={"guidance_embeds": False}))
+    with pytest.raises(UserError, match="Flux"):
+        next(SLD()(flux))
