@@ -78,7 +78,7 @@ class Network:
     )
     samples: int = knob(1, "samples of each set per step, for step and memory")
     cached_samples: int = knob(4, "the same for caching; with 1, passes over the weights hide what encoding costs")
-    job_latents: int = knob(16, "height and width of the latents in the job whose memory is measured")
+    job_latents: int = knob(8, "height and width of the latents in the job whose memory is measured")
     model_dir: str | None = knob(None, "where that job's model is built and kept (default: a temporary folder)")
     gpu_latents: int = knob(64, "height and width of the latents on a GPU; 64 are 512 pixels")
     gpu_batch: int = knob(16, "samples of each set per step, and images at a time, on a GPU")

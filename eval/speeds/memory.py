@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -84,7 +84,7 @@ def main_job(words: list[str]) -> Peak:
     from erase_sd.train import main
 
     libraries, start = resident("VmRSS"), time.perf_counter()
-    with redirect_stdout(StringIO()):
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         main(words)
     return Peak(libraries, resident("VmHWM"), time.perf_counter() - start)
 
