@@ -1,5 +1,6 @@
 # make demo    erase a concept from the pocket model in minutes, offline, on a CPU   (CONCEPT="neon style" for another)
 # make test    lint and tests
+# make kill    kill a tiny run twenty times, anywhere, and compare what the resumed ones find, minutes
 # make table   measure the README's results table again
 # make pocket  fetch the artwork (npm) and train the pocket model again, about two hours
 # make clean   remove the environment and the caches, never the results in runs/
@@ -19,7 +20,7 @@ EMPTY :=
 RUN = runs/$(subst $(EMPTY) $(EMPTY),-,$(CONCEPT))
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint table pocket clean
+.PHONY: demo test kill lint table pocket clean
 
 demo: $(VENV)/installed
 	$(LAUNCH) erase_sd/train.py --concept "$(CONCEPT)" --model pocket
@@ -28,6 +29,9 @@ demo: $(VENV)/installed
 # One thread for each worker: two that share two cores by twos run ten times slower than one after the other.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+kill: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/test_kills.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
