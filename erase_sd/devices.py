@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from erase_sd.process import UserError
+
+PATIENCE = timedelta(days=1)  # one process may draw the last pictures while the others wait; a launcher sees the dead
 
 
 def accelerator(
@@ -35,6 +38,7 @@ def accelerator(
         project_dir=str(Path(folder) / "logs") if folder else None,
         # micro-batches carry their share of the loss already: the launcher's number would divide it once more
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
 
 

@@ -10,13 +10,12 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from erase_sd.families import Cond
 from erase_sd.knobs import Sampling
 from erase_sd.pipeline import encode, sample
-from erase_sd.process import StopFlag
 from erase_sd.runtime import digest, write_atomic
+from erase_sd.sharing import pictures
 from erase_sd.tokens import marks, subjects
 from prompts import Example
 
@@ -85,13 +84,13 @@ def collect(
     forget = [sources.forget[i % len(sources.forget)] for i in range(knobs.forget_images)]
     retain = [sources.retain[i % len(sources.retain)] for i in range(knobs.retain_images)]
 
-    def pictures(prompts: list[str], purpose: int, description: str) -> Tensor:
+    def latents(prompts: list[str], purpose: int, description: str) -> Tensor:
         prompts = prompts[:1] if words_only else prompts
         return drawn(pipe, prompts, seeds(seed, purpose, len(prompts)), knobs, model_hash, cache, description)
 
-    z_f = pictures([e.prompt for e in forget], 0, "forget set")
-    z_r = pictures(retain, 1, "retain set")
-    z_a = pictures([e.anchor for e in forget], 0, "anchor set") if knobs.anchor_pictures else None
+    z_f = latents([e.prompt for e in forget], 0, "forget set")
+    z_r = latents(retain, 1, "retain set")
+    z_a = latents([e.anchor for e in forget], 0, "anchor set") if knobs.anchor_pictures else None
     captions, replacements = [e.caption for e in forget], [e.anchor for e in forget]
     texts = list(dict.fromkeys(["", sources.concept, *retain, *captions, *replacements]))
     row = {text: i for i, text in enumerate(texts)}
@@ -119,19 +118,9 @@ def drawn(
     cache: Path | None,
     description: str,
 ) -> Tensor:
-    """Latents (N, C, H, W) of the prompts, chunk by chunk, from the cache where it has them."""
-    with StopFlag() as stop, tqdm(total=len(prompts), desc=description, unit="image") as bar:
-        chunks = []
-        for chunk in _chunks(prompts, image_seeds):
-            chunks.append(_chunk(pipe, *chunk, knobs, model_hash, cache))
-            bar.update(len(chunk[0]))
-            stop.leave()
-    return torch.cat(chunks)
-
-
-def _chunks(prompts: list[str], image_seeds: list[int]) -> Iterator[tuple[list[str], list[int]]]:
-    for i in range(0, len(prompts), CHUNK):
-        yield prompts[i : i + CHUNK], image_seeds[i : i + CHUNK]
+    """Latents (N, C, H, W) of the prompts, chunk by chunk, from the cache where it has them; processes share them."""
+    work = lambda texts, places: _chunk(pipe, texts, places, knobs, model_hash, cache)  # noqa: E731
+    return torch.cat(pictures(prompts, image_seeds, CHUNK, work, description))
 
 
 def _chunk(

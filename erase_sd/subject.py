@@ -16,6 +16,7 @@ from erase_sd.latents import Sources
 from erase_sd.pipeline import sample
 from erase_sd.pocket import captions, lessons, score
 from erase_sd.process import UserError
+from erase_sd.sharing import pictures
 
 SHOWN = 6  # pictures of the concept, and as many of everything else, in before_after.png
 
@@ -42,9 +43,11 @@ class Subject:
     def look(self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> View:
         """Draw the prompts that the picture shows, and answer the exam if there is one."""
         seeds = list(range(900_000, 900_000 + len(self.shown)))
-        how = {"steps": self.steps, "guidance": self.guidance, "size": self.size, "batch_size": 4}
-        images = sample(pipe, list(self.shown), seeds, **how, description=when)
-        return View(list(self.shown), images, self._answers(pipe, model_hash, cache, when))
+        how = {"steps": self.steps, "guidance": self.guidance, "size": self.size}
+        drawn = pictures(list(self.shown), seeds, 4, lambda texts, places: sample(pipe, texts, places, **how), when)
+        return View(
+            list(self.shown), [image for part in drawn for image in part], self._answers(pipe, model_hash, cache, when)
+        )
 
     def _answers(self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> None:
         return None

@@ -14,6 +14,7 @@ from erase_sd.pocket.captions import KINDS, caption
 from erase_sd.pocket.lessons import Part, Question
 from erase_sd.pocket.oracle import OTHER, WEIGHTS, load, name
 from erase_sd.runtime import digest, file_digest, write_atomic
+from erase_sd.sharing import pictures, shared
 
 STEPS, GUIDANCE = 20, 3.5  # the pocket model's own sampling
 Answer = dict[str, str]  # what the oracle sees: {"object": "cat", "style": "pencil", "background": "other"}
@@ -25,17 +26,12 @@ def answers(
     """Draw every question and have the oracle name the pictures; with a cache, each question of a model only once."""
     key = digest([model_hash, file_digest(WEIGHTS), STEPS, GUIDANCE])
     path = cache and cache / f"answers-{key[:32]}.json"
-    known = json.loads(path.read_text()) if path and path.is_file() else {}
+    read = lambda path: json.loads(path.read_text()) if path and path.is_file() else {}  # noqa: E731
+    known = next(shared([path], read))  # all processes miss the same answers, whoever writes in the meantime
     missing = [q for q in questions if _id(q) not in known]
-    images = sample(
-        pipe,
-        [caption(q.scene) for q in missing],
-        [q.seed for q in missing],
-        steps=STEPS,
-        guidance=GUIDANCE,
-        batch_size=64,
-        description=description,
-    )
+    work = lambda texts, seeds: sample(pipe, texts, seeds, steps=STEPS, guidance=GUIDANCE, batch_size=64)  # noqa: E731
+    drawn = pictures([caption(q.scene) for q in missing], [q.seed for q in missing], 64, work, description)
+    images = [image for part in drawn for image in part]
     known |= dict(zip(map(_id, missing), name(load(), images) if images else [], strict=True))
     if path and missing:
         write_atomic(path, json.dumps(known))
