@@ -45,9 +45,8 @@ class Subject:
         seeds = list(range(900_000, 900_000 + len(self.shown)))
         how = {"steps": self.steps, "guidance": self.guidance, "size": self.size}
         drawn = pictures(list(self.shown), seeds, 4, lambda texts, places: sample(pipe, texts, places, **how), when)
-        return View(
-            list(self.shown), [image for part in drawn for image in part], self._answers(pipe, model_hash, cache, when)
-        )
+        images = [image for part in drawn for image in part]
+        return View(list(self.shown), images, self._answers(pipe, model_hash, cache, when))
 
     def _answers(self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> None:
         return None

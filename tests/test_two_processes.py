@@ -3,12 +3,15 @@
 This file is also the script that torchrun starts: the folder of a model, and one for what is found.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -29,10 +32,10 @@ from erase_sd.runtime import generator
 from erase_sd.sharded import ShardedTask
 
 ROOT = Path(__file__).parents[1]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 QUICK = (
     "--steps 3 --lr 1e-4 --batch_size 4 --sensitivity_batches 1 --forget_images 4 --retain_images 4 --sample_steps 2"
 )
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 LOSSES = Losses(batch_size=5, trim_scope="full", gradient_accumulation_steps=2)  # slices of 3 and 2, parts of 1 and 2
 METHODS = {
     "paper": Scissorhands(steps=3, lr=0.05, fraction=0.01, saliency="signed", sensitivity_batches=2),
@@ -186,6 +189,39 @@ def test_the_main_job_on_two_processes_finds_what_one_finds(tiny_sd: Path, tmp_p
         assert moved > 1e-4 and apart < 0.1 * moved
         close = torch.cat([((two[name] - x).abs() < 1e-6).flatten() for name, x in one.items()])
         assert close.float().mean() > 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_when_torchrun_goes_both_ranks_go_and_the_same_command_goes_on(
+    tiny_sd: Path, tmp_path: Path, signum: int
+) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, *TORCHRUN, str(ROOT / "erase_sd" / "train.py"), "--concept", "nudity"]
+    command += ["--model", str(tiny_sd), "--output_dir", str(folder), *QUICK.split(), "--steps", "40"]
+    command += ["--checkpointing_steps", "2", "--picture_steps", "1"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    wait_until(lambda: list((folder / "checkpoints").glob("checkpoint-*[1-9]*")), 200)
+    ranks = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(ranks) >= 2
+    launcher.send_signal(signum)
+    launcher.wait(60)
+    _, left = psutil.wait_procs(ranks, 60)
+    assert not left, (tmp_path / "log").read_text()[-3000:]
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["code"]) == ("stopped", 143), (tmp_path / "log").read_text()[-3000:]
+    assert not (folder / "unet").exists()
+    again = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert again.returncode == 0 and " 1/40 [" not in again.stderr, again.stderr[-3000:]
+
+
+def wait_until(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened in time"
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":
