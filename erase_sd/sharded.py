@@ -22,6 +22,8 @@ from torch.distributed.tensor import DTensor
 from erase_sd.denoising import DenoisingTask
 from erase_sd.process import UserError
 
+CARRIERS = {torch.int16: torch.float16}  # neither gloo nor NCCL knows int16, which is only carried, bit for bit
+
 
 def wanted(accelerator: Accelerator, fsdp: bool) -> bool:
     """Whether to shard: asked for here or in accelerate's configuration, and there are processes to share.
@@ -76,10 +78,10 @@ class Sharded(nn.Module):
         shard = self._owner(name)
         if shard is None or x.shape != shard.to_local().shape:
             return x.cpu()
-        as_is = DTensor.from_local(
-            x.to(self.device), self.mesh, shard.placements, run_check=False, shape=shard.shape, stride=shard.stride()
-        )
-        return as_is.full_tensor().cpu()
+        bits = x.view(CARRIERS.get(x.dtype, x.dtype)).to(self.device)
+        sizes = {"shape": shard.shape, "stride": shard.stride()}
+        rows = DTensor.from_local(bits, self.mesh, shard.placements, run_check=False, **sizes)
+        return rows.full_tensor().cpu().view(x.dtype)
 
     def mine(self, name: str, x: Tensor) -> Tensor:
         """This rank's rows of what `whole` returned."""

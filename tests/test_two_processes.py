@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,8 +30,9 @@ from erase_sd.knobs import Losses
 from erase_sd.latents import Samples
 from erase_sd.methods.scissorhands import Scissorhands
 from erase_sd.pipeline import load
+from erase_sd.process import UserError
 from erase_sd.runtime import generator
-from erase_sd.sharded import ShardedTask
+from erase_sd.sharded import ShardedTask, wanted
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -85,6 +88,9 @@ def found(folder: str, kind: type[DenoisingTask]) -> dict[str, Tensor]:
             if record.get("phase") == "trim":
                 trimmed = task.whole(task.trimmable())
                 results |= {f"{name}/trimmed/{n}": x.detach().clone() for n, x in trimmed.items()}
+                for dtype in (torch.int16, torch.bool, torch.bfloat16):  # of a state: what kahan keeps, masks
+                    other = {n: (100 * p.detach()).to(dtype) for n, p in task.trimmable().items()}
+                    results |= {f"{name}/trimmed/{n} {dtype}": x for n, x in task.whole(other).items()}
                 results[f"{name}/changed"] = torch.tensor(list(record["changed"].values()))
             if "c" in record:
                 records.append([record["c"], record["cos"]])
@@ -166,6 +172,18 @@ def test_ties_were_at_the_threshold(tiny_sd: Path):
 def test_shards_resume_bit_for_bit_after_one_process_was_told_to_stop(together: dict):
     for name, x in together["resumed"].items():
         assert torch.equal(x, together["fsdp"][f"ours/{name}"]), name
+
+
+def test_sharding_is_asked_for_here_or_in_accelerates_configuration():
+    def processes(n: int, version: int | None = None) -> SimpleNamespace:
+        kind = DistributedType.FSDP if version else DistributedType.MULTI_CPU
+        plugin = SimpleNamespace(fsdp_version=version)
+        return SimpleNamespace(num_processes=n, distributed_type=kind, state=SimpleNamespace(fsdp_plugin=plugin))
+
+    assert wanted(processes(2), True) and wanted(processes(2, version=2), False)
+    assert not wanted(processes(2), False) and not wanted(processes(1), True)
+    with pytest.raises(UserError, match="fsdp_version: 2"):
+        wanted(processes(2, version=1), False)
 
 
 def main_job(tiny_sd: Path, folder: Path, *more: str, launcher: tuple[str, ...] = TORCHRUN) -> dict[str, Tensor]:
