@@ -6,6 +6,7 @@
 The paper prints the dual, Eq. 5, as a supremum; it is the minimum of a convex quadratic.
 """
 
+from collections.abc import Iterator
 from itertools import combinations
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from erase_sd.core.task import Params
 
-CHUNK = 1 << 16  # entries that one fp32 sum on the CPU adds up
+CHUNK = 1 << 16  # entries that one fp32 sum on the CPU adds up: two such pieces fit its cache
 
 
 @torch.no_grad()
@@ -23,13 +24,23 @@ def dot(a: Params, b: Params) -> Tensor:
     Not one `torch.dot` per tensor: on the CPU it adds one after the other and is 1e-3 off at 3e7 entries; sums of
     chunks, added in float64, are 1e-7 off. A GPU adds in a tree, and would wait for the launches of so many.
     """
-    sums = []
+    return torch.stack([torch.dot(x, y) for x, y in _chunks(a, b)]).cpu().double().sum()
+
+
+@torch.no_grad()
+def products(a: Params, b: Params) -> Tensor:
+    """<a, b>, <a, a> and <b, b> as `dot` computes them, in one pass over the memory: float64 (3,) on the CPU."""
+    sums = [torch.stack([torch.dot(x, y), torch.dot(x, x), torch.dot(y, y)]) for x, y in _chunks(a, b)]
+    return torch.stack(sums).cpu().double().sum(0)
+
+
+def _chunks(a: Params, b: Params) -> Iterator[tuple[Tensor, Tensor]]:
+    """The entries of both in pieces of one dtype, fp32 or wider, that fit a CPU's cache."""
     for name, x in a.items():
         y, size = b[name], CHUNK if x.device.type == "cpu" else 1 << 30
         wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-        pairs = zip(x.reshape(-1).split(size), y.reshape(-1).split(size), strict=True)
-        sums += [torch.dot(one.to(wide), two.to(wide)) for one, two in pairs]
-    return torch.stack(sums).cpu().double().sum()
+        for one, two in zip(x.reshape(-1).split(size), y.reshape(-1).split(size), strict=True):
+            yield one.to(wide), two.to(wide)
 
 
 def coefficient(dot_of: float, norm2_f: float, margin: float = 0.0, ridge: float = 0.0) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from erase_sd.core.descent import clip_, differentiate, inner, learning_rate, measure, restore, state_of
 from erase_sd.core.knobs import Repair
 from erase_sd.core.optimisers import apply, make_optimizer
-from erase_sd.core.projection import coefficient, collapsed, subtract_
+from erase_sd.core.projection import coefficient, collapsed, products, subtract_
 from erase_sd.core.task import Params, Task
 
 
@@ -63,8 +63,8 @@ def _step(
         g, g_f, own, record = _separate(task, knobs, theta, batch, projecting=projection != "off")
     c, cos, bit = own, math.nan, False
     if g_f is not None:
-        dot_of, norm2_f = inner(task, g, g_f), inner(task, g_f, g_f)
-        cos = dot_of / (math.sqrt(norm2_f * inner(task, g, g)) or math.nan)
+        dot_of, norm2, norm2_f = task.total(products(g, g_f)).tolist()
+        cos = dot_of / (math.sqrt(norm2_f * norm2) or math.nan)
         if projection == "on":
             c = collapsed(dot_of, norm2_f, own, knobs.margin, knobs.ridge)
             bit = c > own

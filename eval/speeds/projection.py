@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from erase_sd.core.projection import coefficient, dot, dual, subtract_
+from erase_sd.core.projection import coefficient, dual, products, subtract_
 from erase_sd.core.task import Params
 from erase_sd.runtime import generator
 from eval.speeds.clock import interleaved, line, ratio
@@ -55,8 +55,8 @@ def draw_(g: Params, g_f: Params) -> None:
 
 
 def closed(g: Params, g_f: Params) -> None:
-    """As `core.repair` does it, with the third product, which it records."""
-    dot_of, norm2_f, _ = float(dot(g, g_f)), float(dot(g_f, g_f)), float(dot(g, g))
+    """As `core.repair` does it, with the third product, |g|^2, which it records."""
+    dot_of, _, norm2_f = products(g, g_f).tolist()
     subtract_(g, g_f, coefficient(dot_of, norm2_f))
 
 

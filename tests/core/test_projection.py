@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from erase_sd.core.projection import coefficient, collapsed, dot, dual, subtract_
+from erase_sd.core.projection import coefficient, collapsed, dot, dual, products, subtract_
 from erase_sd.runtime import generator
 
 SHAPES = {"a": (3, 4), "b": (17,), "c": (2, 3, 5), "d": ()}
@@ -146,3 +146,9 @@ def test_dual_survives_equal_and_vanishing_memories():
     G, g_o = torch.stack([g, g, zero]), torch.tensor([3.0, 1.0, 0.0])
     left = g_o - dual(G @ G.T, -G @ g_o).float() @ G
     assert (G @ left).abs().max() < 1e-5 and math.isfinite(left.sum())
+
+
+def test_products_are_the_three_dots():
+    rng = generator(0, "products")
+    a, b = ({n: torch.randn(s, generator=rng) for n, s in (("w", (300, 700)), ("b", (5,)))} for _ in range(2))
+    assert products(a, b).tolist() == [float(dot(a, b)), float(dot(a, a)), float(dot(b, b))]
