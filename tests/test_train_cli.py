@@ -71,7 +71,7 @@ def test_bf16_under_accelerate_from_a_clone_that_is_not_installed(train: str, ti
     assert record["config"]["mixed_precision"] == "bf16"
     assert record["trace"]["steps"] == 2 and record["config"]["concept"] == ["nudity"]
     *_, load, swap = done.stdout.strip().splitlines()
-    assert load.startswith("pipe = DiffusionPipeline.from_pretrained") and "subfolder=" in swap
+    assert load.startswith("pipe = StableDiffusionPipeline.from_pretrained") and "subfolder=" in swap
     assert "Warning" not in done.stderr, done.stderr
 
 
