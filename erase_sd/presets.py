@@ -146,7 +146,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         # train_cls.sh: "step 60".
         "authors-cls": CONSTANT | {"multiplier": "constant", "lam": 1.0, "lr": 1e-5, "batch_size": 16, "steps": 60},
         "sd": GENTLE | {"lr": 1e-5, "batch_size": 16, "steps": 160},
-        "pocket": GENTLE | POCKET | {"lr": 1e-4, "steps": 120},
+        "pocket": GENTLE | POCKET | {"eta": 0.5, "lr": 2e-4, "steps": 200},
     },
     "selective-amnesia": {
         # configs/forget_nudity.yaml: base rate 1e-5, times 4 GPUs, times batches of 4; 200 epochs of 1000 pictures
