@@ -36,6 +36,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "ESD-u": {"method": "esd", "preset": "pocket", "train_scope": "noxattn"},
     "UCE": {"method": "uce", "preset": "pocket"},
     "Concept Ablation": {"method": "concept-ablation", "preset": "pocket"},
+    "EraseDiff": {"method": "erasediff", "preset": "pocket"},
+    "Selective Amnesia": {"method": "selective-amnesia", "preset": "pocket"},
+    "Forget-Me-Not": {"method": "forget-me-not", "preset": "pocket"},
+    "SLD (max)": {"method": "sld", "preset": "pocket"},
 }
 OURS = METHODS["Scissorhands"]
 ABLATION: dict[str, dict[str, Any]] = {
