@@ -28,7 +28,7 @@ demo: $(VENV)/installed
 
 # One thread for each worker: two that share two cores by twos run ten times slower than one after the other.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 kill: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/test_kills.py

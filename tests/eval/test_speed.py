@@ -31,6 +31,13 @@ TOY = ["--widths", "16", "16", "16", "16"]
 
 
 @pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the command sets for its own process must not reach the processes that later tests start."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # monkeypatch puts back what was there
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+
+
+@pytest.fixture(autouse=True)
 def _fresh_accelerate() -> Iterator[None]:
     """accelerate keeps one precision per process: forget it, before and after."""
     AcceleratorState._reset_state(reset_partial_state=True)
