@@ -17,8 +17,8 @@ TEMPLATE = """---
 
 # {{ concepts }} erased from {{ model }}
 
-With this network the model no longer draws **{{ concepts }}** and keeps the rest. It replaces that of `{{ model }}`; text
-encoder, VAE and tokenizer are the base model's own.
+With this network the model no longer draws **{{ concepts }}** and keeps the rest. It replaces that of `{{ model }}`;
+text encoder, VAE and tokenizer are the base model's own.
 
 ## How it was made
 
