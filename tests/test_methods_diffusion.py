@@ -45,6 +45,7 @@ def made_up() -> Samples:
         keep=torch.tensor([4, 5, 6, 4]),
         embeddings={HIDDEN: torch.randn(8, L, D, generator=rng)},
         empty=7,
+        concept=6,
         anchors=torch.randn(N, 4, 8, 8, generator=rng),
         subject=torch.tensor([[3, 3], [5, 4], [3, 3], [5, 4]]),
     )
@@ -61,19 +62,22 @@ def disturb(pipe: StableDiffusionPipeline) -> None:
             p += 0.02 * torch.randn(p.shape, generator=generator(0, "disturb", name))
 
 
+@pytest.mark.parametrize("direction", ["words", "caption"])
 @pytest.mark.parametrize(("start", "eta"), [("concept", 2.0), ("nothing", 1.0), ("anchor", 0.5)])
 def test_esd_fits_its_target_by_the_original_network(
-    tiny_pipe: StableDiffusionPipeline, start: str, eta: float
+    tiny_pipe: StableDiffusionPipeline, start: str, eta: float, direction: str
 ) -> None:
     ours, unet = task(tiny_pipe), tiny_pipe.unet
     b = ours.batch("repair", 0)
-    x_t, empty = ours.add_noise(b.z_f, b.noise_f, b.t_f), {HIDDEN: made_up().embeddings[HIDDEN][[7] * 3]}
+    x_t = ours.add_noise(b.z_f, b.noise_f, b.t_f)
+    words, empty = ({HIDDEN: made_up().embeddings[HIDDEN][[row] * 3]} for row in (6, 7))
     with torch.no_grad():
-        c, a, nothing = (unet(x_t, b.t_f, **cond).sample for cond in (b.c_f, b.c_a, empty))
+        c, a, nothing, w = (unet(x_t, b.t_f, **cond).sample for cond in (b.c_f, b.c_a, empty, words))
         disturb(tiny_pipe)  # the target must not follow
         e = unet(x_t, b.t_f, **b.c_f).sample
-    target = {"concept": c, "nothing": nothing, "anchor": a}[start] - eta * (c - nothing)
-    loss = ESD(start=start, eta=eta).objective(ours, b, 0)
+    towards = {"words": w, "caption": c}[direction] - nothing
+    target = {"concept": c, "nothing": nothing, "anchor": a}[start] - eta * towards
+    loss = ESD(start=start, eta=eta, direction=direction).objective(ours, b, 0)
     torch.testing.assert_close(loss.detach(), F.mse_loss(e, target), rtol=1e-4, atol=1e-6)
     assert loss.requires_grad
 
@@ -81,7 +85,10 @@ def test_esd_fits_its_target_by_the_original_network(
 def test_esds_two_notations_are_one_target(tiny_pipe: StableDiffusionPipeline) -> None:
     ours = task(tiny_pipe)
     b = ours.batch("repair", 0)
-    new, old = (ESD(start=s, eta=eta).objective(ours, b, 0) for s, eta in (("concept", 2.0), ("nothing", 1.0)))
+    new, old = (
+        ESD(start=s, eta=eta, direction="caption").objective(ours, b, 0)
+        for s, eta in (("concept", 2.0), ("nothing", 1.0))
+    )
     torch.testing.assert_close(new, old)
 
 

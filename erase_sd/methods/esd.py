@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ESD(Objective):
-    """ESD, Gandikota et al., ICCV 2023, arXiv 2303.07345: fit e(x_t, c) to e_0(x_t, s) - eta (e_0(x_t, c) - e_0(x_t)).
+    """ESD, Gandikota et al., ICCV 2023, arXiv 2303.07345: fit e(x_t, c) to e_0(x_t, s) - eta (e_0(x_t, d) - e_0(x_t)).
 
+    c is a caption that has the concept among other things, d the concept's own words: against the guidance towards all
+    of the caption, a style would be erased with every object drawn in it. Where both are the same words, as published,
     s = c with eta 2 (the current code) is the same target as s = "" with eta 1 (the paper). train_scope makes the
     variant: xattn is ESD-x, noxattn ESD-u. x_t are noised pictures of the concept that the original network drew
     whole, once; the published code draws a new one part of the way for every step, which costs it most of its time.
@@ -27,14 +29,15 @@ class ESD(Objective):
 
     eta: float = knob(2.0, "how far to go against the guidance towards the concept")
     start: Literal["concept", "nothing", "anchor"] = knob("concept", "s, the caption from which to go that way")
+    direction: Literal["words", "caption"] = knob("words", "d, what to go against: the concept's words, or c itself")
 
     def objective(self, task: DenoisingTask, batch: Any, step: int) -> Tensor:
-        """MSE(e(x_t, c_f), e_0(x_t, s) - eta (e_0(x_t, c_f) - e_0(x_t, "")))."""
+        """MSE(e(x_t, c_f), e_0(x_t, s) - eta (e_0(x_t, d) - e_0(x_t, "")))."""
         from torch.nn.functional import mse_loss
 
-        x_t = task.add_noise(batch.z_f, batch.noise_f, batch.t_f)
-        e_c = task.old(x_t, batch.t_f, batch.c_f)
-        e_0 = task.old(x_t, batch.t_f, task.nothing(len(x_t)))
-        e_s = {"concept": e_c, "nothing": e_0}.get(self.start)
-        e_s = task.old(x_t, batch.t_f, batch.c_a) if e_s is None else e_s
-        return mse_loss(task.predict(x_t, batch.t_f, batch.c_f), e_s - self.eta * (e_c - e_0))
+        x_t, n = task.add_noise(batch.z_f, batch.noise_f, batch.t_f), len(batch.z_f)
+        words = {name: x.expand(n, *x.shape[1:]) for name, x in task.concept().items()}
+        d = words if self.direction == "words" else batch.c_f
+        s = {"concept": batch.c_f, "nothing": task.nothing(n), "anchor": batch.c_a}[self.start]
+        e_s, e_d, e_0 = (task.old(x_t, batch.t_f, cond) for cond in (s, d, task.nothing(n)))
+        return mse_loss(task.predict(x_t, batch.t_f, batch.c_f), e_s - self.eta * (e_d - e_0))
