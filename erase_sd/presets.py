@@ -99,7 +99,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         | {"schedule": "constant", "mask_mode": "gradient", "redirect_weight": 2.0, "lr": 5e-6, "batch_size": 8}
         | {"steps": 500, "drop_captions": 0.0},
         "sd": GENTLE | {"redirect_weight": 2.0, "lr": 1e-5, "batch_size": 16, "steps": 125},
-        "pocket": GENTLE | POCKET | {"redirect_weight": 2.0, "lr": 1e-4, "steps": 300},
+        "pocket": GENTLE | POCKET | {"redirect_weight": 2.0, "lr": 1e-4, "steps": 150},
     },
     "ascent": {
         # SalUn's SD/train-scripts/gradient_ascent.py: -L_f + 0.1 L_r, ten epochs, without a ceiling.
@@ -107,11 +107,11 @@ PRESETS: dict[str, dict[str, dict]] = {
         | {"schedule": "constant", "alpha": 0.1, "lr": 1e-5, "batch_size": 8, "steps": 1000, "drop_captions": 0.0},
         # Noise has variance 1, so that a model which answers nothing has L_f = 1.
         "sd": GENTLE | {"alpha": 1.0, "forget_ceiling": 1.0, "lr": 1e-5, "batch_size": 16, "steps": 60},
-        "pocket": GENTLE | POCKET | {"alpha": 1.0, "forget_ceiling": 1.0, "lr": 5e-5, "steps": 100},
+        "pocket": GENTLE | POCKET | {"alpha": 3.0, "forget_ceiling": 1.0, "lr": 5e-5, "steps": 100},
     },
     "finetune": {
         "sd": GENTLE | {"lr": 1e-5, "batch_size": 16, "steps": 125},
-        "pocket": GENTLE | POCKET | {"lr": 1e-4, "steps": 300},
+        "pocket": GENTLE | POCKET | {"lr": 1e-4, "steps": 150},
     },
     "esd": {
         # The current code: 200 steps with batch 1. x for styles, u for nudity and objects.
@@ -121,7 +121,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "paper": ESD
         | {"start": "nothing", "eta": 1.0, "train_scope": "xattn", "lr": 1e-5, "batch_size": 1, "steps": 1000},
         "sd": ESD | {"train_scope": "xattn", "lr": 1e-5, "batch_size": 8, "steps": 125},
-        "pocket": ESD | POCKET | {"train_scope": "xattn", "lr": 1e-4, "steps": 200},
+        "pocket": ESD | POCKET | {"train_scope": "xattn", "eta": 4.0, "lr": 1e-4, "steps": 200},
     },
     "uce": {
         "authors": UCE
@@ -156,13 +156,13 @@ PRESETS: dict[str, dict[str, dict]] = {
         "sd": GENTLE | {"anchor_pictures": True, "lr": 2e-5, "batch_size": 16, "steps": 500},
         "pocket": GENTLE
         | POCKET
-        | {"anchor_pictures": True, "lam": 2.0, "fisher_batches": 20, "lr": 4e-4, "steps": 300},
+        | {"anchor_pictures": True, "lam": 0.3, "fisher_batches": 20, "lr": 4e-4, "steps": 200},
     },
     "forget-me-not": {
         # configs/attn.yaml, less textual inversion.
         "authors": CONSTANT | {"lr": 2e-6, "weight_decay": 0.01, "max_grad_norm": 1.0, "batch_size": 1, "steps": 35},
         "sd": GENTLE | {"lr": 2e-6, "weight_decay": 0.01, "max_grad_norm": 1.0, "batch_size": 1, "steps": 35},
-        "pocket": GENTLE | POCKET | {"lr": 4e-5, "weight_decay": 0.01, "max_grad_norm": 1.0, "steps": 35},
+        "pocket": GENTLE | POCKET | {"lr": 6e-5, "weight_decay": 0.01, "max_grad_norm": 1.0, "steps": 35},
     },
     "sld": {
         # The authors' configurations; weak is that of diffusers, while ESD's scripts have s_S = 200.

@@ -53,6 +53,8 @@ ABLATION: dict[str, dict[str, Any]] = {
     "fraction 0.01": {"fraction": 0.01},
     "trim: cross-attention": {"trim_scope": "xattn"},
     "trim: all weights": {"trim_scope": "full"},
+    "trim and train: cross-attention": {"trim_scope": "xattn", "train_scope": "xattn"},
+    "trim and train: the text's keys and values": {"trim_scope": "kv", "train_scope": "kv"},
     "objective: ascent": {"objective": "ascent"},
     "constraint: L_f, never released": {"constraint": "forget", "release_at": None},
     "constraint never released": {"release_at": None},
