@@ -67,8 +67,9 @@ def summary(record: dict, folder: str) -> str:
     """The scores and where everything is, as the last lines of the job."""
     lines = [f"{folder}: unet/, run.json, README.md, before_after.png ({record['seconds']:.0f} s)"]
     for place, mib in record["peak_memory_mib"].items():
-        share = mib * 2**20 / (4 * record["parameters"])
-        lines.append(f"{place + ' memory':<20} {mib / 1024:6.2f} GiB at its peak, {share:.2f} x the network in fp32")
+        share = mib * 2**20 / (4 * record["parameters"])  # of a small network the libraries' own memory tells nothing
+        times = f", {share:.2f} x the network in fp32" if share < 20 else ""
+        lines.append(f"{place + ' memory':<20} {mib / 1024:6.2f} GiB at its peak{times}")
     if scores := record["scores"]:
         rows = [("concept", scores["concept"])]
         rows += [(f"{group} {kind}", both) for group in ("retain", "spared") for kind, both in scores[group].items()]
