@@ -62,6 +62,16 @@ def write_atomic(path: Path | str, data: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def replace_between(readme: Path, name: str, text: str) -> None:
+    """Put the text between a page's marks of this name. Raises UserError if they are not there."""
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    page = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    if start not in page or end not in page:
+        raise UserError(f"--readme {readme} has no line {start} followed by {end}")
+    head, rest = page.split(start, 1)
+    write_atomic(readme, f"{head}{start}\n{text}{end}{rest.split(end, 1)[1]}")
+
+
 @contextmanager
 def new_folder(path: Path | str) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` when the block succeeds and is removed when it fails.

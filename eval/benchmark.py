@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from erase_sd.knobs import at_least
 from erase_sd.options import knob, parse
 from erase_sd.process import RunLock, UserError, run_main
-from erase_sd.runtime import write_atomic
+from erase_sd.runtime import replace_between, write_atomic
 from erase_sd.terminal import quiet
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Benchmark:
     output_dir: str | None = knob(None, "folder of tables and rows (default: runs/benchmark-<suite>)")
     processes: int = knob(2, "rows at a time, one thread each")
     run: bool = knob(True, "run what is missing; --no-run writes the tables of what is there")
+    readme: str | None = knob(None, "file whose lines between <!-- leaderboard:start --> and its end become the table")
     keep: bool = knob(False, "keep the erased UNets in <output_dir>/.cache/runs, 20 MB each")
 
     def __post_init__(self) -> None:
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(options.output_dir or f"runs/benchmark-{options.suite}")
     with RunLock(folder):
         failed = run(options, wanted, everything, folder) if options.run else []
-        print(report(options.suite, everything, folder))
+        print(report(options.suite, everything, folder, options.readme))
     for text in failed:
         print(f"error: {text}", file=sys.stderr)
     return int(bool(failed))
@@ -117,8 +118,11 @@ def carry_out(rows: list[Row], folder: Path, keep: bool, pool: Executor, bar: tq
     return failed
 
 
-def report(name: str, rows: Sequence[Row], folder: Path) -> str:
-    """Write the tables, the figure and the grid of the rows that are finished; returns the Markdown page."""
+def report(name: str, rows: Sequence[Row], folder: Path, readme: str | None = None) -> str:
+    """Write the tables, the figure and the grid of the rows that are finished; returns the Markdown page.
+
+    Raises UserError for a README without the marks.
+    """
     from eval import leaderboard, leaderboard_plots
     from eval.standings import standings
     from eval.suite import SUITES, stored
@@ -133,6 +137,8 @@ def report(name: str, rows: Sequence[Row], folder: Path) -> str:
     write_atomic(folder / "leaderboard.md", page)
     leaderboard_plots.tradeoff(board, folder / "leaderboard.png")
     leaderboard_plots.grid([row for row, _ in finished], folder)
+    if readme:
+        replace_between(Path(readme), "leaderboard", leaderboard.summary(board))
     return f"{page}\n{folder}/leaderboard.csv, .md, .png, grid.png"
 
 

@@ -59,7 +59,7 @@ def markdown(name: str, suite: Suite, board: Sequence[Standing], left: Sequence[
     concepts = list(dict.fromkeys(s.concept for s in board if s.concept))
     pictures = f"{suite.forget_pictures} pictures of the concept and {suite.retain_pictures} of everything else a run"
     page = [f"# Erasing methods: {name}\n\n{LEGEND}\n{pictures}; concepts: {', '.join(concepts)}.\n"]
-    page.append(f"\n## All concepts\n\n{table(ranked(board, None))}\n{verdict(board)}\n")
+    page.append(f"\n## All concepts\n\n{summary(board)}")
     for concept in concepts:
         page.append(f"\n## {concept}\n\nRates ± sample standard deviation over the seeds.\n\n")
         page.append(table(ranked(board, concept)))
@@ -67,6 +67,11 @@ def markdown(name: str, suite: Suite, board: Sequence[Standing], left: Sequence[
         page.append(f"\n## Not finished\n\n{_left(left)}")
     page.append(f"\nProtocol: {', '.join(f'{key} {value}' for key, value in protocol().items())}.\n")
     return "".join(page)
+
+
+def summary(board: Sequence[Standing]) -> str:
+    """The methods over all concepts, and which is the best."""
+    return f"{table(ranked(board, None))}\n{verdict(board)}\n"
 
 
 def _left(rows: Sequence[Row]) -> str:

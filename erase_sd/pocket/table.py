@@ -19,11 +19,10 @@ from statistics import mean
 
 from erase_sd.options import knob, parse
 from erase_sd.process import UserError, run_main
-from erase_sd.runtime import write_atomic
+from erase_sd.runtime import replace_between, write_atomic
 
 ROOT = Path(__file__).parents[2]
 HELD_OUT = ("frog", "strawberry", "pencil style", "green background")
-MARKS = ("<!-- table:start -->", "<!-- table:end -->")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ def main() -> int:
     print(text)
     write_atomic(Path(table.output_dir) / "table.md", text)
     if table.readme:
-        replace_table(Path(table.readme), text)
+        replace_between(Path(table.readme), "table", text)
     return 0
 
 
@@ -113,16 +112,6 @@ def _change(rate: dict[str, float]) -> float:
 
 def _list(values: tuple[int, ...]) -> str:
     return ", ".join(map(str, values))
-
-
-def replace_table(readme: Path, text: str) -> None:
-    """Put the table between the README's marks. Raises UserError if they are not there."""
-    start, end = MARKS
-    page = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    if start not in page or end not in page:
-        raise UserError(f"--readme {readme} has no line {start} followed by {end}")
-    head, rest = page.split(start, 1)
-    write_atomic(readme, f"{head}{start}\n{text}{end}{rest.split(end, 1)[1]}")
 
 
 if __name__ == "__main__":

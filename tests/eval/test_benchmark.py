@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -117,6 +118,18 @@ def test_finished_rows_stay_missing_and_stale_ones_are_run(
     assert "0 of 2 rows are finished" in said and "1 rows are stale and run again: original_frog_0.json" in said
     assert first.read_bytes() == pictures and ours.read_bytes() == was  # the kept run, the same pictures
     assert not list((folder / ".cache" / "runs").glob("*/unet"))  # without --keep a run goes once it is judged
+
+
+def test_the_leaderboard_goes_between_a_readmes_marks(finished: tuple[Path, int, str], tmp_path: Path):
+    folder, *_ = finished
+    readme, marks = tmp_path / "README.md", ("<!-- leaderboard:start -->", "<!-- leaderboard:end -->")
+    readme.write_text(f"before\n{marks[0]}\nold{marks[1]}\nafter\n")
+    assert run(folder, "--no-run", "--readme", str(readme)) == 0
+    head, table, tail = re.split("|".join(marks), readme.read_text())
+    assert (head, tail) == ("before\n", "\nafter\n") and "old" not in table
+    assert table.strip() in (folder / "leaderboard.md").read_text() and "| Ours | " in table
+    with pytest.raises(UserError, match="has no line <!-- leaderboard:start -->"):
+        run(folder, "--no-run", "--readme", str(folder / "leaderboard.md"))
 
 
 def test_a_lost_method_is_named_with_its_log(finished: tuple[Path, int, str]):
