@@ -26,6 +26,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -35,6 +36,8 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
+
+from erase_sd.core.task import Part, Unsharded
 
 SD14_UNET = {
     "sample_size": 64,
@@ -79,6 +82,24 @@ SD14_SCHEDULER = {
 }
 TINY_UNET = {"sample_size": 8, "block_out_channels": (16, 32, 32, 32), "norm_num_groups": 8, "cross_attention_dim": 32}
 TINY_VAE = {"sample_size": 64, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4}
+
+
+class Alone(Unsharded):
+    """What every task of a single process without micro-batches has in common; the rest is the test's."""
+
+    model: nn.Module
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def parts(self, batch: object) -> list[Part]:
+        return [Part(batch)]
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def mean(self, x: Tensor) -> Tensor:
+        return x
 
 
 def byte_tokenizer() -> CLIPTokenizer:

@@ -7,11 +7,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
-from erase_sd.core.task import Part
 from erase_sd.methods.forget_me_not import ForgetMeNot, recorded
 from erase_sd.process import UserError
 from erase_sd.runtime import generator
 from erase_sd.tokens import marks
+from tests.conftest import Alone
 
 
 def test_recorded_attention_is_the_softmax_and_changes_no_answer(tiny_pipe: StableDiffusionPipeline) -> None:
@@ -36,7 +36,7 @@ def test_recorded_attention_is_the_softmax_and_changes_no_answer(tiny_pipe: Stab
         torch.testing.assert_close(probabilities, wanted, rtol=1e-4, atol=1e-6)
 
 
-class Attentive:
+class Attentive(Alone):
     """A task of one picture's width whose network is the tiny UNet."""
 
     def __init__(self, pipe: StableDiffusionPipeline) -> None:
@@ -60,17 +60,6 @@ class Attentive:
 
     def predict(self, x, t, c):
         return self.model(x, t, c).sample
-
-    def parts(self, batch: object) -> list[Part]:
-        return [Part(batch)]
-
-    def backward(self, loss) -> None:
-        loss.backward()
-
-    def mean(self, x):
-        return x
-
-    total = mean
 
 
 @pytest.mark.parametrize("pooler", [True, False])

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erase_sd.core.knobs import Descent
-from erase_sd.core.task import Part, Unsharded
 from erase_sd.methods.ascent import GradientAscent
 from erase_sd.methods.erasediff import EraseDiff
 from erase_sd.methods.finetune import FineTune
@@ -18,9 +17,10 @@ from erase_sd.methods.salun import SalUn
 from erase_sd.methods.sparse import L1Sparse
 from erase_sd.process import UserError
 from erase_sd.runtime import generator
+from tests.conftest import Alone
 
 
-class Toy(Unsharded):
+class Toy(Alone):
     """Linear 4 -> 3; on the forget inputs label 2 is to be forgotten for 0."""
 
     def __init__(self) -> None:
@@ -28,9 +28,6 @@ class Toy(Unsharded):
         self.model = nn.Linear(4, 3)
         for p in self.model.parameters():
             p.data = torch.randn(p.shape, generator=generator(0, "init", p.ndim))
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return dict(self.model.named_parameters())
 
     def batch(self, purpose: str, step: int) -> dict[str, Tensor]:
         g = generator(0, purpose, step)
@@ -47,15 +44,6 @@ class Toy(Unsharded):
 
     def redirect(self, batch: dict[str, Tensor]) -> Tensor:
         return self._loss(batch["f"], 0)
-
-    def parts(self, batch: object) -> list[Part]:
-        return [Part(batch)]
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def mean(self, x: Tensor) -> Tensor:
-        return x
 
 
 def erasediff(multiplier: str, eta: float):

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from erase_sd.core.task import Part, Unsharded
 from erase_sd.core.trim import reinitialise_
 from erase_sd.denoising import DenoisingTask
 from erase_sd.groups import select
@@ -18,9 +17,10 @@ from erase_sd.latents import Samples
 from erase_sd.methods.scissorhands import Scissorhands
 from erase_sd.plan import make
 from erase_sd.runtime import generator
+from tests.conftest import Alone
 
 
-class Toy(Unsharded):
+class Toy(Alone):
     """4 features, 3 labels; the first layer may be trimmed, the whole network is ranked where asked for."""
 
     def __init__(self, ranked: bool = False) -> None:
@@ -28,9 +28,6 @@ class Toy(Unsharded):
         self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
         for name, p in self.model.named_parameters():
             p.data = torch.randn(p.shape, generator=generator(0, name), dtype=torch.float64)
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return dict(self.model.named_parameters())
 
     def trimmable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if name.startswith("0.")}
@@ -55,15 +52,6 @@ class Toy(Unsharded):
 
     def contrast(self, batch: Tensor) -> Tensor:
         return self.forget(batch) - self.redirect(batch)
-
-    def parts(self, batch: object) -> list[Part]:
-        return [Part(batch)]
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def mean(self, x: Tensor) -> Tensor:
-        return x
 
 
 def run(method: Scissorhands, task: object) -> tuple[list[dict], dict[str, int]]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from erase_sd.core.task import Part
 from erase_sd.methods.selective_amnesia import SelectiveAmnesia
 from erase_sd.process import UserError
 from erase_sd.runtime import generator
+from tests.conftest import Alone
 
 B = 3
 
@@ -27,16 +27,13 @@ class Batch(NamedTuple):
     c_r: Tensor
 
 
-class Toy:
+class Toy(Alone):
     """A linear denoiser of vectors: noise is added, captions are added to the answer."""
 
     def __init__(self) -> None:
         self.model, self.knobs, self.seed = nn.Linear(4, 4), SimpleNamespace(batch_size=B), 0
         for p in self.model.parameters():
             p.data = torch.randn(p.shape, generator=generator(0, "init", p.ndim))
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return dict(self.model.named_parameters())
 
     def batch(self, purpose: str, step: int) -> Batch:
         g = generator(0, purpose, step)
@@ -47,17 +44,6 @@ class Toy:
 
     def retain(self, b: Batch) -> Tensor:
         return mse_loss(self.model(b.z_r + b.noise_r) + b.c_r, b.noise_r)
-
-    def parts(self, batch: object) -> list[Part]:
-        return [Part(batch)]
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def mean(self, x: Tensor) -> Tensor:
-        return x
-
-    total = mean
 
 
 KNOBS = {"steps": 4, "lr": 1e-3, "gamma": 0.7, "lam": 2e-7, "fisher_batches": 5}

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from erase_sd.core.sensitivity import accumulate, connection_sensitivity, contrastive
-from erase_sd.core.task import Part, Unsharded, gradient
+from erase_sd.core.task import gradient
+from tests.conftest import Alone
 
 
 def last(steps):
@@ -74,14 +75,7 @@ def test_gradient_is_zero_where_the_loss_does_not_depend_on_a_parameter(toy):
 def test_gradient_of_a_half_precision_parameter_is_fp32():
     model = nn.Linear(2, 1).bfloat16()
 
-    class Half(Unsharded):
-        def parts(self, batch):
-            return [Part(batch)]
-
-        def backward(self, loss):
-            loss.backward()
-
-    task = Half()
+    task = Alone()
     task.model, x = model, torch.ones(1, 2, dtype=torch.bfloat16)
     g = gradient(task, lambda batch: model(batch).sum(), x, dict(model.named_parameters()))
     assert all(x.dtype == torch.float32 for x in g.values())
