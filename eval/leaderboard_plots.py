@@ -20,6 +20,7 @@ from eval.suite import ORIGINAL, Row
 from eval.trial import features_file, questions_shown
 
 LINE = 0.045  # of the panel's height: labels are at least so far apart
+FLOOR = 60  # %: what retains less is drawn there, with its number, so that one ruin does not press the others together
 
 
 def tradeoff(board: Sequence[Standing], file: Path) -> None:
@@ -29,19 +30,21 @@ def tradeoff(board: Sequence[Standing], file: Path) -> None:
     best, whole = pareto(s for s in board if s.concept is None), [s for s in board if s.concept is None]
     for s in board:
         if s.method != ORIGINAL and s.concept:
-            axes.plot(s.values["ua"], retention(s), ".", color=_colour(s, best), alpha=0.3, markersize=5)
+            axes.plot(s.values["ua"], _height(s), ".", color=_colour(s, best), alpha=0.3, markersize=5)
     methods = [s for s in whole if s.method != ORIGINAL]
     for s in methods:
         style = {"markersize": 9, "fillstyle": "full" if s.method in best else "none"}
-        axes.plot(s.values["ua"], retention(s), "o", color=_colour(s, best), **style)
-    ends = sorted((s.values["ua"], retention(s)) for s in methods if s.method in best)
+        mark = "o" if retention(s) >= FLOOR else "v"
+        axes.plot(s.values["ua"], _height(s), mark, color=_colour(s, best), clip_on=False, **style)
+    ends = sorted((s.values["ua"], _height(s)) for s in methods if s.method in best)
     axes.step([x for x, _ in ends], [y for _, y in ends], color=QUIET, where="pre", zorder=0)
     for s in whole:
         if s.method == ORIGINAL:
             axes.axhline(retention(s), color=INK, linestyle="--", linewidth=0.8, label="original model's retention")
             axes.legend(frameon=False, fontsize=9, loc="lower left")
     axes.set_xlim(-3, 103)
-    axes.set_ylim(top=min(axes.get_ylim()[1], 101))
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, FLOOR), min(high, 101))
     axes.set_xlabel("erasure: UA, % (filled: on the Pareto front)")
     tidy(axes, "Erasure and retention, mean of IRA and CRA, %")
     _labels(axes, methods, best)
@@ -52,22 +55,26 @@ def _colour(s: Standing, best: set[str]) -> str:
     return FORGET if s.method in best else RETAIN
 
 
+def _height(s: Standing) -> float:
+    return max(retention(s), FLOOR)
+
+
 def _labels(axes: Axes, methods: list[Standing], best: set[str]) -> None:
     """Names at the right edge in the order of their dots, apart enough to be read, each with a thread to its dot."""
     low, high = axes.get_ylim()
     place = 1.0
     for s in sorted(methods, key=lambda s: -retention(s)):
-        place = min(place, (retention(s) - low) / (high - low))
+        place = min(place, (_height(s) - low) / (high - low))
         axes.annotate(
-            s.method,
-            (s.values["ua"], retention(s)),
+            s.method if retention(s) >= FLOOR else f"{s.method}: {retention(s):.0f} %",
+            (s.values["ua"], _height(s)),
             (1.03, place),
             textcoords="axes fraction",
             fontsize=9,
             color=_colour(s, best),
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": QUIET, "linewidth": 0.7, "shrinkB": 5},
+            arrowprops={"arrowstyle": "-", "color": QUIET, "linewidth": 0.7, "shrinkB": 5, "relpos": (0, 0.5)},
         )
         place -= LINE
 
