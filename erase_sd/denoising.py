@@ -121,9 +121,9 @@ class DenoisingTask(Unsharded):
         """The conditioning of n empty captions: the unconditional branch of guidance."""
         return self._conditioning(torch.full((n,), self.samples.empty))
 
-    def concept(self) -> Cond:
-        """The conditioning (1, ...) of the concept's own words."""
-        return self._conditioning(torch.tensor([self.samples.concept]))
+    def concept(self, n: int) -> Cond:
+        """The conditioning of the concept's own words, n times."""
+        return self._conditioning(torch.full((n,), self.samples.concept))
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t for latents (n, C, H, W) at timesteps (n,)."""

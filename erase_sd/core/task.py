@@ -126,8 +126,8 @@ class DenoisingTask(Task, Protocol):
     def nothing(self, n: int) -> Params:
         """The conditioning of n empty captions."""
 
-    def concept(self) -> Params:
-        """The conditioning (1, ...) of the concept's own words."""
+    def concept(self, n: int) -> Params:
+        """The conditioning of the concept's own words, n times."""
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t from clean latents and noise of one shape, at timesteps t (n,)."""

@@ -36,8 +36,7 @@ class ESD(Objective):
         from torch.nn.functional import mse_loss
 
         x_t, n = task.add_noise(batch.z_f, batch.noise_f, batch.t_f), len(batch.z_f)
-        words = {name: x.expand(n, *x.shape[1:]) for name, x in task.concept().items()}
-        d = words if self.direction == "words" else batch.c_f
-        s = {"concept": batch.c_f, "nothing": task.nothing(n), "anchor": batch.c_a}[self.start]
-        e_s, e_d, e_0 = (task.old(x_t, batch.t_f, cond) for cond in (s, d, task.nothing(n)))
-        return mse_loss(task.predict(x_t, batch.t_f, batch.c_f), e_s - self.eta * (e_d - e_0))
+        captions = {"concept": batch.c_f, "anchor": batch.c_a, "nothing": task.nothing(n), "words": task.concept(n)}
+        s, d = self.start, "words" if self.direction == "words" else "concept"
+        e = {name: task.old(x_t, batch.t_f, captions[name]) for name in {s, d, "nothing"}}  # each once
+        return mse_loss(task.predict(x_t, batch.t_f, batch.c_f), e[s] - self.eta * (e[d] - e["nothing"]))

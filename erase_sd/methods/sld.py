@@ -46,7 +46,7 @@ class SLD:
 
         if "guidance_embeds" in task.model.config:
             raise UserError("sld needs classifier-free guidance, which Flux has not: erase from SD 1, 2, XL or 3")
-        text = {name: x for name, x in task.concept().items() if name in TEXT}
+        text = {name: x for name, x in task.concept(1).items() if name in TEXT}
         attach(task.model, SafetyGuidance(text, Settings(**asdict(self))))
         if state is None:
             yield {"step": 0}, {"step": 1}
