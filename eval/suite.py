@@ -63,6 +63,8 @@ ABLATION: dict[str, dict[str, Any]] = {
     "retain: data; anchor: current network": {"retain_loss": "data", "anchor_model": "current"},
     "no anchor pictures": {"anchor_pictures": False},
     "retain: data": {"retain_loss": "data"},
+    "lambda 0.3": {"lam": 0.3},
+    "lambda 3": {"lam": 3.0},
     "optimizer: SGD": {"optimizer": "sgd", "momentum": 0.9, "lr": 0.05},
     "one batch of pictures": {"forget_images": 32, "retain_images": 32},
 }
@@ -87,7 +89,12 @@ SUITES: dict[str, Suite] = {
         methods=METHODS, concepts=("frog",), seeds=(0,), forget_pictures=36, retain_pictures=168, most_steps=75
     ),
     "pocket-tuning": Suite(methods=METHODS, concepts=TUNING),
-    "pocket-ablation": Suite(methods={name: OURS | more for name, more in ABLATION.items()}, concepts=TUNING),
+    "pocket-ablation": Suite(  # fewer steps and pictures: what is compared is one knob against the default beside it
+        methods={name: OURS | more for name, more in ABLATION.items()},
+        concepts=TUNING,
+        retain_pictures=240,
+        most_steps=120,
+    ),
 }
 
 
