@@ -56,6 +56,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "trim and train: cross-attention": {"trim_scope": "xattn", "train_scope": "xattn"},
     "trim and train: the text's keys and values": {"trim_scope": "kv", "train_scope": "kv"},
     "objective: ascent": {"objective": "ascent"},
+    "objective: ascent, ceiling 1": {"objective": "ascent", "forget_ceiling": 1.0},
     "constraint: L_f, never released": {"constraint": "forget", "release_at": None},
     "constraint never released": {"release_at": None},
     "projection: off": {"projection": "off"},
@@ -67,6 +68,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "lambda 3": {"lam": 3.0},
     "optimizer: SGD": {"optimizer": "sgd", "momentum": 0.9, "lr": 0.05},
     "one batch of pictures": {"forget_images": 32, "retain_images": 32},
+    "32 retain prompts": {"retain_images": 32},
 }
 
 

@@ -93,6 +93,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "eval.leaderboard_plots": {*JUDGES, "eval", "eval.suite", "eval.trial", "eval.standings"},
     "eval.benchmark": {*JUDGES, "eval", "eval.suite", "eval.trial", "eval.standings", "eval.leaderboard"}
     | {"eval.leaderboard_plots"},
+    "eval.cuts": {"eval", *MODELS, "erase_sd.core", "erase_sd.denoising", "erase_sd.latents", "erase_sd.subject"}
+    | {"erase_sd.plan", "erase_sd.pocket"},
+    "eval.selectivity": {"eval.cuts", "erase_sd.knobs"},
     "eval.speed": {"eval.speeds"},
     "eval.speeds": {"eval", *MODELS, "erase_sd.knobs", "erase_sd.core", "erase_sd.denoising", "erase_sd.latents"}
     | {"erase_sd.pocket", "erase_sd.train", "erase_sd.erase"},
