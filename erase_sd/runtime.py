@@ -62,14 +62,21 @@ def write_atomic(path: Path | str, data: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def replace_between(readme: Path, name: str, text: str) -> None:
-    """Put the text between a page's marks of this name. Raises UserError if they are not there."""
+def around(readme: Path, name: str) -> tuple[str, str]:
+    """What a page has up to its first mark of this name, and from its last; UserError if they are not there."""
     start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
     page = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    if start not in page or end not in page:
+    head, _, rest = page.partition(start)
+    _, last, tail = rest.partition(end)
+    if not last:
         raise UserError(f"--readme {readme} has no line {start} followed by {end}")
-    head, rest = page.split(start, 1)
-    write_atomic(readme, f"{head}{start}\n{text}{end}{rest.split(end, 1)[1]}")
+    return head + start, last + tail
+
+
+def replace_between(readme: Path, name: str, text: str) -> None:
+    """Put the text between a page's marks of this name. Raises UserError as `around` does."""
+    head, tail = around(readme, name)
+    write_atomic(readme, f"{head}\n{text}{tail}")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from erase_sd.knobs import at_least
 from erase_sd.options import knob, parse
 from erase_sd.process import RunLock, UserError, run_main
-from erase_sd.runtime import replace_between, write_atomic
+from erase_sd.runtime import around, replace_between, write_atomic
 from erase_sd.terminal import quiet
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
 
     if options.suite not in SUITES:
         raise UserError(f"--suite {options.suite} is none of {', '.join(SUITES)}")
+    if options.readme:
+        around(Path(options.readme), "leaderboard")  # refuses now what would be refused after hours
     suite = SUITES[options.suite]
     wanted = rows(suite, options.methods, options.concepts, options.seeds)
     everything = list({row.file: row for row in [*rows(suite, (), (), ()), *wanted]}.values())

@@ -19,7 +19,7 @@ from statistics import mean
 
 from erase_sd.options import knob, parse
 from erase_sd.process import UserError, run_main
-from erase_sd.runtime import replace_between, write_atomic
+from erase_sd.runtime import around, replace_between, write_atomic
 
 ROOT = Path(__file__).parents[2]
 HELD_OUT = ("frog", "strawberry", "pencil style", "green background")
@@ -41,6 +41,8 @@ class Table:
 def main() -> int:
     """Run the jobs that are missing, print the table and write it where it belongs."""
     table = Table(**parse(sys.argv[1:], prog="pocket-table", description="Measure the results table.", t=Table)["t"])
+    if table.readme:
+        around(Path(table.readme), "table")  # refuses now what would be refused after an hour
     jobs = [(concept, seed) for seed in table.seeds for concept in table.concepts]
     with ThreadPoolExecutor(table.processes) as pool:
         runs = dict(zip(jobs, pool.map(lambda job: run(table, *job), jobs), strict=True))

@@ -128,8 +128,14 @@ def test_the_leaderboard_goes_between_a_readmes_marks(finished: tuple[Path, int,
     head, table, tail = re.split("|".join(marks), readme.read_text())
     assert (head, tail) == ("before\n", "\nafter\n") and "old" not in table
     assert table.strip() in (folder / "leaderboard.md").read_text() and "| Ours | " in table
+
+
+def test_a_readme_without_marks_is_refused_before_the_first_row(tmp_path: Path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- leaderboard:end --> before <!-- leaderboard:start -->\n")
     with pytest.raises(UserError, match="has no line <!-- leaderboard:start -->"):
-        run(folder, "--no-run", "--readme", str(folder / "leaderboard.md"))
+        run(tmp_path / "new", "--readme", str(readme))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_lost_method_is_named_with_its_log(finished: tuple[Path, int, str]):
