@@ -58,6 +58,12 @@ ABLATION: dict[str, dict[str, Any]] = {
     "objective: ascent": {"objective": "ascent"},
     "objective: ascent, ceiling 1": {"objective": "ascent", "forget_ceiling": 1.0},
     "constraint: L_f, never released": {"constraint": "forget", "release_at": None},
+    "SNIP over all weights; L_f, never released": {
+        "saliency": "abs",
+        "trim_scope": "full",
+        "constraint": "forget",
+        "release_at": None,
+    },
     "constraint never released": {"release_at": None},
     "projection: off": {"projection": "off"},
     "projection: after preconditioning": {"projection": "after-preconditioning"},
