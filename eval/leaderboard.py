@@ -14,8 +14,9 @@ without it; CRA: accuracy of the other kinds on all prompts (UnlearnCanvas, arXi
 percent; HM: their harmonic mean. Nothing: share of the concept's pictures in which the oracle sees nothing of its
 kind, in percent. FID and KID (x 1000) compare the retain pictures of all seeds together with as many of the original
 model for the same prompts from other seeds, by the oracle's pooled features (--features pocket of eval.quality, not
-InceptionV3); those of the original model are the noise floor, FID / floor is in units of it; KID is below 0 where both
-sides draw the same prompts alike. Drift: 1 - cosine (x 1000) to the original's picture of the same prompt and seed.
+InceptionV3); those of the original model are the noise floor, FID / floor is in units of that of the same seeds; KID
+is below 0 where both sides draw the same prompts alike; n: pictures a side, fewer than all where rows came from
+another machine without features. Drift: 1 - cosine (x 1000) to the original's picture of the same prompt and seed.
 Seconds: the method alone on one thread, without drawing and judging; MiB: peak of its process. Front: no method erases
 as well and retains ((IRA + CRA) / 2) better, or vice versa.
 """
@@ -28,6 +29,7 @@ COLUMNS: dict[str, tuple[str, int]] = {
     "fid": ("FID", 3),
     "floor": ("FID / floor", 2),
     "kid": ("KID", 2),
+    "n": ("n", 0),
     "drift": ("drift", 1),
     "seconds": ("seconds", 1),
     "memory": ("MiB", 0),
@@ -45,7 +47,7 @@ def as_csv(board: Sequence[Standing]) -> str:
     """One line per method and concept, and one ("all") for the mean over the concepts; what is not known is empty."""
     number = lambda x: "" if x is None else f"{x:.6g}"  # noqa: E731
     out = io.StringIO()
-    heads = [*COLUMNS, "drift_rmse", "n"]
+    heads = [*COLUMNS, "drift_rmse"]
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["method", "concept", "runs", *heads, *(f"{key}_std" for key in RATES)])
     for s in board:

@@ -52,7 +52,8 @@ def of_concept(group: Finished, original: Finished, distances: Distances) -> Sta
     rows, results = ([*side] for side in zip(*group, strict=True))
     rates = {key: [100 * r[name]["value"] for r in results] for key, name in RATES.items()}
     far = distances.of(rows)
-    least = distances.of([row for row, _ in original if row.seed in {r.seed for r in rows}])
+    seeds = {row.seed for row in rows if far and row.key in far["rows"]}
+    least = distances.of([row for row, _ in original if row.seed in seeds])
     same = far and least and far["n"] == least["n"] and least["fid"] > 0
     values: Values = {key: mean(x) for key, x in rates.items()}
     values |= {
@@ -123,13 +124,17 @@ class Distances:
         self.known: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.is_file() else {}
 
     def of(self, rows: list[Row]) -> dict[str, Any] | None:
-        """FID and KID of all seeds' retain pictures together to the original's from other seeds; None if the features
-        of a row are gone and were never compared in this company."""
+        """FID and KID of all seeds' retain pictures together to the original's from other seeds.
+
+        Where features are gone, finished on another machine, that of the most rows that were compared before; None
+        if there is none.
+        """
         keys = sorted(row.key for row in rows)
         files = [features_file(row, self.folder) for row in rows]
         if (name := digest(keys)) not in self.known:
             if not rows or not all(file.is_file() for file in files):
-                return None
+                within = [entry for entry in self.known.values() if set(keys).issuperset(entry["rows"])]
+                return max(within, key=lambda entry: entry["n"], default=None)
             ours = torch.cat([load_file(file)["features"] for file in files])
             theirs = torch.cat([reference(r.concept, r.seed, r.pictures[1], self.folder) for r in rows])
             self.known[name] = pooled(ours, theirs) | {"rows": keys}

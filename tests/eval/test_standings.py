@@ -126,6 +126,17 @@ def test_distances_outlive_their_features_and_go_with_their_rows(tmp_path: Path,
     assert json.loads((tmp_path / "distances.json").read_text()) == {}
 
 
+def test_seeds_of_another_machine_leave_the_distances_of_the_others(tmp_path: Path, features: dict[str, np.ndarray]):
+    finished = [(make_row(m, "frog", s), result(0.5, 0.5, 0.5)) for s in range(3) for m in (ORIGINAL, "ESD")]
+    for count in (2, 4):  # after the first seed, and after the second
+        known = of(standings.standings(finished[:count], tmp_path), "ESD", "frog").values
+    features_file(finished[1][0], tmp_path).unlink()
+    board = standings.standings(finished, tmp_path)
+    here, floor = of(board, "ESD", "frog"), of(board, ORIGINAL, "frog")
+    assert here.runs == 3 and here.values["n"] == 80 and floor.values["n"] == 120
+    assert [here.values[key] for key in ("fid", "kid", "floor")] == [known[key] for key in ("fid", "kid", "floor")]
+
+
 def test_the_tables(tmp_path: Path):
     board = standings.standings(FINISHED, tmp_path)
     suite = Suite(methods={}, concepts=("frog", "neon style"))
