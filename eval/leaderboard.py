@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 
-from eval.standings import RATES, Standing, pareto
+from eval.standings import RATES, Standing, common, pareto
 from eval.suite import ORIGINAL, Row, Suite, protocol
 
 LEGEND = """UA: share of the concept's pictures that no longer show it; IRA: accuracy of its kind on the prompts
@@ -61,7 +61,9 @@ def markdown(name: str, suite: Suite, board: Sequence[Standing], left: Sequence[
     concepts = list(dict.fromkeys(s.concept for s in board if s.concept))
     pictures = f"{suite.forget_pictures} pictures of the concept and {suite.retain_pictures} of everything else a run"
     page = [f"# Erasing methods: {name}\n\n{LEGEND}\n{pictures}; concepts: {', '.join(concepts)}.\n"]
-    page.append(f"\n## All concepts\n\n{summary(board)}")
+    shared = common(board)
+    title = "All concepts" if shared == concepts else f"Mean over {', '.join(shared)}, which every method has finished"
+    page.append(f"\n## {title}\n\n{summary(board)}")
     for concept in concepts:
         page.append(f"\n## {concept}\n\nRates ± sample standard deviation over the seeds.\n\n")
         page.append(table(ranked(board, concept)))

@@ -34,7 +34,7 @@ class Standing(NamedTuple):
 
 
 def standings(finished: Finished, folder: Path) -> list[Standing]:
-    """One for every method and concept, and one for every method, in the order of the rows."""
+    """One for every method and concept, and one for every method over `common`, in the order of the rows."""
     distances = Distances(folder)
     groups: dict[tuple[str, str], list[tuple[Row, Result]]] = {}
     for row, result in finished:
@@ -43,8 +43,17 @@ def standings(finished: Finished, folder: Path) -> list[Standing]:
         of_concept(group, groups.get((ORIGINAL, concept), []), distances) for (_, concept), group in groups.items()
     ]
     distances.write({row.key for row, _ in finished})
-    methods = dict.fromkeys(standing.method for standing in single)
-    return [*single, *(overall([s for s in single if s.method == method]) for method in methods)]
+    methods, concepts = dict.fromkeys(s.method for s in single), common(single)
+    everywhere = ([s for s in single if s.method == method and s.concept in concepts] for method in methods)
+    return [*single, *map(overall, everywhere)]
+
+
+def common(board: Sequence[Standing]) -> list[str]:
+    """The concepts that every method has finished, which alone make means comparable; all, where there is none."""
+    concepts = list(dict.fromkeys(s.concept for s in board if s.concept))
+    done = {(s.method, s.concept) for s in board}
+    shared = [concept for concept in concepts if all((s.method, concept) in done for s in board)]
+    return shared or concepts
 
 
 def of_concept(group: Finished, original: Finished, distances: Distances) -> Standing:

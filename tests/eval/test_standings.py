@@ -62,6 +62,17 @@ def test_seeds_are_averaged_then_concepts(tmp_path: Path):
     assert {s.values["fid"] for s in board} == {None}  # no features, no distance
 
 
+def test_a_method_that_lacks_a_concept_is_compared_on_the_others(tmp_path: Path):
+    more = [(make_row("UCE", "frog", 0), result(1.0, 0.5, 0.5))]
+    board = standings.standings([*FINISHED, *more], tmp_path)
+    assert standings.common(board) == ["frog"]
+    assert of(board, "ESD", None).values == of(board, "ESD", "frog").values and of(board, "ESD", None).runs == 2
+    page = leaderboard.markdown("toy", Suite(methods={}, concepts=("frog", "neon style")), board, [])
+    assert "## Mean over frog, which every method has finished" in page and "## neon style" in page
+    nowhere = [(make_row("UCE", "pencil style", 0), result(1.0, 0.5, 0.5))]
+    assert of(standings.standings([*FINISHED, *nowhere], tmp_path), "UCE", None).values["ua"] == 100
+
+
 def test_the_harmonic_mean_of_nothing_erased_is_nothing():
     assert harmonic([0.0, 99.0, 98.0]) == 0 and harmonic([60.0, 60.0, 60.0]) == pytest.approx(60)
     assert harmonic([100.0, 50.0, 50.0]) == pytest.approx(60)
