@@ -27,7 +27,7 @@ class Standing(NamedTuple):
     """One method on one concept, or on all of them; rates in percent, None where a value is not known."""
 
     method: str
-    concept: str | None  # None: the mean over the concepts
+    concept: str | None  # None: the mean over those that every method has finished
     runs: int
     values: Values  # ua, ira, cra, mean (harmonic), other, fid, floor (fid in the original's), kid, drift, ...
     spread: Values  # sample standard deviation of ua, ira and cra over the seeds
@@ -42,7 +42,7 @@ def standings(finished: Finished, folder: Path) -> list[Standing]:
     single = [
         of_concept(group, groups.get((ORIGINAL, concept), []), distances) for (_, concept), group in groups.items()
     ]
-    distances.write({row.key for row, _ in finished})
+    distances.write(row.key for row, _ in finished)
     methods, concepts = dict.fromkeys(s.method for s in single), common(single)
     everywhere = ([s for s in single if s.method == method and s.concept in concepts] for method in methods)
     return [*single, *map(overall, everywhere)]
@@ -142,14 +142,17 @@ class Distances:
         files = [features_file(row, self.folder) for row in rows]
         if (name := digest(keys)) not in self.known:
             if not rows or not all(file.is_file() for file in files):
-                within = [entry for entry in self.known.values() if set(keys).issuperset(entry["rows"])]
-                return max(within, key=lambda entry: entry["n"], default=None)
+                return max(self._within(keys).values(), key=lambda entry: entry["n"], default=None)
             ours = torch.cat([load_file(file)["features"] for file in files])
             theirs = torch.cat([reference(r.concept, r.seed, r.pictures[1], self.folder) for r in rows])
             self.known[name] = pooled(ours, theirs) | {"rows": keys}
         return self.known[name]
 
-    def write(self, keys: set[str]) -> None:
+    def write(self, keys: Iterable[str]) -> None:
         """Keep what is of these rows."""
-        kept = {name: entry for name, entry in self.known.items() if keys.issuperset(entry["rows"])}
-        write_atomic(self.file, json.dumps(kept, indent=1) + "\n")
+        write_atomic(self.file, json.dumps(self._within(keys), indent=1) + "\n")
+
+    def _within(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """What is known of these rows and no others."""
+        rows = set(keys)
+        return {name: entry for name, entry in self.known.items() if rows.issuperset(entry["rows"])}
