@@ -1,7 +1,6 @@
 # make demo    erase a concept from the pocket model in minutes, offline, on a CPU   (CONCEPT="neon style" for another)
 # make test    lint and tests
 # make kill    kill a tiny run twenty times, anywhere, and compare what the resumed ones find, minutes
-# make table   measure the README's results table again
 # make pocket  fetch the artwork (npm) and train the pocket model again, about two hours
 # make clean   remove the environment and the caches, never the results in runs/
 
@@ -20,7 +19,7 @@ EMPTY :=
 RUN = runs/$(subst $(EMPTY) $(EMPTY),-,$(CONCEPT))
 
 .DELETE_ON_ERROR:
-.PHONY: demo test kill lint table pocket clean
+.PHONY: demo test kill lint pocket clean
 
 demo: $(VENV)/installed
 	$(LAUNCH) erase_sd/train.py --concept "$(CONCEPT)" --model pocket
@@ -36,9 +35,6 @@ kill: $(VENV)/installed-test
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-table: $(VENV)/installed
-	$(BIN)/python -m erase_sd.pocket.table
 
 pocket: $(VENV)/installed-train $(ARTWORK)
 	$(BIN)/python -m erase_sd.pocket.train --artwork $(ARTWORK)

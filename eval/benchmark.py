@@ -46,7 +46,10 @@ class Benchmark:
     output_dir: str | None = knob(None, "folder of tables and rows (default: runs/benchmark-<suite>)")
     processes: int = knob(2, "rows at a time, one thread each")
     run: bool = knob(True, "run what is missing; --no-run writes the tables of what is there")
-    readme: str | None = knob(None, "file whose lines between <!-- leaderboard:start --> and its end become the table")
+    readme: str | None = knob(
+        None,
+        "file in which the tables replace what is between <!-- leaderboard:start -->, <!-- results:start --> and end",
+    )
     keep: bool = knob(False, "keep the erased UNets in <output_dir>/.cache/runs, 20 MB each")
 
     def __post_init__(self) -> None:
@@ -67,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.suite not in SUITES:
         raise UserError(f"--suite {options.suite} is none of {', '.join(SUITES)}")
     if options.readme:
-        around(Path(options.readme), "leaderboard")  # refuses now what would be refused after hours
+        for mark in ("leaderboard", "results"):
+            around(Path(options.readme), mark)  # refuses now what would be refused after hours
     suite = SUITES[options.suite]
     wanted = rows(suite, options.methods, options.concepts, options.seeds)
     everything = list({row.file: row for row in [*rows(suite, (), (), ()), *wanted]}.values())
@@ -125,7 +129,7 @@ def report(name: str, rows: Sequence[Row], folder: Path, readme: str | None = No
 
     Raises UserError for a README without the marks.
     """
-    from eval import leaderboard, leaderboard_plots
+    from eval import leaderboard, leaderboard_plots, results
     from eval.standings import standings
     from eval.suite import SUITES, stored
 
@@ -141,6 +145,7 @@ def report(name: str, rows: Sequence[Row], folder: Path, readme: str | None = No
     leaderboard_plots.grid([row for row, _ in finished], folder)
     if readme:
         replace_between(Path(readme), "leaderboard", leaderboard.summary(board))
+        replace_between(Path(readme), "results", results.markdown(finished, next(iter(SUITES[name].methods))))
     return f"{page}\n{folder}/leaderboard.csv, .md, .png, grid.png"
 
 

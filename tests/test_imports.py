@@ -59,7 +59,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erase_sd.denoising": {*MODELS, "erase_sd.knobs", "erase_sd.core", "erase_sd.batch", "erase_sd.latents"},
     "erase_sd.sharded": {"erase_sd.denoising"},
     "erase_sd.pocket": {*MODELS, "erase_sd.pictures", "prompts"},
-    "erase_sd.pocket.table": {*MODELS, "erase_sd.pictures", "erase_sd.pocket", "erase_sd.erase", "prompts"},
     "erase_sd.folder": {"erase_sd.record"},
     "erase_sd.loop": {"erase_sd.core", "erase_sd.folder"},
     "erase_sd.subject": {*MODELS, "erase_sd.knobs", "erase_sd.latents", "erase_sd.pocket", "prompts"},
@@ -90,9 +89,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "eval.trial": {*JUDGES, "eval", "eval.suite"},
     "eval.standings": {*JUDGES, "eval", "eval.suite", "eval.trial"},
     "eval.leaderboard": {*JUDGES, "eval", "eval.suite", "eval.standings"},
+    "eval.results": {*JUDGES, "eval", "eval.suite", "eval.standings"},
     "eval.leaderboard_plots": {*JUDGES, "eval", "eval.suite", "eval.trial", "eval.standings"},
     "eval.benchmark": {*JUDGES, "eval", "eval.suite", "eval.trial", "eval.standings", "eval.leaderboard"}
-    | {"eval.leaderboard_plots"},
+    | {"eval.leaderboard_plots", "eval.results"},
     "eval.cuts": {"eval", *MODELS, "erase_sd.core", "erase_sd.denoising", "erase_sd.latents", "erase_sd.subject"}
     | {"erase_sd.plan", "erase_sd.pocket"},
     "eval.selectivity": {"eval.cuts", "erase_sd.knobs"},

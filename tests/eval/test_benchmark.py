@@ -120,20 +120,31 @@ def test_finished_rows_stay_missing_and_stale_ones_are_run(
     assert not list((folder / ".cache" / "runs").glob("*/unet"))  # without --keep a run goes once it is judged
 
 
-def test_the_leaderboard_goes_between_a_readmes_marks(finished: tuple[Path, int, str], tmp_path: Path):
+def test_the_tables_go_between_a_readmes_marks(finished: tuple[Path, int, str], tmp_path: Path):
     folder, *_ = finished
-    readme, marks = tmp_path / "README.md", ("<!-- leaderboard:start -->", "<!-- leaderboard:end -->")
-    readme.write_text(f"before\n{marks[0]}\nold{marks[1]}\nafter\n")
-    assert run(folder, "--no-run", "--readme", str(readme)) == 0
-    head, table, tail = re.split("|".join(marks), readme.read_text())
-    assert (head, tail) == ("before\n", "\nafter\n") and "old" not in table
-    assert table.strip() in (folder / "leaderboard.md").read_text() and "| Ours | " in table
-
-
-def test_a_readme_without_marks_is_refused_before_the_first_row(tmp_path: Path):
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- leaderboard:end --> before <!-- leaderboard:start -->\n")
-    with pytest.raises(UserError, match="has no line <!-- leaderboard:start -->"):
+    marks = [f"<!-- {name}:{end} -->" for name in ("results", "leaderboard") for end in ("start", "end")]
+    readme.write_text("before\n{}\nold{}\nbetween\n{}\nold{}\nafter\n".format(*marks))
+    assert run(folder, "--no-run", "--readme", str(readme)) == 0
+    head, ours, middle, table, tail = re.split("|".join(marks), readme.read_text())
+    assert (head, middle, tail) == ("before\n", "\nbetween\n", "\nafter\n") and "old" not in ours + table
+    assert table.strip() in (folder / "leaderboard.md").read_text() and "| Ours | " in table
+    first = next(line for line in ours.splitlines() if line.startswith("| frog |"))
+    rates = {method: 100 - 100 * x["UA"]["value"] for method, x in results(folder).items()}
+    assert f"| {rates[ORIGINAL]:.1f} → {rates['Ours']:.1f} [" in first
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("<!-- leaderboard:end --> before <!-- leaderboard:start -->\n", "leaderboard"),
+        ("<!-- leaderboard:start -->\n<!-- leaderboard:end -->\n", "results"),
+    ],
+)
+def test_a_readme_without_marks_is_refused_before_the_first_row(tmp_path: Path, text: str, missing: str):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(UserError, match=f"has no line <!-- {missing}:start -->"):
         run(tmp_path / "new", "--readme", str(readme))
     assert not (tmp_path / "new").exists()
 
