@@ -96,7 +96,7 @@ class DenoisingTask(Unsharded):
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         rows = range(rank, self.knobs.batch_size, ranks)
         g = (generator(self.seed, purpose, step, i) for i in rows)
-        draws = [draw(self.samples, self.process, self.knobs.drop_captions, each) for each in g]
+        draws = [draw(self.samples, self.process, self.knobs, each) for each in g]
         columns = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
         conds = {name: self._conditioning(columns.pop(name)) for name in ("c_f", "c_a", "c_r")}
         return Batch(**conds, **{name: x.to(self.accelerator.device) for name, x in columns.items()})
@@ -167,13 +167,13 @@ class DenoisingTask(Unsharded):
 
     def redirect(self, batch: Batch) -> Tensor:
         """Distance between the answer to the concept's caption and the answer to its anchor."""
-        x_t = self.add_noise(batch.z_d, batch.noise_f, batch.t_f)
+        x_t = self.add_noise(batch.z_d, batch.noise_f, batch.t_d)
         if self.knobs.anchor_model == "original":
-            wanted = self.old(x_t, batch.t_f, batch.c_a)
+            wanted = self.old(x_t, batch.t_d, batch.c_a)
         else:
             with torch.no_grad():
-                wanted = self.predict(x_t, batch.t_f, batch.c_a)
-        return nn.functional.mse_loss(self.predict(x_t, batch.t_f, batch.c_f), wanted)
+                wanted = self.predict(x_t, batch.t_d, batch.c_a)
+        return nn.functional.mse_loss(self.predict(x_t, batch.t_d, batch.c_f), wanted)
 
     def _denoise(self, x0: Tensor, t: Tensor, noise: Tensor, cond: Cond) -> Tensor:
         predicted = self.predict(self.add_noise(x0, noise, t), t, cond)

@@ -108,11 +108,14 @@ class Losses:
     rank_scope: str | None = knob(None, "parameters among which the top k is taken (default: those of trim_scope)")
     train_scope: str = knob("full", "parameters that are trained: a named group or re:<regex>")
     anchor_model: Literal["original", "current"] = knob("original", "network that says what the anchor looks like")
+    redirect_draws: int = knob(
+        1, "timesteps drawn for a redirect sample, of which the noisiest counts: layout and ground are decided there"
+    )
     drop_captions: float = knob(0.1, "share of retain samples without caption, which guidance needs, in [0, 1]")
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers outside their range."""
-        at_least(self, 1, "batch_size", "gradient_accumulation_steps")
+        at_least(self, 1, "batch_size", "gradient_accumulation_steps", "redirect_draws")
         if not 0 <= self.drop_captions <= 1:
             raise UserError(f"--drop_captions {self.drop_captions} is outside [0, 1]")
 

@@ -42,6 +42,7 @@ OURS = {
     "constraint": "contrast",
     "projection": "on",
     "release_at": 0.0,
+    "redirect_draws": 3,
     "optimizer": "adamw",
     "schedule": "cosine",
 }
@@ -81,6 +82,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "pocket": OURS
         | {
             "fraction": 0.0025,
+            "projection": "after-preconditioning",  # which rounding of bf16 weights would undo, so not of "sd"
             "anchor_pictures": True,
             "lam": 1.0,
             "lr": 1.5e-4,

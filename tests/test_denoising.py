@@ -265,3 +265,23 @@ def test_redirect_is_fitted_on_the_anchors_pictures_too(tiny_pipe: StableDiffusi
     assert set(swapped.round().tolist()) == {0.0, 100.0} and 4 < (swapped > 50).sum() < 28
     plain = task(tiny_pipe, batch_size=32).batch("repair", 0)
     assert torch.equal(plain.z_d, plain.z_f) and torch.equal(plain.z_f, batch.z_f)
+
+
+def test_redirect_may_be_fitted_where_it_is_noisy(tiny_pipe: StableDiffusionPipeline) -> None:
+    plain, noisiest = (task(tiny_pipe, batch_size=256, redirect_draws=k).batch("repair", 0) for k in (1, 3))
+    assert torch.equal(plain.t_d, plain.t_f)
+    for column in ("z_f", "t_f", "noise_f", "z_r", "t_r", "noise_r", "z_d"):  # all other draws are as they were
+        assert torch.equal(getattr(plain, column), getattr(noisiest, column))
+    u = noisiest.t_d.double().div(1000).sort().values  # the noisiest of three: P(u < x) = x^3
+    assert (noisiest.t_d >= plain.t_f).all() and noisiest.t_d.max() < 1000
+    assert (u**3 - torch.arange(256) / 256).abs().max() < 1.63 / 16  # Kolmogorov and Smirnov at 1 %
+
+
+def test_redirect_looks_at_its_own_timesteps(tiny_pipe: StableDiffusionPipeline) -> None:
+    ours = task(tiny_pipe, redirect_draws=3)
+    b = ours.batch("repair", 0)
+    assert (b.t_d > b.t_f).any()
+    x_t, _ = noisy(tiny_pipe, b.z_d, b.noise_f, b.t_d)
+    with torch.no_grad():
+        concept, anchor = (tiny_pipe.unet(x_t, b.t_d, c[HIDDEN]).sample for c in (b.c_f, b.c_a))
+        close(ours.redirect(b), ((concept - anchor) ** 2).mean())

@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erase_sd.record": RECORDS,
     "erase_sd.tokens": set(),
     "erase_sd.latents": {*MODELS, "erase_sd.knobs", "erase_sd.tokens", "prompts"},
-    "erase_sd.batch": {"erase_sd.families", "erase_sd.noising", "erase_sd.latents"},
+    "erase_sd.batch": {"erase_sd.families", "erase_sd.knobs", "erase_sd.noising", "erase_sd.latents"},
     "erase_sd.denoising": {*MODELS, "erase_sd.knobs", "erase_sd.core", "erase_sd.batch", "erase_sd.latents"},
     "erase_sd.sharded": {"erase_sd.denoising"},
     "erase_sd.pocket": {*MODELS, "erase_sd.pictures", "prompts"},

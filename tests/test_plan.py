@@ -86,6 +86,7 @@ WRONG = [
     ({"sample_batch_size": 0}, "sample_batch_size 0"),
     ({"sample_guidance": -2.0}, "sample_guidance -2"),
     ({"batch_size": 0}, "batch_size 0"),
+    ({"redirect_draws": 0}, "redirect_draws 0"),
     ({"sensitivity_batches": 0}, "sensitivity_batches 0"),
     ({"saliency": "abss"}, "--saliency 'abss' is none of abs, signed, summed, contrast"),
     ({"objective": "redirekt"}, "--objective 'redirekt'"),

@@ -10,7 +10,7 @@ from erase_sd.plan import make
 from erase_sd.pocket.lessons import exam
 from erase_sd.process import UserError
 from eval import suite
-from eval.suite import ABLATION, ORIGINAL, REFERENCE, SUITES, TUNING, Suite, row, rows, stored
+from eval.suite import ABLATION, ORIGINAL, OURS, REFERENCE, SUITES, TUNING, Suite, row, rows, stored
 
 SALUN = {"method": "salun", "preset": "pocket"}
 TWO = Suite(
@@ -34,11 +34,13 @@ def test_settings_are_chosen_on_other_concepts_than_they_are_reported_on():
 
 
 def test_an_ablation_changes_what_it_names():
-    default = SUITES["pocket-ablation"].methods["default"]
-    usual = make(concept="cat", model="pocket", **default).config()
+    base = SUITES["pocket-ablation"].methods["base"]
+    usual = make(concept="cat", model="pocket", **base).config()
     for name, more in ABLATION.items():
-        changed = make(concept="cat", model="pocket", **default | more).config()
+        changed = make(concept="cat", model="pocket", **base | more).config()
         assert {key for key in changed if changed[key] != usual[key]} == set(more), name
+    default = SUITES["pocket-ablation"].methods["base as improved: our default"]
+    assert make(concept="cat", **default, model="pocket") == make(concept="cat", **OURS, model="pocket")
 
 
 def test_the_first_seed_of_everything_comes_first_and_the_original_model_leads_it():
