@@ -26,7 +26,8 @@ from erase_sd.pocket import FOLDER
 from erase_sd.presets import PRESETS
 
 QUICK = {"steps": 12, "lr": 2e-4, "warmup_steps": 0, "sensitivity_batches": 2, "fraction": 5e-4, "batch_size": 8}
-LARGER = {  # where few weights are trained, or something holds them back
+LARGER = {  # where few weights are trained, something holds them back, or L_f hardly sees it (redirect at high noise)
+    "scissorhands": {"steps": 20},
     "esd": {"lr": 1e-3},
     "concept-ablation": {"lr": 3e-3, "steps": 20},
     "erasediff": {"lr": 1e-3},
