@@ -23,12 +23,12 @@ HEADS = (
 def markdown(finished: Finished, method: str) -> str:
     """One row per concept: before (the original model) and after in percent, over the seeds that both have finished.
 
-    Intervals are Wilson's, over all their pictures.
+    Intervals are Wilson's, over all their pictures: as in eval.pocket, one that gives several answers counts once.
     """
-    lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
     pairs = paired(finished, method)
     if not pairs:
         return f"{method} has finished no row.\n"
+    lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
     lines += [f"| {' | '.join([concept, *cells(found)])} |" for concept, found in pairs.items()]
     results = [after for found in pairs.values() for _, after in found]
     seeds, most = sorted({r["seed"] for r in results}), max(map(len, pairs.values()))
@@ -68,5 +68,5 @@ def cell(found: Sequence[tuple[Result, Result]], name: str, lost: bool = False) 
     """A rate before and after, or what is missing of it to 1."""
     before, after = (mean(r[name]["value"] for r in side) for side in zip(*found, strict=True))
     before, after = (1 - before, 1 - after) if lost else (before, after)
-    low, high = wilson(after, sum(r[name]["n"] for _, r in found))
+    low, high = wilson(after, sum(min(r[name]["n"], r["n"]) for _, r in found))  # answers, and pictures of the row
     return f"{100 * before:.1f} → {100 * after:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

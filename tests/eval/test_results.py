@@ -14,7 +14,7 @@ PICTURES = {"UA": 72, "IRA": 336, "CRA": 816}
 def finished(method: str, concept: str, seed: int, *rates: float) -> tuple[Row, dict]:
     row = Row(method, concept, seed, (72, 336), (), {}, f"{method}-{concept}-{seed}")
     judged = {name: {"value": rate, "n": n} for (name, n), rate in zip(PICTURES.items(), rates, strict=True)}
-    return row, judged | {"seed": seed, "other_share": 0.25 * seed, "reinitialised": 1106, "seconds": 120.0}
+    return row, judged | {"seed": seed, "other_share": 0.25 * seed, "reinitialised": 1106, "seconds": 120.0, "n": 408}
 
 
 ROWS = [
@@ -44,6 +44,14 @@ def test_intervals_are_wilsons_over_all_pictures(column: int, lost: int, n: int)
     cell = markdown(ROWS, "Ours").splitlines()[2].split(" | ")[column]
     low, high = map(float, re.search(r"\[(.*), (.*)\]", cell).groups())
     expected = binomtest(lost, n).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((100 * expected.low, 100 * expected.high), abs=0.06)
+
+
+def test_a_picture_that_answers_for_two_kinds_counts_once():
+    rows = [finished(ORIGINAL, "frog", 0, 0.0, 1.0, 1.0), finished("Ours", "frog", 0, 1.0, 1.0, 0.75)]
+    cell = markdown(rows, "Ours").splitlines()[2].split(" | ")[4]
+    low, high = map(float, re.search(r"75.0 \[(.*), (.*)\]", cell).groups())
+    expected = binomtest(306, 408).proportion_ci(method="wilson")  # of 816 answers
     assert (low, high) == pytest.approx((100 * expected.low, 100 * expected.high), abs=0.06)
 
 
