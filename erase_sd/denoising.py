@@ -5,7 +5,7 @@
     forget    L(z_f, c_f)                                   Scissorhands' L_f
     retain    L(z_r, c_r)                                   Scissorhands' L_r
     preserve  MSE(e_theta(x_t, t, c_r), e_0(x_t, t, c_r))   the retain captions answered as before
-    redirect  MSE(e_theta(x_t, t, c_f), e_0(x_t, t, c_a))   the concept's caption answered like its anchor's
+    redirect  MSE(e_theta(x_t, t, c_f), e_0(x_t, t, c_a))   the concept's caption answered like its anchor's; at t_d
     contrast  L(z_f, c_f) - L(z_f, c_a)                     what only the concept's words explain
 
 z_f, z_r are latents, c_f, c_r their captions, c_a the anchor; e_0 is the network before any change.
@@ -168,11 +168,9 @@ class DenoisingTask(Unsharded):
     def redirect(self, batch: Batch) -> Tensor:
         """Distance between the answer to the concept's caption and the answer to its anchor."""
         x_t = self.add_noise(batch.z_d, batch.noise_f, batch.t_d)
-        if self.knobs.anchor_model == "original":
-            wanted = self.old(x_t, batch.t_d, batch.c_a)
-        else:
-            with torch.no_grad():
-                wanted = self.predict(x_t, batch.t_d, batch.c_a)
+        answer = self.old if self.knobs.anchor_model == "original" else self.predict
+        with torch.no_grad():
+            wanted = answer(x_t, batch.t_d, batch.c_a)
         return nn.functional.mse_loss(self.predict(x_t, batch.t_d, batch.c_f), wanted)
 
     def _denoise(self, x0: Tensor, t: Tensor, noise: Tensor, cond: Cond) -> Tensor:

@@ -45,7 +45,6 @@ OURS = METHODS["Scissorhands"]
 BASE = OURS | {"projection": "on", "redirect_draws": 1}  # our default until the ablation said otherwise
 ABLATION: dict[str, dict[str, Any]] = {
     "base": {},
-    "base as improved: our default": {"projection": "after-preconditioning", "redirect_draws": 3},
     "saliency: SNIP, abs(theta g_f)": {"saliency": "abs"},
     "saliency: gradient": {"saliency": "gradient"},
     "saliency: magnitude": {"saliency": "magnitude"},
@@ -100,8 +99,8 @@ SUITES: dict[str, Suite] = {
         methods=METHODS, concepts=("frog",), seeds=(0,), forget_pictures=36, retain_pictures=168, most_steps=75
     ),
     "pocket-tuning": Suite(methods=METHODS, concepts=TUNING),
-    "pocket-ablation": Suite(  # fewer steps and pictures: what is compared is one knob against the default beside it
-        methods={name: BASE | more for name, more in ABLATION.items()},
+    "pocket-ablation": Suite(  # fewer steps and pictures: what is compared is one knob against the base beside it
+        methods={"our default": OURS} | {name: BASE | more for name, more in ABLATION.items()},
         concepts=TUNING,
         retain_pictures=240,
         most_steps=120,

@@ -39,7 +39,7 @@ def test_an_ablation_changes_what_it_names():
     for name, more in ABLATION.items():
         changed = make(concept="cat", model="pocket", **base | more).config()
         assert {key for key in changed if changed[key] != usual[key]} == set(more), name
-    default = SUITES["pocket-ablation"].methods["base as improved: our default"]
+    default = SUITES["pocket-ablation"].methods["our default"]
     assert make(concept="cat", **default, model="pocket") == make(concept="cat", **OURS, model="pocket")
 
 
