@@ -14,31 +14,34 @@ from torch import Tensor
 
 from erase_sd.core.task import Params
 
-CHUNK = 1 << 16  # entries that one fp32 sum on the CPU adds up: two such pieces fit its cache
+CHUNK = 1 << 16  # entries that one sum on the CPU adds up: two such pieces fit its cache
 
 
 @torch.no_grad()
 def dot(a: Params, b: Params) -> Tensor:
-    """<a, b> over all entries of equally named and shaped tensors, a float64 scalar on the CPU.
+    """Return <a, b> over all entries of equally named and shaped tensors, a float64 scalar on the CPU.
 
-    Not one `torch.dot` per tensor: on the CPU it adds one after the other and is 1e-3 off at 3e7 entries; sums of
-    chunks, added in float64, are 1e-7 off. A GPU adds in a tree, and would wait for the launches of so many.
+    Not one `torch.dot` per tensor: a CPU's kernel may add one product after the other, which in fp32 is 1e-3 off at 3e7
+    entries, and in which order it adds differs between processors. Chunks are summed in float64 there, whose n 2^-53
+    bounds the error in any order. A GPU adds in a tree, would wait for the launches of so many chunks, and has few
+    float64 units.
     """
     return torch.stack([torch.dot(x, y) for x, y in _chunks(a, b)]).cpu().double().sum()
 
 
 @torch.no_grad()
 def products(a: Params, b: Params) -> Tensor:
-    """<a, b>, <a, a> and <b, b> as `dot` computes them, in one pass over the memory: float64 (3,) on the CPU."""
+    """Return <a, b>, <a, a> and <b, b> as `dot` computes them, in one pass over the memory: float64 (3,) on the CPU."""
     sums = [torch.stack([torch.dot(x, y), torch.dot(x, x), torch.dot(y, y)]) for x, y in _chunks(a, b)]
     return torch.stack(sums).cpu().double().sum(0)
 
 
 def _chunks(a: Params, b: Params) -> Iterator[tuple[Tensor, Tensor]]:
-    """The entries of both in pieces of one dtype, fp32 or wider, that fit a CPU's cache."""
+    """Yield the entries of both in pieces of one dtype: float64 that fits a CPU's cache, fp32 or wider elsewhere."""
     for name, x in a.items():
-        y, size = b[name], CHUNK if x.device.type == "cpu" else 1 << 30
-        wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        y, on_cpu = b[name], x.device.type == "cpu"
+        size, least = (CHUNK, torch.float64) if on_cpu else (1 << 30, torch.float32)
+        wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), least)
         for one, two in zip(x.reshape(-1).split(size), y.reshape(-1).split(size), strict=True):
             yield one.to(wide), two.to(wide)
 

@@ -90,10 +90,13 @@ def test_margin_and_ridge_solve_the_released_qp():
 
 
 def test_dot_of_a_large_tensor_keeps_its_digits():
-    x = {"w": torch.randn(12_000_000, generator=generator(0, "large"))}
-    exact = torch.dot(x["w"].double(), x["w"].double()).item()
-    assert dot(x, x).item() == pytest.approx(exact, rel=1e-7)
-    assert dot(x, x).dtype == torch.float64
+    """The bound is that of n positive products added in float64 in any order, n 2^-53: no processor exceeds it."""
+    n = 2_000_000
+    x = torch.randn(n, generator=generator(0, "large"))
+    exact = math.fsum(x.double().square().tolist())
+    found = dot({"w": x}, {"w": x})
+    assert found.item() == pytest.approx(exact, rel=n * 2.0**-53)
+    assert found.dtype == torch.float64
 
 
 def test_dual_with_one_memory_is_the_closed_form():
