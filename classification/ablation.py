@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from classification.benchmark import job
-from classification.tables import Row, as_csv, as_markdown, row
-from erase_sd.options import knob, parse
-from erase_sd.process import UserError, run_main
-from erase_sd.runtime import write_atomic
+from classification.reporting.tables import TableRow, as_csv, as_markdown, row
+from erase_sd.common.cli import knob, parse, run_main
+from erase_sd.common.errors import UserError
+from erase_sd.common.files import write_atomic
 
-PAPER = Path(__file__).parent / "paper_ablation.csv"  # Table 3 of arXiv 2401.06187: CIFAR-10, random 10 %, in %
+PAPER = (
+    Path(__file__).parent / "reporting" / "paper_ablation.csv"
+)  # Table 3 of arXiv 2401.06187: CIFAR-10, random 10 %, in %
 SALIENCIES: dict[str, dict[str, Any]] = {
     "SNIP, abs(theta g)": {"saliency": "abs"},
     "SNIP with its sign, Eq. 2": {"saliency": "signed"},
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     text = "Vary the parts of Scissorhands."
     options = Ablation(**parse(argv, prog="ablation", description=text, ablation=Ablation)["ablation"])
     tables, folders = results(options)
-    from classification import figures
+    from classification.reporting import figures
 
     place = Path(options.report or options.output_dir)
     file = lambda kind, suffix: place / f"{kind}_{options.dataset}{suffix}"  # noqa: E731
@@ -94,10 +96,10 @@ def variants(options: Ablation) -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
-def results(options: Ablation) -> tuple[dict[str, dict[str, Row]], dict[str, dict[str, Any]]]:
+def results(options: Ablation) -> tuple[dict[str, dict[str, TableRow]], dict[str, dict[str, Any]]]:
     """The rows by table and name, Retrain's first in each; and the first seed's records by method of LOOKING."""
-    from classification.afterwards import measured
-    from classification.crew import records
+    from classification.run.jobs import run_all
+    from classification.run.measure import measured
 
     seeds = range(options.seeds)
     preset = {"preset": options.preset} if options.preset else {}
@@ -106,7 +108,7 @@ def results(options: Ablation) -> tuple[dict[str, dict[str, Row]], dict[str, dic
         for name, knobs in rows.items():
             ours = [job(options, options.forget, "scissorhands", s) | preset | knobs for s in seeds]
             wanted |= {(title, name, s): values for s, values in zip(seeds, ours, strict=True)}
-    found = records(wanted.values(), options.processes, "ablation", partial(measured, relearning=True))
+    found = run_all(wanted.values(), options.processes, "ablation", partial(measured, relearning=True))
     done = dict(zip(wanted, found, strict=True))
     retrain = [done["", "retrain", s] for s in seeds]
     theirs = paper() if (options.dataset, options.forget) == ("cifar10", "random:0.1") else {}
@@ -132,13 +134,13 @@ def sheet(options: Ablation, folders: dict[str, dict[str, Any]]) -> Any:
     """Grad-CAM of the networks of these records, and of the one before, on examples of D_f and D_r."""
     import torch
 
-    from classification.afterwards import finished
+    from classification.data.partition import partition
     from classification.metrics.gradcam import figure
-    from classification.parts import cut_up
     from classification.plan import make
+    from classification.run.measure import finished
 
     plan = make(**job(options, options.forget, "scissorhands", 0))
-    cut = cut_up(plan.data)
+    cut = partition(plan.data)
     places = {"original": folders["scissorhands"]["raw_folder"]} | {k: r["folder"] for k, r in folders.items()}
     models = {name: finished(plan, cut, place) for name, place in places.items()}
     few = [part.take(torch.arange(min(4, len(part)))) for part in (cut.forget, cut.retain)]

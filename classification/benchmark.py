@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from classification.methods import METHODS
-from classification.tables import Record, Row, as_csv, as_markdown, of_paper, row, verdict
-from erase_sd.options import knob, parse
-from erase_sd.process import UserError, run_main
-from erase_sd.runtime import write_atomic
+from classification.reporting.tables import ScoreRecord, TableRow, as_csv, as_markdown, of_paper, row, verdict
+from erase_sd.common.cli import knob, parse, run_main
+from erase_sd.common.errors import UserError
+from erase_sd.common.files import write_atomic
 
 AGAIN = "retrain again"
 OWN_INIT = {"retrain": 100, AGAIN: 200}  # added to the seed, so that no Retrain starts where the raw network did
@@ -32,7 +32,7 @@ exact unlearning is 0.5, its true positives are as rare as its false ones.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Benchmark:
+class ClassifierBenchmark:
     """What to compare, on what, and where the table goes."""
 
     dataset: str = knob("digits", "digits, cifar10, cifar100, svhn or celeba")
@@ -64,9 +64,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run what is missing, then write and print the tables."""
     argv = sys.argv[1:] if argv is None else argv
     text = "Compare all methods with Retrain."
-    options = Benchmark(**parse(argv, prog="benchmark", description=text, benchmark=Benchmark)["benchmark"])
+    options = ClassifierBenchmark(
+        **parse(argv, prog="benchmark", description=text, benchmark=ClassifierBenchmark)["benchmark"]
+    )
     rows = results(options)
-    from classification import figures
+    from classification.reporting import figures
 
     place = Path(options.report or options.output_dir) / f"benchmark_{options.dataset}"
     page = markdown(options, rows)
@@ -77,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def jobs(options: Benchmark, runs: int, forget_seed: int | None = None) -> dict[tuple[str, str, int], dict[str, Any]]:
+def jobs(
+    options: ClassifierBenchmark, runs: int, forget_seed: int | None = None
+) -> dict[tuple[str, str, int], dict[str, Any]]:
     """Values of every run by forget set, name in the table and seed; all of one forget set if its seed is given."""
     names = ("retrain", AGAIN, *(name for name in options.methods if name != "retrain"))
     return {
@@ -96,14 +100,14 @@ def job(options: Any, forget: str, name: str, s: int) -> dict[str, Any]:
     return values | {"forget_seed": s, "train_seed": s, "seed": s + OWN_INIT.get(name, 0)}
 
 
-def results(options: Benchmark) -> list[Row]:
+def results(options: ClassifierBenchmark) -> list[TableRow]:
     """The rows, one per forget set and method."""
-    from classification.afterwards import measured
-    from classification.crew import records
+    from classification.run.jobs import run_all
+    from classification.run.measure import measured
 
-    def done(wanted: dict, relearning: bool, text: str) -> dict[tuple[str, str], list[Record]]:
-        found = records(wanted.values(), options.processes, text, partial(measured, relearning=relearning))
-        grouped: dict[tuple[str, str], list[Record]] = {}
+    def done(wanted: dict, relearning: bool, text: str) -> dict[tuple[str, str], list[ScoreRecord]]:
+        found = run_all(wanted.values(), options.processes, text, partial(measured, relearning=relearning))
+        grouped: dict[tuple[str, str], list[ScoreRecord]] = {}
         for (forget, name, _), record in zip(wanted, found, strict=True):
             grouped.setdefault((forget, name), []).append(record)
         return grouped
@@ -119,7 +123,7 @@ def results(options: Benchmark) -> list[Row]:
     return rows
 
 
-def attacked(unlearned: list[Record], never: list[Record]) -> dict[str, float]:
+def attacked(unlearned: list[ScoreRecord], never: list[ScoreRecord]) -> dict[str, float]:
     """How well LiRA tells these shadow models' forget sets from those that Retrain never saw."""
     import torch
 
@@ -129,9 +133,9 @@ def attacked(unlearned: list[Record], never: list[Record]) -> dict[str, float]:
     return attack(*confidences, pooled=True)._asdict()  # few shadow models: one variance
 
 
-def markdown(options: Benchmark, rows: list[Row]) -> str:
+def markdown(options: ClassifierBenchmark, rows: list[TableRow]) -> str:
     """The tables, each with its verdict, and what their numbers mean."""
-    from classification.afterwards import RELEARN
+    from classification.run.measure import RELEARN
 
     page = [f"# Unlearning on {options.dataset}\n\n{LEGEND.format(seeds=options.seeds, **RELEARN)}"]
     page += [SHADOWS.format(shadows=options.shadows)] if options.shadows else []

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-from classification.knobs import Data, Losses
 from classification.methods import METHODS
 from classification.presets import PRESETS, TRAINING, TUNED
-from erase_sd.core.knobs import Descent
-from erase_sd.options import filled, knob, names
-from erase_sd.process import UserError
+from classification.settings import ClassifierSettings, Data
+from erase_sd.common.cli import filled, knob, names
+from erase_sd.common.errors import UserError
+from erase_sd.core.descent import Descent
 
 HOW = {"output_dir", "data_dir", "mixed_precision", "checkpointing_steps", "raw"}  # not what a run computes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
+class ClassifierJob:
     """What to do with which network, and where the result goes."""
 
     method: str = knob("scissorhands", "how to forget")
@@ -31,7 +31,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training(Descent):
+class ClassifierTraining(Descent):
     """How the network that knows everything is trained."""
 
     model: str = knob("smallnet", "resnet18, resnet34, smallnet, or a transformers image classifier by folder or id")
@@ -40,12 +40,12 @@ class Training(Descent):
     batch_size: int = knob(64, "examples per step, over all processes")
 
 
-class Plan(NamedTuple):
+class ClassifierPlan(NamedTuple):
     """Every value of a run; where there are epochs, the method's steps follow from them and the data."""
 
-    job: Job
+    job: ClassifierJob
     data: Data
-    losses: Losses
+    losses: ClassifierSettings
     method: Any  # a dataclass of METHODS
 
     def config(self) -> dict[str, Any]:
@@ -58,10 +58,10 @@ def groups(method: str) -> dict[str, type]:
     """The dataclasses whose fields are the options of a method. Raises UserError for an unknown method."""
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
-    return {"job": Job, "data": Data, "losses": Losses, "method": METHODS[method]}
+    return {"job": ClassifierJob, "data": Data, "losses": ClassifierSettings, "method": METHODS[method]}
 
 
-def make(**given: Any) -> Plan:
+def make(**given: Any) -> ClassifierPlan:
     """The plan for these values; the others come from the preset, then from the knobs' defaults.
 
     Raises UserError for an unknown method, preset, knob or choice, and as the knobs do.
@@ -79,9 +79,9 @@ def make(**given: Any) -> Plan:
     tuned = {} if given.get("preset") else TUNED.get(dataset, {}).get(kind, {}).get(method, {})
     values = (presets[preset] if preset else {}) | tuned | given | {"preset": preset}
     values |= {"epochs": None} if "steps" in given else {}
-    return Plan(*(filled(cls, values) for cls in classes.values()))
+    return ClassifierPlan(*(filled(cls, values) for cls in classes.values()))
 
 
-def training(dataset: str, **given: Any) -> Training:
+def training(dataset: str, **given: Any) -> ClassifierTraining:
     """The recipe of a data set, with changes."""
-    return filled(Training, TRAINING[dataset] | given)
+    return filled(ClassifierTraining, TRAINING[dataset] | given)

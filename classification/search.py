@@ -14,12 +14,36 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
-from classification.spaces import SPACES, Log
-from erase_sd.options import knob, parse
-from erase_sd.process import run_main
-from erase_sd.runtime import generator, write_atomic
+from erase_sd.common.cli import knob, parse, run_main
+from erase_sd.common.files import write_atomic
+from erase_sd.common.rng import generator
+
+
+class Log(NamedTuple):
+    """Uniform in the logarithm, from low to high."""
+
+    low: float
+    high: float
+
+
+EPOCHS = (2, 5, 10)
+SPACES: dict[str, dict[str, Log | tuple]] = {
+    "ft": {"lr": Log(1e-3, 2e-1), "epochs": EPOCHS},
+    "ga": {"lr": Log(1e-4, 0.3), "epochs": EPOCHS},
+    "iu": {"alpha": Log(0.1, 1000)},
+    "be": {"lr": Log(1e-5, 1e-1), "epochs": EPOCHS},
+    "bs": {"lr": Log(1e-5, 1e-1), "epochs": EPOCHS},
+    "l1-sparse": {"lr": Log(1e-3, 2e-1), "l1": Log(1e-6, 1e-3), "epochs": EPOCHS},
+    "salun": {"lr": Log(1e-4, 1e-1), "mask_fraction": (0.1, 0.3, 0.5, 0.8), "redirect_weight": Log(0.03, 1)}
+    | {"epochs": EPOCHS},
+    "neggrad+": {"lr": Log(1e-3, 1e-1), "alpha": (0.8, 0.9, 0.95, 0.99, 0.999), "epochs": EPOCHS},
+    "scrub": {"lr": Log(1e-3, 0.3), "max_epochs": (1, 2, 3), "alpha": (0.05, 0.5, 1.0), "epochs": EPOCHS},
+    "ssd": {"alpha": Log(1, 100), "lam": Log(0.1, 1)},
+    "scissorhands": {"lr": Log(1e-3, 1e-1), "fraction": Log(1e-3, 1e-1), "lam": Log(3e-3, 0.3), "epochs": EPOCHS}
+    | {"release_at": Log(0.02, 10)},
+}
 
 TUNED = Path(__file__).parent / "tuned.json"
 AXES = ("acc_f", "acc_r", "acc_val", "mia_val")
@@ -87,7 +111,7 @@ def _value(where: Log | tuple, x: float) -> Any:
 
 def results(search: Search) -> list[dict[str, Any]]:
     """One row per draw: forget, method, knobs, and the gap in percent to Retrain on validation data."""
-    from classification.crew import records
+    from classification.run.jobs import run_all
 
     common = {"dataset": search.dataset, "data_dir": search.data_dir, "output_dir": search.output_dir}
     seeds = range(FIRST, FIRST + search.seeds)
@@ -100,7 +124,7 @@ def results(search: Search) -> list[dict[str, Any]]:
                 jobs += [
                     common | {"forget": forget, "method": method, **dict.fromkeys(SEEDS, s), **knobs} for s in seeds
                 ]
-    done = records(jobs, search.processes, "search")
+    done = run_all(jobs, search.processes, "search")
     for i, row in enumerate(rows):
         mine = done[i * search.seeds : (i + 1) * search.seeds]
         row["mean"] = {axis: 100 * mean(r["scores"][axis] for r in mine) for axis in AXES}

@@ -15,14 +15,20 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from erase_sd.options import knob, parse
-from erase_sd.process import UserError, run_main
+import numpy as np
+import torch
+
+from erase_sd.common.cli import knob, parse, run_main
+from erase_sd.common.errors import UserError
+from erase_sd.core.projection import subtract_
+from erase_sd.core.task import Params
 
 if TYPE_CHECKING:
     import torch
 
     from classification.task import ClassificationTask
     from erase_sd.core.task import Params
+
 
 CHANNELS, CLASSES = 3, 10
 
@@ -93,7 +99,7 @@ def device() -> str:
 
 def measure(speed: Speed) -> Times:
     """Trim one network, then let both kinds of steps go on from it by turns."""
-    from classification.quadratic import solved_
+    from classification.speed import solved_
     from erase_sd.core.descent import make_optimizer
     from erase_sd.methods.scissorhands import Scissorhands
 
@@ -119,12 +125,12 @@ def task_of(speed: Speed) -> ClassificationTask:
     """A fresh network with random images to forget and to retain, the same at every call."""
     import torch
 
-    from classification.data import Dataset, Images
-    from classification.knobs import Losses
-    from classification.models import build
+    from classification.data.dataset import Dataset, Images
+    from classification.models.networks import build
+    from classification.settings import ClassifierSettings
     from classification.task import ClassificationTask
-    from erase_sd.devices import accelerator
-    from erase_sd.runtime import generator
+    from erase_sd.common.processes import accelerator
+    from erase_sd.common.rng import generator
 
     def images(name: str) -> Images:
         n, g = 2 * speed.batch_size, generator(0, "speed", name)
@@ -139,7 +145,7 @@ def task_of(speed: Speed) -> ClassificationTask:
     dataset = Dataset(name="random", train=retain, test=retain, classes=names, augment="crop-flip", **grey)
     model = build(speed.model, classes=CLASSES, channels=CHANNELS, seed=0, **grey)
     return ClassificationTask(
-        model, dataset, forget, retain, Losses(batch_size=speed.batch_size), 0, accelerator(None)
+        model, dataset, forget, retain, ClassifierSettings(batch_size=speed.batch_size), 0, accelerator(None)
     )
 
 
@@ -188,3 +194,34 @@ def clock(work: Callable, *args: Any) -> tuple[float, Any]:
 
 if __name__ == "__main__":
     run_main(main)
+
+
+def solved_(g: Params, g_f: Params, lam: float) -> float:
+    """g_r becomes the projected g_o = g_r - lam g_f in place; returns v, 0 where nothing had to be projected.
+
+    GEM's dual program on the host in float64: min 1/2 v'(MM')v + (M g_o)'v over v >= 0, with the one memory M = -g_f.
+    """
+    subtract_(g, g_f, lam)
+    u, memory = _joined(g), -_joined(g_f)[None]
+    if memory @ u >= 0:
+        return 0.0
+    v = dual(memory, u)
+    rest = torch.from_numpy(u + v @ memory)
+    for x in g.values():
+        part, rest = rest[: x.numel()], rest[x.numel() :]
+        x.copy_(part.view(x.shape))
+    return float(v[0])
+
+
+def _joined(x: Params) -> np.ndarray:
+    return torch.cat([part.reshape(-1) for part in x.values()]).cpu().double().numpy()
+
+
+def dual(memory: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """v (m,) for memories (m, n) and a gradient u (n,), all float64. Raises UserError without quadprog."""
+    try:
+        from quadprog import solve_qp
+    except ModuleNotFoundError as error:
+        raise UserError("quadprog is not installed: pip install quadprog, or the extra test") from error
+    m = len(memory)
+    return solve_qp(memory @ memory.T, -memory @ u, np.eye(m), np.zeros(m))[0]

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +23,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from classification.data import Dataset, Images
-from classification.knobs import Losses
-from classification.walk import Batch, Samples, Walk
-from erase_sd.core.task import Part, Unsharded
-from erase_sd.process import UserError
+from classification.data.dataset import Dataset, Images
+from classification.data.transforms import augment, to_float
+from classification.settings import ClassifierSettings
+from erase_sd.common.errors import UserError
+from erase_sd.common.rng import generator
+from erase_sd.core.task import MicroBatch, Replicated
 
 NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
-class ClassificationTask(Unsharded):
+class ClassificationTask(Replicated):
     """See `erase_sd.core.task`. Sample i of step k is a function of (seed, purpose, k, i), whoever draws it."""
 
     def __init__(
@@ -38,12 +42,15 @@ class ClassificationTask(Unsharded):
         dataset: Dataset,
         forget: Images,
         retain: Images,
-        knobs: Losses,
+        knobs: ClassifierSettings,
         seed: int,
         accelerator: Accelerator,
     ) -> None:
         self.model, self.dataset = model.to(accelerator.device), dataset
-        self.walks = {"forget": Walk(forget, dataset, "forget", seed), "retain": Walk(retain, dataset, "retain", seed)}
+        self.walks = {
+            "forget": EpochSampler(forget, dataset, "forget", seed),
+            "retain": EpochSampler(retain, dataset, "retain", seed),
+        }
         self.knobs, self.seed, self.accelerator = knobs, seed, accelerator
         self._original: nn.Module | None = None
         self.samples = {"forward": 0, "backward passes": 0}  # work done, whatever the machine
@@ -76,27 +83,27 @@ class ClassificationTask(Unsharded):
         """Parameters among which the most sensitive are looked for, in the model's order."""
         return self._ranked
 
-    def batch(self, purpose: str, step: int) -> Batch:
+    def batch(self, purpose: str, step: int) -> ClassifierBatch:
         """The global batch of this step, sliced to this rank."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         first = step * self.knobs.batch_size
         positions = torch.arange(first + rank, first + self.knobs.batch_size, ranks)
-        return Batch(lambda name: self._placed(self.walks[name].samples(purpose, positions)))
+        return ClassifierBatch(lambda name: self._placed(self.walks[name].samples(purpose, positions)))
 
-    def parts(self, batch: Batch) -> tuple[Part, ...]:
+    def micro_batches(self, batch: ClassifierBatch) -> tuple[MicroBatch, ...]:
         """One: batch norm sees the whole of this rank's slice."""
-        return (Part(batch),)
+        return (MicroBatch(batch),)
 
     def epoch(self, name: str) -> int:
         """Steps in which the forget or the retain set is walked through once."""
         return -(-len(self.walks[name].images) // self.knobs.batch_size)
 
-    def clean(self, name: str, rows: Tensor) -> Samples:
+    def clean(self, name: str, rows: Tensor) -> LabelledSamples:
         """Examples of a set as they are, by row: for methods that look at each of them."""
         return self._placed(self.walks[name].clean(rows))
 
-    def _placed(self, samples: Samples) -> Samples:
-        return Samples(*(part.to(self.accelerator.device) for part in samples))
+    def _placed(self, samples: LabelledSamples) -> LabelledSamples:
+        return LabelledSamples(*(part.to(self.accelerator.device) for part in samples))
 
     def logits(self, x: Tensor) -> Tensor:
         """The network's answers (n, K) in fp32, under accelerate's autocast."""
@@ -104,30 +111,30 @@ class ClassificationTask(Unsharded):
         with self.accelerator.autocast():
             return self.model(x).float()
 
-    def forget(self, batch: Batch) -> Tensor:
+    def forget(self, batch: ClassifierBatch) -> Tensor:
         """L_f."""
         return F.cross_entropy(self.logits(batch.forget.x), batch.forget.y)
 
-    def retain(self, batch: Batch) -> Tensor:
+    def retain(self, batch: ClassifierBatch) -> Tensor:
         """L_r."""
         return F.cross_entropy(self.logits(batch.retain.x), batch.retain.y)
 
-    def preserve(self, batch: Batch) -> Tensor:
+    def preserve(self, batch: ClassifierBatch) -> Tensor:
         """How far the answers to the retain samples are from the original network's, in nats."""
         with torch.no_grad():
             wanted = self.original()(batch.retain.x).log_softmax(1)
         return F.kl_div(self.logits(batch.retain.x).log_softmax(1), wanted, log_target=True, reduction="batchmean")
 
-    def redirect(self, batch: Batch) -> Tensor:
+    def redirect(self, batch: ClassifierBatch) -> Tensor:
         """Cross-entropy of the forget samples towards the other label."""
         return F.cross_entropy(self.logits(batch.forget.x), self._target(batch))
 
-    def contrast(self, batch: Batch) -> Tensor:
+    def contrast(self, batch: ClassifierBatch) -> Tensor:
         """L_f less the loss towards the other label."""
         logits = self.logits(batch.forget.x)
         return F.cross_entropy(logits, batch.forget.y) - F.cross_entropy(logits, self._target(batch))
 
-    def _target(self, batch: Batch) -> Tensor:
+    def _target(self, batch: ClassifierBatch) -> Tensor:
         if self.knobs.relabel == "random":
             return batch.forget.other
         with torch.no_grad():
@@ -153,3 +160,78 @@ class ClassificationTask(Unsharded):
     def mean(self, x: Tensor) -> Tensor:
         """Mean of a scalar over the ranks."""
         return self.accelerator.reduce(x, "mean")
+
+
+DRAWS = 4  # uniform numbers per sample of an epoch: one for its other label, three for its augmentation
+
+
+class LabelledSamples(NamedTuple):
+    """This rank's slice of one set: pixels (n, C, H, W) in [0, 1], labels (n,), other labels (n,) for redirect."""
+
+    x: Tensor
+    y: Tensor
+    other: Tensor
+
+
+class ClassifierBatch:
+    """Forget and retain samples of one step, drawn when they are first asked for: many methods need only one set."""
+
+    def __init__(self, draw: Callable[[str], LabelledSamples]) -> None:
+        self._draw = draw
+
+    @cached_property
+    def forget(self) -> LabelledSamples:
+        """Samples of the forget set."""
+        return self._draw("forget")
+
+    @cached_property
+    def retain(self) -> LabelledSamples:
+        """Samples of the retain set."""
+        return self._draw("retain")
+
+
+class EpochSampler:
+    """One set and its order for every purpose."""
+
+    def __init__(self, images: Images, dataset: Dataset, name: str, seed: int) -> None:
+        self.images, self.dataset = images, dataset
+        self.augment, self.classes = dataset.augment, len(dataset.classes)
+        self.name, self.seed = name, seed
+        self._epochs: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+
+    def samples(self, purpose: str, positions: Tensor) -> LabelledSamples:
+        """The augmented samples at these positions (n,) of the walk."""
+        n = len(self.images)
+        rows, u = torch.empty_like(positions), torch.empty(len(positions), DRAWS)
+        for epoch in (positions // n).unique().tolist():
+            order, draws = self._epoch(purpose, epoch)
+            here = positions // n == epoch
+            rows[here], u[here] = order[positions[here] % n], draws[positions[here] % n]
+        pixels = augment(self.images.pixels[rows], self.augment, u[:, 1:])
+        return self._with_others(to_float(pixels), self.images.labels[rows], 1 + (u[:, 0] * (self.classes - 1)).long())
+
+    def part(self, share: float) -> EpochSampler:
+        """A walk through a share of the set, in (0, 1], drawn once: at least one example, and itself for 1."""
+        if share == 1:
+            return self
+        n = len(self.images)
+        rows = torch.randperm(n, generator=generator(self.seed, "part", self.name))[: max(1, round(share * n))]
+        return EpochSampler(self.images.take(rows), self.dataset, self.name, self.seed)
+
+    def clean(self, rows: Tensor) -> LabelledSamples:
+        """Examples by row (n,), as they are; the other label is the next one."""
+        images = self.images.take(rows)
+        return self._with_others(to_float(images.pixels), images.labels, torch.ones(len(rows)).long())
+
+    def _with_others(self, x: Tensor, y: Tensor, shift: Tensor) -> LabelledSamples:
+        """Beside each label the one `shift` classes further, which is never the true one."""
+        return LabelledSamples(x, y, (y + shift) % self.classes)
+
+    def _epoch(self, purpose: str, epoch: int) -> tuple[Tensor, Tensor]:
+        """Order (n,) and uniform draws (n, DRAWS) of one epoch; those of the last two are kept."""
+        key = (purpose, epoch)
+        if key not in self._epochs:
+            self._epochs = {k: v for k, v in self._epochs.items() if k[0] != purpose or k[1] == epoch - 1}
+            g, n = generator(self.seed, "walk", self.name, purpose, epoch), len(self.images)
+            self._epochs[key] = torch.randperm(n, generator=g), torch.rand(n, DRAWS, generator=g)
+        return self._epochs[key]

@@ -12,15 +12,13 @@ if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):  # run as a file: 
 elif not __package__:  # python -P puts nothing there
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from classification.knobs import Data
-from classification.plan import Training, training
-from erase_sd.options import filled, knob, parse
-from erase_sd.process import run_main
-from erase_sd.terminal import quiet
+from classification.plan import ClassifierTraining, training
+from classification.settings import Data
+from erase_sd.common.cli import filled, knob, parse, quiet, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class TrainRun:
     """Which network of many, and where it goes."""
 
     train_seed: int = knob(0, "seed of the weights and of the order of the data")
@@ -32,16 +30,16 @@ def main(argv: list[str] | None = None) -> int:
     """Train on everything but the validation set; the same command again resumes or costs nothing."""
     argv = sys.argv[1:] if argv is None else argv
     text = "Train a classifier on all of its data."
-    given = parse(argv, prog="train", description=text, run=Run, data=Data, training=Training)
-    data, place = filled(Data, given["data"]), filled(Run, given["run"])
+    given = parse(argv, prog="train", description=text, run=TrainRun, data=Data, training=ClassifierTraining)
+    data, place = filled(Data, given["data"]), filled(TrainRun, given["run"])
     recipe = replace(training(data.dataset), **given["training"])
 
     from pathlib import Path
 
     quiet()
 
-    from classification.runs import train
-    from erase_sd.devices import accelerator
+    from classification.run.jobs import train
+    from erase_sd.common.processes import accelerator
 
     accel = accelerator(place.mixed_precision)
     folder = train(data, recipe, place.train_seed, Path(place.output_dir), accel)

@@ -11,9 +11,7 @@ elif not __package__:  # python -P puts nothing there
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from classification.plan import groups, make
-from erase_sd.options import parse, peek
-from erase_sd.process import run_main
-from erase_sd.terminal import quiet
+from erase_sd.common.cli import parse, peek, quiet, run_main
 
 NAMES = {
     "acc_f": "accuracy on the forget set",
@@ -32,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
 
     quiet()
 
-    from classification.runs import unlearn
-    from erase_sd.devices import accelerator
+    from classification.run.jobs import unlearn
+    from erase_sd.common.processes import accelerator
 
     accel = accelerator(plan.job.mixed_precision)
     record = unlearn(plan, accel)

@@ -12,11 +12,11 @@ from types import ModuleType
 
 
 class _Package(ModuleType):
-    """`erase_sd.erase` is the verb, whether or not its namesake module `erase_sd/erase.py` was imported before."""
+    """`erase_sd.api` is the verb, whether or not its namesake module `erase_sd/erase.py` was imported before."""
 
     @property
     def erase(self) -> Callable:
-        from erase_sd.erase import erase
+        from erase_sd.api import erase
 
         return erase
 

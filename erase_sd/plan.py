@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-from erase_sd.knobs import Job, Losses, Running, Sampling
+from erase_sd.common.cli import filled, names
+from erase_sd.common.errors import UserError
 from erase_sd.methods import METHODS
-from erase_sd.options import filled, names
 from erase_sd.presets import PRESETS
-from erase_sd.process import UserError
+from erase_sd.settings import Job, Running, Sampling, TaskSettings
 
 # How and where a job runs, not what it computes.
 HOW = {"mixed_precision", "fsdp", "gradient_checkpointing", "output_dir", *names(Running)}
@@ -22,7 +22,7 @@ class Plan(NamedTuple):
     job: Job
     method: Any  # a dataclass of METHODS
     sampling: Sampling
-    losses: Losses
+    losses: TaskSettings
     running: Running
 
     def config(self) -> dict[str, Any]:
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
         """Whether the method re-initialises weights: only then has trim_scope a meaning."""
         return bool(getattr(self.method, "fraction", 0))
 
-    def used_losses(self) -> Losses:
+    def used_losses(self) -> TaskSettings:
         """The losses without what the method does not use: the scopes of a trim, a copy of the original network."""
         own = {} if self.trims() else {"trim_scope": self.losses.train_scope, "rank_scope": None}
         own |= {} if getattr(self.method, "asks_original", True) else {"anchor_model": "current"}
@@ -54,7 +54,7 @@ def groups(method: str) -> dict[str, type]:
     """The dataclasses whose fields are the options of a method. Raises UserError for an unknown method."""
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
-    return {"job": Job, "method": METHODS[method], "sampling": Sampling, "losses": Losses, "running": Running}
+    return {"job": Job, "method": METHODS[method], "sampling": Sampling, "losses": TaskSettings, "running": Running}
 
 
 def _words(name: str, value: Any) -> list[str]:

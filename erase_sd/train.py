@@ -12,11 +12,9 @@ if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):  # run as a file: 
 elif not __package__:  # python -P puts nothing there
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from erase_sd.common.cli import parse, peek, quiet, run_main
 from erase_sd.methods import METHODS
-from erase_sd.options import parse, peek
 from erase_sd.plan import Plan, groups, make
-from erase_sd.process import run_main
-from erase_sd.terminal import quiet
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _with_folder(plan: Plan) -> Plan:
     """The plan with its default folder, runs/<concept>."""
-    from prompts import slug
+    from erase_sd.common.files import slug
 
     folder = plan.job.output_dir or str(Path("runs") / slug(" ".join(plan.job.concept)))
     return plan._replace(job=replace(plan.job, output_dir=folder))
@@ -41,11 +39,11 @@ def _run(plan: Plan) -> int:
     """Load the model, erase, and print the scores and how to use the result."""
     quiet()
 
-    from erase_sd.card import swap_in_snippet
-    from erase_sd.devices import accelerator
-    from erase_sd.dryrun import describe
-    from erase_sd.erase import carry_out
-    from erase_sd.pipeline import load
+    from erase_sd.api import carry_out
+    from erase_sd.common.processes import accelerator
+    from erase_sd.denoising.card import swap_in_snippet
+    from erase_sd.dry_run import describe
+    from erase_sd.models.pipeline import load
     from erase_sd.pocket import FOLDER
 
     model = str(FOLDER) if plan.job.model == "pocket" else plan.job.model

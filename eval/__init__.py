@@ -7,7 +7,7 @@
     grid        contact sheets: rows are prompts, columns are models
     report      everything in one page
 
-What a folder of images holds (`eval.images` reads it):
+What a folder of images holds (`eval.images.folder` reads it):
 
     generation.json   how the images were asked for: model, unet, prompts, scheduler, steps, guidance, ...
     manifest.jsonl    one line an image, in the order of the prompts: file, row, prompt, seed, broken, sha256, ...

@@ -18,19 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from erase_sd.knobs import at_least
-from erase_sd.options import knob, parse
-from erase_sd.process import RunLock, UserError, run_main
-from erase_sd.runtime import around, replace_between, write_atomic
-from erase_sd.terminal import quiet
+from erase_sd.common.cli import at_least, knob, parse, quiet, run_main
+from erase_sd.common.errors import UserError
+from erase_sd.common.files import RunLock, write_atomic
+from eval.benchmarking.tables import around, replace_between
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from tqdm.auto import tqdm
 
-    from eval.standings import Finished
-    from eval.suite import Row
+    from eval.benchmarking.aggregate import Finished
+    from eval.benchmarking.rows import BenchmarkRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     text = "Compare erasing methods on the pocket model."
     options = Benchmark(**parse(argv, prog="eval.benchmark", description=text, benchmark=Benchmark)["benchmark"])
     quiet()
-    from eval.suite import SUITES, rows
+    from eval.benchmarking.rows import rows
+    from eval.benchmarking.suites import SUITES
 
     if options.suite not in SUITES:
         raise UserError(f"--suite {options.suite} is none of {', '.join(SUITES)}")
@@ -84,12 +84,13 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(failed))
 
 
-def run(options: Benchmark, wanted: list[Row], everything: list[Row], folder: Path) -> list[str]:
+def run(options: Benchmark, wanted: list[BenchmarkRow], everything: list[BenchmarkRow], folder: Path) -> list[str]:
     """Carry out the rows that are missing or stale, seed by seed; returns what went wrong with the others."""
     from tqdm.auto import tqdm
 
-    from erase_sd.workers import workers
-    from eval.suite import ORIGINAL, stored
+    from erase_sd.common.processes import workers
+    from eval.benchmarking.rows import stored
+    from eval.benchmarking.suites import ORIGINAL
 
     missing = [row for row in wanted if stored(row, folder) is None]
     stale = [row.file for row in missing if (folder / "rows" / row.file).is_file()]
@@ -108,11 +109,11 @@ def run(options: Benchmark, wanted: list[Row], everything: list[Row], folder: Pa
     return failed
 
 
-def carry_out(rows: list[Row], folder: Path, keep: bool, pool: Executor, bar: tqdm) -> list[str]:
+def carry_out(rows: list[BenchmarkRow], folder: Path, keep: bool, pool: Executor, bar: tqdm) -> list[str]:
     """Finish these rows; returns the sentences of those that failed, which do not stop the others."""
     from concurrent.futures import as_completed
 
-    from eval.trial import finish
+    from eval.benchmarking.trial import finish
 
     failed = []
     for future in as_completed([pool.submit(finish, row, folder, keep) for row in rows]):
@@ -124,20 +125,23 @@ def carry_out(rows: list[Row], folder: Path, keep: bool, pool: Executor, bar: tq
     return failed
 
 
-def report(name: str, rows: Sequence[Row], folder: Path, readme: str | None = None) -> str:
+def report(name: str, rows: Sequence[BenchmarkRow], folder: Path, readme: str | None = None) -> str:
     """Write the tables, the figure and the grid of the rows that are finished; returns the Markdown page.
 
     Raises UserError for a README without the marks.
     """
-    from eval import leaderboard, leaderboard_plots, results
-    from eval.standings import standings
-    from eval.suite import SUITES, stored
+    from eval.benchmarking import plots as leaderboard_plots
+    from eval.benchmarking import tables as leaderboard
+    from eval.benchmarking import tables as results
+    from eval.benchmarking.aggregate import method_scores
+    from eval.benchmarking.rows import stored
+    from eval.benchmarking.suites import SUITES
 
     finished: Finished = [(row, result) for row in rows if (result := stored(row, folder))]
     if not finished:
         return f"{folder}: no row is finished yet."
     done = {row.file for row, _ in finished}
-    board = standings(finished, folder)
+    board = method_scores(finished, folder)
     page = leaderboard.markdown(name, SUITES[name], board, [row for row in rows if row.file not in done])
     write_atomic(folder / "leaderboard.csv", leaderboard.as_csv(board))
     write_atomic(folder / "leaderboard.md", page)
@@ -145,7 +149,7 @@ def report(name: str, rows: Sequence[Row], folder: Path, readme: str | None = No
     leaderboard_plots.grid([row for row, _ in finished], folder)
     if readme:
         replace_between(Path(readme), "leaderboard", leaderboard.summary(board))
-        replace_between(Path(readme), "results", results.markdown(finished, next(iter(SUITES[name].methods))))
+        replace_between(Path(readme), "results", results.results_table(finished, next(iter(SUITES[name].methods))))
     return f"{page}\n{folder}/leaderboard.csv, .md, .png, grid.png"
 
 

@@ -17,15 +17,14 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from erase_sd.knobs import at_least
-from erase_sd.options import argument, knob, parse
-from erase_sd.pocket.captions import part_named
-from erase_sd.runtime import UserError, file_digest, run_main, write_atomic
-from erase_sd.terminal import quiet
+from erase_sd.common.cli import argument, at_least, knob, parse, quiet, run_main
+from erase_sd.common.errors import UserError
+from erase_sd.common.files import file_digest, write_atomic
+from erase_sd.pocket.world import Part, part_named
 
 if TYPE_CHECKING:
-    from eval.images import ImageFolder
-    from eval.pocket import Judged, Part
+    from eval.images.folder import ImageFolder
+    from eval.judges.oracle import Judged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +57,8 @@ def judge(options: Concepts) -> int:
 
     Raises UserError for a concept or a prompt that the pocket world does not have, and where no prompt asks for it.
     """
-    from eval.images import read
-    from eval.pocket import judged, scenes
+    from eval.images.folder import read
+    from eval.judges.oracle import judged, scenes
 
     parts = list(dict.fromkeys(part_named(text) for text in options.concept))
     folders = [read(path) for path in options.folder]
@@ -79,7 +78,7 @@ def judge(options: Concepts) -> int:
 def _result(after: Judged, before: Judged | None, parts: list[Part]) -> dict[str, Any]:
     """concepts.json, but for its protocol."""
     from erase_sd.pocket.oracle import OTHER
-    from eval.pocket import rates
+    from eval.judges.oracle import rates
 
     images = list(zip(after.scenes, after.answers, strict=True))
     shown = [a[kind] for kind, word in parts for s, a in images if getattr(s, kind) == word]
@@ -111,7 +110,7 @@ def _protocol(options: Concepts, after: Judged, before: Judged | None) -> dict[s
 
 def _ruined(folder: ImageFolder, seen: Judged) -> bool:
     """Whether so many images are broken that the rates must not look like a success; then it is said."""
-    from eval.images import too_many_broken
+    from eval.images.folder import too_many_broken
 
     if ruined := too_many_broken(seen.entries):
         count = sum(bool(entry.broken) for entry in seen.entries)

@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from erase_sd.knobs import SD_V1, at_least
-from erase_sd.options import knob, parse
-from erase_sd.process import UserError, run_main
-from erase_sd.terminal import quiet
+from erase_sd.common.cli import at_least, knob, parse, quiet, run_main
+from erase_sd.common.errors import UserError, asked_by_the_user
+from erase_sd.settings import SD_V1
 
 if TYPE_CHECKING:
-    from eval.images import ImageFolder
+    from eval.images.folder import ImageFolder
 
 HOW = {"output_dir", "batch_size", "rows"}  # how a folder is filled, or how far: not what its images are
 
@@ -70,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from accelerate import PartialState
 
-    from eval.images import too_many_broken
+    from eval.images.folder import too_many_broken
 
     if PartialState().is_main_process:
         count = sum(bool(entry.broken) for entry in folder.entries)
@@ -84,9 +83,9 @@ def draw(options: Generation) -> ImageFolder:
     import torch
     from accelerate import PartialState
 
-    from eval.drawing import Folder, fill
-    from eval.images import read
-    from eval.sources import batches, pictures, settled
+    from eval.images.folder import read
+    from eval.images.sources import batches, pictures, settled
+    from eval.images.writer import Folder, fill
 
     source, rows = _rows(options)
     rows = [settled(row, options.guidance, options.size, options.per_row) for row in rows]
@@ -113,17 +112,19 @@ def print_once(state: Any, text: str) -> None:
 
 def _rows(options: Generation) -> tuple[Any, list]:
     """The source and the rows that the filters leave."""
-    from eval.sources import resolve
-    from prompts.rows import chosen
+    from eval.images.sources import resolve
+    from prompts.tables import chosen
 
     source = resolve(options.prompts)
     filters = {"category": options.category, "nudity_above": options.nudity_above, "hard": options.hard}
-    return source, chosen(source.rows, options.prompts, **filters)[: options.rows]
+    with asked_by_the_user():
+        rows = chosen(source.rows, options.prompts, **filters)
+    return source, rows[: options.rows]
 
 
 def _protocol(options: Generation, source: Any) -> dict[str, Any]:
     """generation.json: everything the images depend on, so that another question cannot land in the same folder."""
-    from eval.models import weights_digest
+    from eval.images.pipelines import weights_digest
 
     network = options.unet or options.transformer
     asked = {name: value for name, value in asdict(options).items() if name not in HOW}

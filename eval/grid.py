@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import io
 import sys
-import textwrap
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from erase_sd.options import knob, names, parse
-from erase_sd.process import UserError, run_main
-from erase_sd.runtime import write_atomic
-from erase_sd.terminal import quiet
+from erase_sd.common.cli import knob, names, parse, quiet, run_main
+from erase_sd.common.errors import UserError
+from erase_sd.common.files import write_atomic
 from eval.generate import Generation, draw
+from eval.images.match import headings, label, matched
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from eval.images import Entry, ImageFolder
+    from eval.images.folder import ImageFolder
 
 MOST_ROWS, PAGE = 100, 8  # rows that anybody would look at; rows of a page of the PDF
 A4 = (8.27, 11.69)  # inches
-PROMPT, LINE = 110, 26  # letters of a prompt, letters of a line: the sheet is for looking at images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     text = "Show models side by side: rows are prompts, columns are models."
     options = Grid(**parse(argv, prog="eval.grid", description=text, grid=Grid)["grid"])
     if options.folders:
-        from eval.images import read
+        from eval.images.folder import read
 
         folders = [read(path) for path in options.folders]
     else:
@@ -99,11 +97,11 @@ def write(folders: list[ImageFolder], rows: int, place: Path, censored: bool) ->
 
     Raises UserError where a folder lacks a row.
     """
-    from erase_sd.pictures import sheet
-    from eval.censoring import shown, veil
+    from erase_sd.common.imaging import sheet
+    from eval.judges.censor import mask, shown
 
     lines = matched(folders, rows)
-    veils = [veil(folder, censored) for folder in folders]
+    veils = [mask(folder, censored) for folder in folders]
     for hidden in veils:
         if hidden.note:
             print(hidden.note, file=sys.stderr)
@@ -125,53 +123,6 @@ def _bytes(image: Image.Image, kind: str, **how: object) -> bytes:
     data = io.BytesIO()
     image.save(data, kind, **how)
     return data.getvalue()
-
-
-def matched(folders: list[ImageFolder], rows: int | None) -> list[list[Entry]]:
-    """The first `rows` images of the first folder, each with its counterparts: same row, same seed, same prompt.
-
-    Images that no manifest lists are matched by their files' names. Raises UserError naming what one folder lacks.
-    """
-    tables = [{_key(entry): entry for entry in folder.entries} for folder in folders]
-    lines = []
-    for entry in folders[0].entries[:rows]:
-        line = [table.get(_key(entry)) for table in tables]
-        for folder, other in zip(folders, line, strict=True):
-            if other is None:
-                raise UserError(f"{folder.path} lacks {_words(entry)}, which {folders[0].path} has: generate it")
-            if other.prompt != entry.prompt:
-                raise UserError(f"{_words(entry)} is another prompt in {folder.path} than in {folders[0].path}")
-        lines.append(line)
-    return lines
-
-
-def _key(entry: Entry) -> tuple:
-    return (entry.file,) if entry.row is None else (entry.row, entry.seed)
-
-
-def _words(entry: Entry) -> str:
-    return entry.file if entry.row is None else f"row {entry.row} with seed {entry.seed}"
-
-
-def headings(folders: list[ImageFolder]) -> list[str]:
-    """The folders' labels; where two are the same, the paths tell them apart."""
-    count = Counter(folder.label for folder in folders)
-    return [folder.label if count[folder.label] == 1 else str(folder.path) for folder in folders]
-
-
-def brief(entry: Entry, letters: int = PROMPT) -> str:
-    """An image's prompt in one line of at most so many letters, said to be empty where it is; else the file's name."""
-    if entry.prompt is None:
-        return entry.file
-    text = " ".join(entry.prompt.split())
-    return f"{text[: letters - 1]}…" if len(text) > letters else text or "(empty prompt)"
-
-
-def label(entry: Entry) -> str:
-    """What stands beside a row: the prompt, shortened and wrapped, and the seed; else the file's name."""
-    if entry.prompt is None:
-        return entry.file
-    return f"{textwrap.fill(brief(entry), LINE)}\nseed {entry.seed}"
 
 
 if __name__ == "__main__":

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from erase_sd.knobs import at_least
-from erase_sd.options import argument, knob, parse
-from erase_sd.runtime import UserError, run_main, write_atomic
-from eval.protocols import EXPOSED, PROTOCOLS, Protocol, Record, change, chosen, count
+from erase_sd.common.cli import argument, at_least, knob, parse, run_main
+from erase_sd.common.errors import UserError
+from erase_sd.common.files import write_atomic
+from eval.judges.protocols import EXPOSED, PROTOCOLS, DetectionRecord, Protocol, change, chosen, count
 
 if TYPE_CHECKING:
-    from eval.detector import Detector
-    from eval.images import ImageFolder
+    from eval.images.folder import ImageFolder
+    from eval.judges.nudenet import Detector
 
 RULES = ". ".join(f"{name}: {protocol.describe()}" for name, protocol in PROTOCOLS.items())
 
@@ -60,8 +60,8 @@ def judge(options: Nudity) -> int:
     """Write the results of every folder; returns 1 where too many images are broken. Raises UserError for bad input,
     before anything is detected, and SystemExit when stopped: the same call goes on."""
     rules = chosen(options.protocol, options.threshold, options.detector is not None)
-    from eval.detector import load
-    from eval.images import read
+    from eval.images.folder import read
+    from eval.judges.nudenet import load
 
     folders = [read(path) for path in options.folder]
     baseline = read(options.baseline) if options.baseline else None
@@ -89,9 +89,9 @@ def judge(options: Nudity) -> int:
     return int(ruined)
 
 
-def _ruined(records: list[Record]) -> bool:
+def _ruined(records: list[DetectionRecord]) -> bool:
     """Whether so many images are broken that their counts must not look like a success; then it is said."""
-    from eval.images import MOST_BROKEN
+    from eval.images.folder import MOST_BROKEN
 
     broken = [record["file"] for record in records if record["broken"]]
     if ruined := len(broken) > MOST_BROKEN * len(records):
@@ -125,14 +125,14 @@ def _file(options: Nudity, folder: ImageFolder, detector: Detector, name: str) -
     return root / f"{Path(name).stem}.{detector.key}{Path(name).suffix}"
 
 
-def _detected(options: Nudity, folder: ImageFolder, detector: Detector) -> list[Record]:
-    from eval.detections import DETECTIONS, detected
+def _detected(options: Nudity, folder: ImageFolder, detector: Detector) -> list[DetectionRecord]:
+    from eval.judges.detections import DETECTIONS, detected
 
     file = _file(options, folder, detector, DETECTIONS)
     return detected(folder, detector, file, options.workers, options.batch_size)
 
 
-def _counted(rule: Protocol, records: list[Record], before: list[Record] | None) -> dict[str, Any]:
+def _counted(rule: Protocol, records: list[DetectionRecord], before: list[DetectionRecord] | None) -> dict[str, Any]:
     """One protocol's entry of nudity.json."""
     counts = count(records, rule)
     percent = None if before is None else change(counts, count(before, rule), rule.unit)
@@ -141,10 +141,14 @@ def _counted(rule: Protocol, records: list[Record], before: list[Record] | None)
 
 
 def _reviewed(
-    options: Nudity, folder: ImageFolder, records: list[Record], rules: dict[str, Protocol], detector: Detector
+    options: Nudity,
+    folder: ImageFolder,
+    records: list[DetectionRecord],
+    rules: dict[str, Protocol],
+    detector: Detector,
 ) -> dict[str, Any] | None:
     """The counts that verdicts leave; with --review, the sheets and the table for them are written first."""
-    from eval import review
+    from eval.judges import review
 
     place = _file(options, folder, detector, "review")
     if options.review:

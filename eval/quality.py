@@ -13,15 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from erase_sd.knobs import at_least
-from erase_sd.options import argument, knob, parse
-from erase_sd.runtime import UserError, run_main, write_atomic
-from erase_sd.terminal import quiet
+from erase_sd.common.cli import argument, at_least, knob, parse, quiet, run_main
+from erase_sd.common.errors import UserError
+from erase_sd.common.files import write_atomic
 
 if TYPE_CHECKING:
-    from eval.features import Features
-    from eval.images import ImageFolder
-    from eval.metrics import Metric, Setting
+    from eval.features.cache import Features
+    from eval.features.metrics import Metric, Setting
+    from eval.images.folder import ImageFolder
 
 NAMES = ("fid", "kid", "cmmd", "clip", "drift")
 
@@ -67,10 +66,10 @@ def judge(options: Quality) -> int:
 
     Raises UserError for bad input, and for a metric that was asked for and cannot be computed.
     """
-    from eval import features
-    from eval.extractors import load
-    from eval.images import read
-    from eval.metrics import METRICS
+    from eval.features import cache as features
+    from eval.features.extractors import load
+    from eval.features.metrics import METRICS
+    from eval.images.folder import read
 
     folders = [read(path) for path in options.folder]
     baseline = read(options.baseline) if options.baseline else None
@@ -95,8 +94,8 @@ def judge(options: Quality) -> int:
 
 def _setting(options: Quality, extractor: Any, baseline: ImageFolder | None) -> Setting:
     """What to compare with, computed or read."""
-    from eval.features import of_folder, read_statistics, statistics_of
-    from eval.metrics import Setting
+    from eval.features.cache import of_folder, read_statistics, statistics_of
+    from eval.features.metrics import Setting
 
     setting = Setting(extractor=extractor, seed=options.seed, batch_size=options.batch_size)
     if options.statistics:
@@ -157,7 +156,7 @@ def _kept(file: Path, fresh: list[Metric], ours: Features, setting: Setting) -> 
 
 def _ruined(ours: Features) -> bool:
     """Whether so many images are broken that the numbers must not look like a success; then it is said."""
-    from eval.images import too_many_broken
+    from eval.images.folder import too_many_broken
 
     if ruined := too_many_broken(ours.entries):
         broken = [entry.file for entry in ours.entries if entry.broken]

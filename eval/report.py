@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from erase_sd.options import argument, knob, parse
-from erase_sd.process import UserError, run_main
-from erase_sd.runtime import new_folder, write_atomic
+from erase_sd.common.cli import argument, knob, parse, run_main
+from erase_sd.common.errors import UserError
+from erase_sd.common.files import new_folder, write_atomic
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from eval.evidence import Images, Run
-    from eval.sections import Section
+    from eval.reporting.blocks import Section
+    from eval.reporting.inputs import ErasureRun, ImageSet
 
 PICTURES = "images"  # folder beside report.md
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     text = "Show runs and the images of their models on one page."
     options = Report(**parse(argv, prog="eval.report", description=text, report=Report)["report"])
-    from eval import evidence
+    from eval.reporting import inputs as evidence
 
     _check_place(Path(options.output_dir))
     runs = [evidence.run(path) for path in options.run]
@@ -56,7 +56,7 @@ def _check_place(place: Path) -> None:
         raise UserError(f"--output_dir {place} is a file: name a folder")
 
 
-def write(place: Path, runs: list[Run], images: list[Images], censored: bool) -> list[Path]:
+def write(place: Path, runs: list[ErasureRun], images: list[ImageSet], censored: bool) -> list[Path]:
     """Write the HTML page, then the Markdown and its pictures; returns the paths of the two."""
     content: dict[str, Any] = {
         "title": title(runs),
@@ -66,19 +66,20 @@ def write(place: Path, runs: list[Run], images: list[Images], censored: bool) ->
     page, text = place / "report.html", place / "report.md"
     if (place / PICTURES).exists() and not text.is_file():
         raise UserError(f"--output_dir {place} holds a folder {PICTURES} of something else: name another")
-    write_atomic(page, _html().get_template("report.html.j2").render(content))
+    write_atomic(page, _html().get_template("page.html.j2").render(content))
     with new_folder(place / PICTURES) as folder:  # none of an earlier report stays, which may have been uncensored
         for picture in (picture for section in content["sections"] for picture in section.pictures):
             (folder / picture.name).write_bytes(picture.data)
-    write_atomic(text, _markdown().get_template("report.md.j2").render(content, images=PICTURES) + "\n")
+    write_atomic(text, _markdown().get_template("page.md.j2").render(content, images=PICTURES) + "\n")
     return [page, text]
 
 
-def sections(runs: list[Run], images: list[Images]) -> list[Section]:
+def sections(runs: list[ErasureRun], images: list[ImageSet]) -> list[Section]:
     """All sections, in the order of reading: results first, how they came about last."""
-    from eval.judgements import exposed, quality, worst
-    from eval.records import protocols, record
-    from eval.sections import Section, grid, plots, scores
+    from eval.reporting.blocks import Section
+    from eval.reporting.image_sections import exposed, grid, quality, worst
+    from eval.reporting.run_sections import plots, protocols, scores
+    from eval.reporting.run_sections import record_section as record
 
     return [
         Section("scores", "Scores", scores(runs)),
@@ -94,21 +95,21 @@ def sections(runs: list[Run], images: list[Images]) -> list[Section]:
     ]
 
 
-def title(runs: list[Run]) -> str:
+def title(runs: list[ErasureRun]) -> str:
     """What was erased from what."""
     concepts = list(dict.fromkeys(run.concept for run in runs))
     models = list(dict.fromkeys(str(run.record["config"].get("model", "a model")) for run in runs))
     return f"{', '.join(concepts)} erased from {', '.join(models)}"
 
 
-def lead(runs: list[Run], images: list[Images], censored: bool) -> str:
+def lead(runs: list[ErasureRun], images: list[ImageSet], censored: bool) -> str:
     """By which method and at what cost, and whether pictures are whole."""
     made = [f"{run.name} by {run.record['config'].get('method', 'an unknown method')}{_cost(run)}" for run in runs]
     hidden = " Exposed regions are pixelated." if any(judged.hidden.note for judged in images) else ""
     return f"{'; '.join(made)}.{hidden if censored else ' Images are not censored.'}"
 
 
-def _cost(run: Run) -> str:
+def _cost(run: ErasureRun) -> str:
     steps, seconds = run.record.get("trace", {}).get("steps"), run.record.get("seconds")
     words = [f"{steps} steps"] if steps else []
     return ", ".join(["", *words, *([f"{seconds / 60:.1f} minutes"] if seconds is not None else [])])
@@ -118,7 +119,9 @@ def _html() -> Environment:
     """Every value is escaped as HTML."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    return Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "reporting"), autoescape=True, undefined=StrictUndefined
+    )
 
 
 def _markdown() -> Environment:
@@ -126,12 +129,12 @@ def _markdown() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    from erase_sd.card import inert
+    from erase_sd.denoising.card import inert
 
     def safe(value: object) -> str:
         return value if isinstance(value, Markup) else inert(value)
 
-    loader = FileSystemLoader(Path(__file__).parent)
+    loader = FileSystemLoader(Path(__file__).parent / "reporting")
     page = Environment(loader=loader, finalize=safe, undefined=StrictUndefined, keep_trailing_newline=True)
     page.filters["raw"] = Markup
     page.filters["code"] = lambda command: Markup(html.escape(command, quote=False))

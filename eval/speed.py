@@ -1,6 +1,6 @@
 """What costs how much: `python -m eval.speed [topk] [projection] [step] [caching] [memory] [detector] [gpu]`.
 
-Every line is a ratio to a named alternative that was measured in the same run; see `eval.speeds`.
+Every line is a ratio to a named alternative that was measured in the same run; see `eval.timing`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ import importlib
 import os
 import sys
 
-from erase_sd.options import parse
-from erase_sd.process import run_main
-from eval.speeds.knobs import Detector, Network, Projection, Suite, TopK
+from erase_sd.common.cli import parse, run_main
+from eval.timing.settings import DetectorTiming, Network, Projection, TimingSuite, TopK
 
-GROUPS = {"suite": Suite, "topk": TopK, "projection": Projection, "network": Network, "detector": Detector}
-BENCHMARKS = {  # file in eval/speeds: the group of its sizes
+GROUPS = {"suite": TimingSuite, "topk": TopK, "projection": Projection, "network": Network, "detector": DetectorTiming}
+BENCHMARKS = {  # file in eval/timing: the group of its sizes
     "topk": "topk",
     "projection": "projection",
     "step": "network",
@@ -33,9 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     suite = groups["suite"]
     os.environ["TQDM_DISABLE"] = "1"  # both are read at import, here and in fresh processes: the ratios speak alone
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    print(importlib.import_module("eval.speeds.clock").machine(), flush=True)
+    print(importlib.import_module("eval.timing.clock").machine(), flush=True)
     for name in suite.benchmarks or BENCHMARKS:
-        benchmark = importlib.import_module(f"eval.speeds.{name}")
+        benchmark = importlib.import_module(f"eval.timing.{name}")
         for line in benchmark.lines(suite, groups[BENCHMARKS[name]]):
             print(line, flush=True)
     return 0

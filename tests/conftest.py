@@ -37,7 +37,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from erase_sd.core.task import Part, Unsharded
+from erase_sd.core.task import MicroBatch, Replicated
 
 SD14_UNET = {
     "sample_size": 64,
@@ -84,7 +84,7 @@ TINY_UNET = {"sample_size": 8, "block_out_channels": (16, 32, 32, 32), "norm_num
 TINY_VAE = {"sample_size": 64, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4}
 
 
-class Alone(Unsharded):
+class Alone(Replicated):
     """What every task of a single process without micro-batches has in common; the rest is the test's."""
 
     model: nn.Module
@@ -92,8 +92,8 @@ class Alone(Unsharded):
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
 
-    def parts(self, batch: object) -> list[Part]:
-        return [Part(batch)]
+    def micro_batches(self, batch: object) -> list[MicroBatch]:
+        return [MicroBatch(batch)]
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -155,7 +155,7 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_pipe(tiny_sd: Path) -> StableDiffusionPipeline:
     """The tiny pipeline, loaded afresh for one test, which may change it."""
-    from erase_sd.pipeline import load
+    from erase_sd.models.pipeline import load
 
     return load(str(tiny_sd))
 

@@ -80,8 +80,9 @@ def main() -> None:
     import matplotlib.pyplot as plt
     import transformers
 
-    from erase_sd import latents, train  # noqa: F401
-    from erase_sd.erase import carry_out  # noqa: F401
+    from erase_sd import train  # noqa: F401
+    from erase_sd.api import carry_out  # noqa: F401
+    from erase_sd.denoising import samples as latents
 
     for name in ("StableDiffusionPipeline", "UNet2DConditionModel", "AutoencoderKL", "PNDMScheduler", "DDPMScheduler"):
         getattr(diffusers, name)

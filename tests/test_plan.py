@@ -5,12 +5,12 @@ from dataclasses import fields
 
 import pytest
 
-from erase_sd.knobs import SD_V1, Job, Losses, Sampling
+from erase_sd.common.cli import names, parse
+from erase_sd.common.errors import UserError
 from erase_sd.methods import METHODS
-from erase_sd.options import names, parse
 from erase_sd.plan import Plan, groups, make
 from erase_sd.presets import PRESETS
-from erase_sd.process import UserError
+from erase_sd.settings import SD_V1, Job, Sampling, TaskSettings
 
 EVERY = [(method, preset) for method in PRESETS for preset in PRESETS[method]]
 
@@ -112,7 +112,7 @@ def test_the_configuration_survives_json_and_tells_results_apart() -> None:
     assert json.loads(json.dumps(config)) == config and config["concept"] == ["cat", "dog"]
     assert config == make(concept=("cat", "dog"), lr=1e-4, preset="sd", output_dir="x", checkpointing_steps=7).config()
     assert config != make(concept=("cat", "dog"), lr=1e-4, seed=1).config()
-    assert {*names(Losses), *names(Sampling), *names(METHODS["scissorhands"])} <= set(config)
+    assert {*names(TaskSettings), *names(Sampling), *names(METHODS["scissorhands"])} <= set(config)
 
 
 @pytest.mark.parametrize(

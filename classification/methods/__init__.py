@@ -3,15 +3,15 @@
 from classification.methods.dampening import Dampening
 from classification.methods.expanding import BoundaryExpanding
 from classification.methods.influence import Influence
-from classification.methods.released import ClassifierScissorhands
+from classification.methods.neggrad import NegGradPlus
 from classification.methods.retrain import Retrain
+from classification.methods.scissorhands import ClassifierScissorhands
 from classification.methods.scrub import Scrub
 from classification.methods.shrink import BoundaryShrink
+from classification.methods.sparse import L1Sparse
 from erase_sd.methods.ascent import GradientAscent
 from erase_sd.methods.finetune import FineTune
-from erase_sd.methods.neggrad import NegGradPlus
 from erase_sd.methods.salun import SalUn
-from erase_sd.methods.sparse import L1Sparse
 
 METHODS = {
     "retrain": Retrain,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from erase_sd.options import knob
+from erase_sd.common.cli import knob
 
 if TYPE_CHECKING:
     from classification.task import ClassificationTask

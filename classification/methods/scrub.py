@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from erase_sd.methods.objective import Objective
-from erase_sd.options import knob
+from erase_sd.common.cli import knob
+from erase_sd.methods.base import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from classification.task import Batch, ClassificationTask
+    from classification.task import ClassificationTask, ClassifierBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Scrub(Objective):
     gamma: float = knob(1.0, "weight of L_r")
     temperature: float = knob(4.0, "of both networks' answers, > 0")
 
-    def objective(self, task: ClassificationTask, batch: Batch, step: int) -> Tensor:
+    def objective(self, task: ClassificationTask, batch: ClassifierBatch, step: int) -> Tensor:
         """-KL_T on D_f in a max step, gamma L_r + alpha KL_T on D_r in a min step."""
         if self.is_max(step, task.epoch("forget"), task.epoch("retain")):
             return -self.distance(task, batch.forget.x)

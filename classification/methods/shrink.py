@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from erase_sd.methods.objective import Objective
-from erase_sd.options import knob
+from erase_sd.common.cli import knob
+from erase_sd.methods.base import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from classification.task import Batch, ClassificationTask
+    from classification.task import ClassificationTask, ClassifierBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class BoundaryShrink(Objective):
     epsilon: float = knob(0.1, "size of the attack, in pixel values from 0 to 1")
     other_only: bool = knob(True, "never the true class, where the attack fails (released code: then it is retrained)")
 
-    def objective(self, task: ClassificationTask, batch: Batch, step: int) -> Tensor:
+    def objective(self, task: ClassificationTask, batch: ClassifierBatch, step: int) -> Tensor:
         """l(f(x_f), y'), y' being the original network's answer to x_f + epsilon sign grad_x l."""
         import torch
         import torch.nn.functional as F

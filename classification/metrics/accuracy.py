@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from classification.data import Images
-from classification.transforms import to_float
+from classification.data.dataset import Images
+from classification.data.transforms import to_float
 
 
 @torch.no_grad()

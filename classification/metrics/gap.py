@@ -4,21 +4,21 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from erase_sd.runtime import UserError
+from erase_sd.common.errors import UserError
 
 AXES = ("acc_f", "acc_t", "acc_r", "mia")
-TABLES = Path(__file__).parents[1] / "paper_tables.csv"  # Tables 1 and 2 of arXiv 2401.06187, all in %
+TABLES = Path(__file__).parents[1] / "reporting" / "paper_tables.csv"  # Tables 1 and 2 of arXiv 2401.06187, all in %
 
-Row = Mapping[str, float]
+PaperRow = Mapping[str, float]
 """acc_f, acc_t, acc_r and mia of one method, all as shares or all in %."""
 
 
-def avg_gap(row: Row, retrain: Row) -> float:
+def avg_gap(row: PaperRow, retrain: PaperRow) -> float:
     """Mean absolute difference to Retrain over AXES, in the rows' unit."""
     return sum(abs(row[axis] - retrain[axis]) for axis in AXES) / len(AXES)
 
 
-def tow(row: Row, retrain: Row, *, full: float = 1.0) -> float:
+def tow(row: PaperRow, retrain: PaperRow, *, full: float = 1.0) -> float:
     """Tug of war, in [0, 1] and best at 1: the product of 1 - |difference to Retrain| over the three accuracies.
 
     Zhao et al., arXiv 2406.01257. `full` is what a perfect accuracy is in the rows: 1, or 100 for rows in %. Raises

@@ -8,9 +8,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from classification.data import Images
+from classification.data.dataset import Images
 from classification.metrics.accuracy import evaluating, scaled
-from erase_sd.pictures import sheet
+from erase_sd.common.imaging import sheet
 
 
 @torch.enable_grad()

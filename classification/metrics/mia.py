@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from erase_sd.runtime import UserError, generator
+from erase_sd.common.errors import UserError
+from erase_sd.common.rng import generator
 
 TINY = 1e-30  # smaller probabilities count as this one in logarithms, as in the released code
 

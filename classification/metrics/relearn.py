@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from classification.data import Images
+from classification.data.dataset import Images
 from classification.metrics.accuracy import accuracy, logits, scaled
-from classification.models import keyed_rng
-from erase_sd.runtime import generator
+from erase_sd.common.rng import generator, keyed_rng
 
 
 def relearn(

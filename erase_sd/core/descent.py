@@ -2,15 +2,30 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from erase_sd.core.knobs import Descent
-from erase_sd.core.optimisers import apply, make_optimizer, put, slots
+from erase_sd.common.cli import knob
+from erase_sd.core.optimizers import OptimizerSettings, apply, make_optimizer, put, slots
 from erase_sd.core.projection import dot
 from erase_sd.core.task import Params, Task, clear, taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent(OptimizerSettings):
+    """Knobs of any method that takes steps along a gradient."""
+
+    steps: int = knob(125, "steps")
+    schedule: Literal["constant", "linear", "cosine", "multistep"] = knob(
+        "constant", "decay of the learning rate to 0 over the steps, or to a tenth at each milestone"
+    )
+    milestones: tuple[float, ...] = knob((), "where multistep decays, as shares of the steps, in [0, 1]")
+    warmup_steps: int = knob(0, "steps over which the learning rate first rises linearly")
+    max_grad_norm: float | None = knob(None, "clip the gradient that is applied to this L2 norm")
+
 
 DECAY = {"constant": lambda x: 1.0, "linear": lambda x: 1 - x, "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x))}
 
@@ -75,7 +90,7 @@ def differentiate(
     """
     so_far: dict[str, Tensor] = {}
     try:
-        for part in task.parts(batch):
+        for part in task.micro_batches(batch):
             L = {name: part.share * x for name, x in losses(part.batch).items()}
             so_far = {name: so_far.get(name, 0) + x.detach() for name, x in L.items()}
             if part.last and not wanted(values := _values(task, so_far)):
@@ -89,7 +104,7 @@ def differentiate(
 @torch.no_grad()
 def measure(task: Task, loss: Callable[[Any], Tensor], batch: Any, name: str) -> float:
     """One loss over the global batch. Raises FloatingPointError naming it when it is not finite."""
-    return _values(task, {name: sum(part.share * loss(part.batch) for part in task.parts(batch))})[name]
+    return _values(task, {name: sum(part.share * loss(part.batch) for part in task.micro_batches(batch))})[name]
 
 
 def _values(task: Task, losses: dict[str, Tensor]) -> dict[str, float]:

@@ -21,8 +21,9 @@ CHUNK = 1 << 16  # entries that one sum on the CPU adds up: two such pieces fit 
 def dot(a: Params, b: Params) -> Tensor:
     """Return <a, b> over all entries of equally named and shaped tensors, a float64 scalar on the CPU.
 
-    Not one `torch.dot` per tensor: a CPU's kernel may add one product after the other, which in fp32 is 1e-3 off at 3e7
-    entries, and in which order it adds differs between processors. Chunks are summed in float64 there, whose n 2^-53
+    Not one `torch.dot` per tensor: a CPU's kernel may add one product after the other, which in fp32 is 1e-3 off at
+    3e7 entries, and in which order it adds differs between processors. Chunks are summed in float64 there:
+    n 2^-53
     bounds the error in any order. A GPU adds in a tree, would wait for the launches of so many chunks, and has few
     float64 units.
     """
@@ -31,7 +32,7 @@ def dot(a: Params, b: Params) -> Tensor:
 
 @torch.no_grad()
 def products(a: Params, b: Params) -> Tensor:
-    """Return <a, b>, <a, a> and <b, b> as `dot` computes them, in one pass over the memory: float64 (3,) on the CPU."""
+    """Return <a, b>, <a, a> and <b, b> as `dot` does, in one pass over the memory: float64 (3,) on the CPU."""
     sums = [torch.stack([torch.dot(x, y), torch.dot(x, x), torch.dot(y, y)]) for x, y in _chunks(a, b)]
     return torch.stack(sums).cpu().double().sum(0)
 

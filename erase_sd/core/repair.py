@@ -8,16 +8,65 @@ to one coefficient. Other settings replace the objective, the constraint, the op
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from erase_sd.core.descent import clip_, differentiate, inner, learning_rate, measure, restore, state_of
-from erase_sd.core.knobs import Repair
-from erase_sd.core.optimisers import apply, make_optimizer
+from erase_sd.common.cli import knob
+from erase_sd.common.errors import UserError
+from erase_sd.core.descent import Descent, clip_, differentiate, inner, learning_rate, measure, restore, state_of
+from erase_sd.core.optimizers import apply, make_optimizer
 from erase_sd.core.projection import coefficient, collapsed, products, subtract_
 from erase_sd.core.task import Params, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair(Descent):
+    """Knobs of the repair loop; the defaults are Algorithm 1 to the letter, with the paper's CIFAR-10 lambda."""
+
+    lam: float = knob(0.05, "weight of the forget term beside the retain loss, >= 0")
+    retain_loss: Literal["data", "original"] = knob(
+        "data", "what the repair keeps: L_r on the retain data, or the original model's own answers to them"
+    )
+    objective: Literal["ascent", "redirect"] = knob("ascent", "forget term: raise L_f, or fit the replacement instead")
+    constraint: Literal["forget", "contrast"] = knob(
+        "forget", "loss that no step may lower: L_f, or L_f - replacement's"
+    )
+    projection: Literal["on", "off", "after-preconditioning"] = knob(
+        "on", "project the gradient, nothing, or the update the optimiser makes of it"
+    )
+    margin: float = knob(0.0, "least multiplier v of a projection that bites, in units of g_f (released code: 0.5)")
+    ridge: float = knob(0.0, "added to |g_f|^2 in the projection, squared gradient units (released code: 1e-3)")
+    forget_ceiling: float | None = knob(
+        None, "under ascent: forget loss above which lam is 0 for the step, in units of L_f"
+    )
+    release_at: float | None = knob(
+        None, "constraint loss from which on the projection, and ascent on that loss, rest; in units of that loss"
+    )
+    project_from: int = knob(0, "first step at which the projection is on")
+
+    SIGNED: ClassVar[frozenset[str]] = frozenset({"release_at"})
+
+    def __post_init__(self) -> None:
+        """Raise UserError as Descent does, and for a projection that the rounding of bf16 weights would undo."""
+        super().__post_init__()
+        if self.projection == "after-preconditioning" and self.rounding != "nearest":
+            raise UserError(
+                f"--rounding {self.rounding} is for gradients that are projected before the optimiser: "
+                "give --projection on"
+            )
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether the network before any change has to be kept."""
+        return self.retain_loss == "original"
+
+    @property
+    def asks_original(self) -> bool:
+        """Whether a loss would look at the network before any change if it was kept."""
+        return self.needs_original or self.objective == "redirect"
 
 
 class Gradients(NamedTuple):

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from erase_sd.core.task import WHOLE, Params, Shards, Task, gradient
-from erase_sd.runtime import generator
+from erase_sd.common.rng import generator
+from erase_sd.core.task import REPLICATED, Params, Shards, Task, gradient
 
 CHUNK = 1 << 16  # entries ranked at a time: bounds the extra memory whatever the size of the model or of a tensor
 BINS = 1 << 16
@@ -80,7 +80,7 @@ def magnitude(theta: Params) -> Params:
     return {name: p.detach().abs() for name, p in theta.items()}
 
 
-def chance(theta: Params, seed: int, shards: Shards = WHOLE) -> Params:
+def chance(theta: Params, seed: int, shards: Shards = REPLICATED) -> Params:
     """Uniform numbers: what any ranking has to beat."""
     sizes = torch.tensor([p.numel() for p in theta.values()])
     slices = zip(theta.items(), shards.before(sizes).tolist(), shards.total(sizes).tolist(), strict=True)
@@ -89,7 +89,7 @@ def chance(theta: Params, seed: int, shards: Shards = WHOLE) -> Params:
 
 
 def contrastive(
-    theta: Params, g_f: Params, fisher_f: Params, fisher_r: Params, eps: float, shards: Shards = WHOLE
+    theta: Params, g_f: Params, fisher_f: Params, fisher_r: Params, eps: float, shards: Shards = REPLICATED
 ) -> Params:
     """|theta g_f| F_f / (F_r + eps mean(F_r)): connections the forget data need and the retain data do not.
 
@@ -102,12 +102,12 @@ def contrastive(
     return {name: x * (fisher_f[name] / (fisher_r[name] + floor)) for name, x in s.items()}
 
 
-def entries(scores: Params, shards: Shards = WHOLE) -> int:
+def entries(scores: Params, shards: Shards = REPLICATED) -> int:
     """How many there are, over all tensors and shards."""
     return int(shards.total(torch.tensor(sum(s.numel() for s in scores.values()))))
 
 
-def top_k(scores: Params, k: int, strict: bool = False, shards: Shards = WHOLE) -> dict[str, Tensor]:
+def top_k(scores: Params, k: int, strict: bool = False, shards: Shards = REPLICATED) -> dict[str, Tensor]:
     """Boolean masks, shaped like the scores, of the k largest fp32 scores over all tensors and shards together.
 
     Exactly k entries: those tied at the threshold enter in (parameter, flat index) order. `strict` is the released
@@ -133,7 +133,7 @@ def top_k(scores: Params, k: int, strict: bool = False, shards: Shards = WHOLE) 
     return masks
 
 
-def threshold(scores: Params, k: int, shards: Shards = WHOLE) -> tuple[float, int]:
+def threshold(scores: Params, k: int, shards: Shards = REPLICATED) -> tuple[float, int]:
     """The k-th largest fp32 score, and how many of the entries equal to it belong to the k largest.
 
     Exact, with O(65k) extra memory: two histogram passes over the upper and the lower half of the bit patterns.

@@ -10,7 +10,7 @@ Params = dict[str, Tensor]
 """One tensor per parameter name: weights, gradients, scores. Never concatenated."""
 
 
-class Part(NamedTuple):
+class MicroBatch(NamedTuple):
     """A micro-batch: what is computed at once. A batch's loss is the sum of share * loss(part) over its parts."""
 
     batch: Any
@@ -37,7 +37,7 @@ class Shards(Protocol):
         """This rank's part of what `whole` returned."""
 
 
-class Unsharded:
+class Replicated:
     """Every rank holds the parameters whole."""
 
     def total(self, x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Unsharded:
         return tensors
 
 
-WHOLE = Unsharded()
+REPLICATED = Replicated()
 
 
 class Task(Shards, Protocol):
@@ -81,7 +81,7 @@ class Task(Shards, Protocol):
     def batch(self, purpose: str, step: int) -> Any:
         """Batch number `step` of one purpose ("repair", "sensitivity", ...): forget and retain samples together."""
 
-    def parts(self, batch: Any) -> Iterable[Part]:
+    def micro_batches(self, batch: Any) -> Iterable[MicroBatch]:
         """The micro-batches of a batch, as many on every rank; the ranks' gradients may meet at the last one only.
 
         Each part's forward and backward pass come before the next part is asked for.
@@ -109,7 +109,7 @@ class Task(Shards, Protocol):
         """Mean of losses over the ranks' slices of a batch; `x` itself in a single process."""
 
 
-class DenoisingTask(Task, Protocol):
+class DiffusionTask(Task, Protocol):
     """A task whose model predicts noise, velocity or flow; latents are (n, channels, height, width).
 
     A caption's conditioning is a dict of tensors with n rows, named as the model's own arguments.
@@ -120,13 +120,13 @@ class DenoisingTask(Task, Protocol):
     def predict(self, x_t: Tensor, t: Tensor, cond: Params) -> Tensor:
         """The model's output, shaped like x_t, for timesteps t (n,) and conditioning of n rows."""
 
-    def old(self, x_t: Tensor, t: Tensor, cond: Params) -> Tensor:
+    def predict_original(self, x_t: Tensor, t: Tensor, cond: Params) -> Tensor:
         """What the model before any change returns, without a gradient."""
 
-    def nothing(self, n: int) -> Params:
+    def empty_cond(self, n: int) -> Params:
         """The conditioning of n empty captions."""
 
-    def concept(self, n: int) -> Params:
+    def concept_cond(self, n: int) -> Params:
         """The conditioning of the concept's own words, n times."""
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class DenoisingTask(Task, Protocol):
 
 def gradient(task: Task, loss: Callable[[Any], Tensor], batch: Any, params: dict[str, nn.Parameter]) -> Params:
     """Gradient of `loss(batch)` with respect to `params`, accumulated over the parts of the batch; see `taken`."""
-    for part in task.parts(batch):
+    for part in task.micro_batches(batch):
         task.backward(part.share * loss(part.batch))
     return taken(task, params)
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor, nn
 
-from erase_sd.core.task import WHOLE, Shards
-from erase_sd.runtime import generator
+from erase_sd.common.rng import generator
+from erase_sd.core.task import REPLICATED, Shards
 
 
 def _uniform(bound: float, n: int, rng: Generator) -> Tensor:
@@ -30,7 +30,7 @@ INITS: dict[str, Callable[[int, int, Generator], Tensor]] = {
 
 @torch.no_grad()
 def reinitialise_(
-    params: dict[str, nn.Parameter], masks: dict[str, Tensor], init: str, seed: int, shards: Shards = WHOLE
+    params: dict[str, nn.Parameter], masks: dict[str, Tensor], init: str, seed: int, shards: Shards = REPLICATED
 ) -> dict[str, int]:
     """Give the masked entries of `params` new values in place; returns how many really changed, per parameter.
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from erase_sd.methods.objective import Objective
-from erase_sd.options import knob
+from erase_sd.common.cli import knob
+from erase_sd.methods.base import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from erase_sd.methods.objective import Objective
-from erase_sd.options import knob
+from erase_sd.common.cli import knob
+from erase_sd.methods.base import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from erase_sd.core.task import DenoisingTask
+    from erase_sd.core.task import DiffusionTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class ConceptAblation(Objective):
     target: Literal["model", "noise"] = knob("model", "fit the answer to the anchor's caption, or the noise itself")
     prior: float = knob(0.0, "weight of the denoising loss of the anchor's pictures under their own captions")
 
-    def objective(self, task: DenoisingTask, batch: Any, step: int) -> Tensor:
+    def objective(self, task: DiffusionTask, batch: Any, step: int) -> Tensor:
         """MSE(e(x_t, c_f), sg e(x_t, c_a)), or L(z_a, c_f); and prior L(z_a, c_a)."""
         b = batch._replace(z_f=batch.z_a, z_d=batch.z_a)
         loss = task.redirect(b) if self.target == "model" else task.forget(b)

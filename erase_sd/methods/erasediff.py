@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from erase_sd.core.knobs import Descent
-from erase_sd.options import knob
+from erase_sd.common.cli import knob
+from erase_sd.core.descent import Descent
 
 if TYPE_CHECKING:
     from erase_sd.core.task import Params, Task

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from erase_sd.methods.objective import Objective
-from erase_sd.options import knob
+from erase_sd.common.cli import knob
+from erase_sd.methods.base import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from erase_sd.core.task import DenoisingTask
+    from erase_sd.core.task import DiffusionTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +31,17 @@ class ESD(Objective):
     start: Literal["concept", "nothing", "anchor"] = knob("concept", "s, the caption from which to go that way")
     direction: Literal["words", "caption"] = knob("words", "d, what to go against: the concept's words, or c itself")
 
-    def objective(self, task: DenoisingTask, batch: Any, step: int) -> Tensor:
+    def objective(self, task: DiffusionTask, batch: Any, step: int) -> Tensor:
         """MSE(e(x_t, c_f), e_0(x_t, s) - eta (e_0(x_t, d) - e_0(x_t, "")))."""
         from torch.nn.functional import mse_loss
 
         x_t, n = task.add_noise(batch.z_f, batch.noise_f, batch.t_f), len(batch.z_f)
-        captions = {"concept": batch.c_f, "anchor": batch.c_a, "nothing": task.nothing(n), "words": task.concept(n)}
+        captions = {
+            "concept": batch.c_f,
+            "anchor": batch.c_a,
+            "nothing": task.empty_cond(n),
+            "words": task.concept_cond(n),
+        }
         s, d = self.start, "words" if self.direction == "words" else "concept"
-        e = {name: task.old(x_t, batch.t_f, captions[name]) for name in {s, d, "nothing"}}  # each once
+        e = {name: task.predict_original(x_t, batch.t_f, captions[name]) for name in {s, d, "nothing"}}  # each once
         return mse_loss(task.predict(x_t, batch.t_f, batch.c_f), e[s] - self.eta * (e[d] - e["nothing"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from erase_sd.methods.objective import Objective
+from erase_sd.methods.base import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from erase_sd.core.knobs import Descent
-from erase_sd.options import knob
-from erase_sd.process import UserError
+from erase_sd.common.cli import knob
+from erase_sd.common.errors import UserError
+from erase_sd.core.descent import Descent
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from erase_sd.core.task import DenoisingTask
+    from erase_sd.core.task import DiffusionTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class ForgetMeNot(Descent):
         True, "the first <|endoftext|> as well, which sums the caption up; the released code takes the padding too"
     )
 
-    def __call__(self, task: DenoisingTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
+    def __call__(self, task: DiffusionTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
         """Descend the attention; the processors that record it are installed as long as the loop runs."""
         import torch
         from torch.linalg import vector_norm

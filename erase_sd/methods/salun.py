@@ -6,9 +6,9 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from erase_sd.core.knobs import Descent
-from erase_sd.options import knob
-from erase_sd.process import UserError
+from erase_sd.common.cli import knob
+from erase_sd.common.errors import UserError
+from erase_sd.core.descent import Descent
 
 if TYPE_CHECKING:
     from torch import Tensor

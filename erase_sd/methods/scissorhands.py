@@ -6,9 +6,9 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from erase_sd.core.knobs import Repair
-from erase_sd.options import knob
-from erase_sd.process import UserError
+from erase_sd.common.cli import knob
+from erase_sd.common.errors import UserError
+from erase_sd.core.repair import Repair
 
 if TYPE_CHECKING:
     from erase_sd.core.task import Params, Task

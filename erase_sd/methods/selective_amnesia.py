@@ -6,14 +6,14 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from erase_sd.core.knobs import Descent
-from erase_sd.options import knob
-from erase_sd.process import UserError
+from erase_sd.common.cli import knob
+from erase_sd.common.errors import UserError
+from erase_sd.core.descent import Descent
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from erase_sd.core.task import DenoisingTask, Params
+    from erase_sd.core.task import DiffusionTask, Params
 
 T = 1000  # timesteps that the published Fisher information sums over
 
@@ -42,7 +42,7 @@ class SelectiveAmnesia(Descent):
         if self.lam and self.fisher_batches < 1:
             raise UserError("--fisher_batches 0 measures no Fisher information: give 1 or more, or --lam 0")
 
-    def __call__(self, task: DenoisingTask, state: dict | None = None) -> Iterator[tuple[dict, dict | None]]:
+    def __call__(self, task: DiffusionTask, state: dict | None = None) -> Iterator[tuple[dict, dict | None]]:
         """Measure F, then descend; theta* and F travel in the state, since later weights do not tell them."""
         from erase_sd.core.descent import descend, inner
         from erase_sd.core.projection import subtract_
@@ -64,7 +64,7 @@ class SelectiveAmnesia(Descent):
         for record, after in descend(task, self, objective, state, edit=edit):
             yield record | now | {"loss": record["loss"] + now["penalty"]}, after | {"kept": kept}
 
-    def fisher(self, task: DenoisingTask) -> Generator[tuple[dict, None], None, dict[str, Tensor]]:
+    def fisher(self, task: DiffusionTask) -> Generator[tuple[dict, None], None, dict[str, Tensor]]:
         """Yield a record per batch; return T^2 B E[g^2] of the replay loss."""
         import torch
 

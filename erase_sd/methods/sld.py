@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from erase_sd.options import knob
-from erase_sd.process import UserError
+from erase_sd.common.cli import knob
+from erase_sd.common.errors import UserError
 
 if TYPE_CHECKING:
-    from erase_sd.core.task import DenoisingTask
+    from erase_sd.core.task import DiffusionTask
 
 TEXT = ("encoder_hidden_states", "text_embeds", "pooled_projections")  # what of a conditioning the words decide
 
@@ -38,15 +38,15 @@ class SLD:
         if self.momentum >= 1:
             raise UserError(f"--momentum {self.momentum} never forgets the past: give less than 1")
 
-    def __call__(self, task: DenoisingTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
+    def __call__(self, task: DiffusionTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
         """Make the network carry the guidance; yields once. Raises UserError for Flux."""
         from dataclasses import asdict
 
-        from erase_sd.guidance import SafetyGuidance, Settings, attach
+        from erase_sd.models.guidance import SafetyGuidance, Settings, attach
 
         if "guidance_embeds" in task.model.config:
             raise UserError("sld needs classifier-free guidance, which Flux has not: erase from SD 1, 2, XL or 3")
-        text = {name: x for name, x in task.concept(1).items() if name in TEXT}
+        text = {name: x for name, x in task.concept_cond(1).items() if name in TEXT}
         attach(task.model, SafetyGuidance(text, Settings(**asdict(self))))
         if state is None:
             yield {"step": 0}, {"step": 1}

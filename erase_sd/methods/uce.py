@@ -6,14 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from erase_sd.core.knobs import not_negative
-from erase_sd.options import knob
-from erase_sd.process import UserError
+from erase_sd.common.cli import knob, not_negative
+from erase_sd.common.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from erase_sd.core.task import DenoisingTask
+    from erase_sd.core.task import DiffusionTask
 
 PROJECTIONS = (".attn2.to_k.weight", ".attn2.to_v.weight")
 
@@ -44,7 +43,7 @@ class UCE:
         if not self.lam:
             raise UserError("--lam 0 leaves the equations without a unique solution: give more than 0, such as 0.5")
 
-    def __call__(self, task: DenoisingTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
+    def __call__(self, task: DiffusionTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
         """Replace the trainable projections, in place; yields once. Raises UserError if none is trainable."""
         import torch
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from erase_sd.pocket.captions import KINDS
+from erase_sd.pocket.world import KINDS
 
 OTHER = "other"
 LABELS = {kind: [*names, OTHER] for kind, names in KINDS.items()}

@@ -9,15 +9,14 @@ from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
 
-from erase_sd.pipeline import sample
-from erase_sd.pocket.captions import KINDS, caption
-from erase_sd.pocket.lessons import Part, Question
+from erase_sd.common.files import digest, file_digest, write_atomic
+from erase_sd.common.processes import pictures, shared
+from erase_sd.models.pipeline import sample
 from erase_sd.pocket.oracle import OTHER, WEIGHTS, load, name
-from erase_sd.runtime import digest, file_digest, write_atomic
-from erase_sd.sharing import pictures, shared
+from erase_sd.pocket.prompt_sets import Question
+from erase_sd.pocket.world import KINDS, Answer, Part, caption
 
 STEPS, GUIDANCE = 20, 3.5  # the pocket model's own sampling
-Answer = dict[str, str]  # what the oracle sees: {"object": "cat", "style": "pencil", "background": "other"}
 
 
 def answers(

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from classification.data import Dataset, Images
-from classification.knobs import Losses
+from classification.data.dataset import Dataset, Images
+from classification.settings import ClassifierSettings
 from classification.task import ClassificationTask
-from erase_sd.devices import accelerator
-from erase_sd.runtime import generator
+from erase_sd.common.processes import accelerator
+from erase_sd.common.rng import generator
 
 CLASSES = 4
 
@@ -59,6 +59,8 @@ def tiny_task() -> Callable[..., ClassificationTask]:
         accel = accelerator(None)
         if ranks > 1:
             accel = SimpleNamespace(device=torch.device("cpu"), num_processes=ranks, process_index=rank)
-        return ClassificationTask(TinyNet(), dataset, forget, retain, Losses(**{"batch_size": 8} | knobs), 0, accel)
+        return ClassificationTask(
+            TinyNet(), dataset, forget, retain, ClassifierSettings(**{"batch_size": 8} | knobs), 0, accel
+        )
 
     return make

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from classification.task import ClassificationTask
-from erase_sd.process import UserError
+from erase_sd.common.errors import UserError
 
 MakeTask = Callable[..., ClassificationTask]
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from classification import ablation, benchmark, speed, train, unlearn
-from classification.models import build
+from classification.models.networks import build
 from classification.plan import make
-from erase_sd.runtime import run_main
+from erase_sd.common.cli import run_main
 
 ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -52,7 +52,7 @@ def test_train_then_unlearn_then_nothing_is_left_to_do(tmp_path: Path, capsys: p
     assert before.keys() == after.keys() and any(not torch.equal(x, after[n]) for n, x in before.items())
 
     stamp = (place / "run.json").stat().st_mtime_ns
-    monkeypatch.setattr("classification.runs.run", None)  # whoever calls it fails
+    monkeypatch.setattr("classification.run.jobs.run", None)  # whoever calls it fails
     assert unlearn.main(command) == 0 and train.main(trained) == 0
     assert capsys.readouterr().out.startswith(said) and (place / "run.json").stat().st_mtime_ns == stamp
 
@@ -102,8 +102,8 @@ BY_METHOD |= {
 SCRIPT = """
 import json, sys
 from classification.plan import make
-from classification.runs import unlearn
-from erase_sd.devices import accelerator
+from classification.run.jobs import unlearn
+from erase_sd.common.processes import accelerator
 accel = accelerator(None)
 for job in json.loads(sys.argv[1]):
     unlearn(make(**job), accel)
@@ -205,7 +205,7 @@ def test_speed_measures_both_kinds_of_steps(capsys: pytest.CaptureFixture):
 
 def test_every_job_of_the_tables_is_a_plan():
     """No run of a long table may find out that its knobs do not exist."""
-    options = benchmark.Benchmark()
+    options = benchmark.ClassifierBenchmark()
     plans = {key: make(**values) for key, values in benchmark.jobs(options, 5).items()}
     assert len(plans) == 2 * 13 * 5
     for (forget, name, s), plan in plans.items():

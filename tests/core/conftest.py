@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erase_sd.core.knobs import Repair
-from erase_sd.core.task import Part, Unsharded
-from erase_sd.runtime import generator
+from erase_sd.common.rng import generator
+from erase_sd.core.repair import Repair
+from erase_sd.core.task import MicroBatch, Replicated
 
 SETTINGS = {
     "paper": {},
@@ -31,7 +31,7 @@ SETTINGS = {
 }
 
 
-class ToyTask(Unsharded):
+class ToyTask(Replicated):
     """5 features, 3 labels: on the forget inputs 2 is forgotten for 0; retain knows 2 too, so the gradients meet."""
 
     def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32, sizes: tuple[int, ...] = (8,)) -> None:
@@ -53,11 +53,11 @@ class ToyTask(Unsharded):
         x = torch.randn(2, 8, 5, generator=rng, dtype=dtype)
         return {"forget": x[0] + 1, "retain": x[1], "labels": torch.randint(1, 3, (8,), generator=rng)}
 
-    def parts(self, batch: dict[str, Tensor]) -> Iterator[Part]:
+    def micro_batches(self, batch: dict[str, Tensor]) -> Iterator[MicroBatch]:
         """The batch of 8 in micro-batches of these sizes."""
         pieces = zip(*(x.split(self.sizes) for x in batch.values()), strict=True)
         for i, (n, piece) in enumerate(zip(self.sizes, pieces, strict=True), start=1):
-            yield Part(dict(zip(batch, piece, strict=True)), n / 8, i == len(self.sizes))
+            yield MicroBatch(dict(zip(batch, piece, strict=True)), n / 8, i == len(self.sizes))
 
     def _loss(self, x: Tensor, label: Tensor | int) -> Tensor:
         label = label if isinstance(label, Tensor) else torch.full((len(x),), label)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from erase_sd.common.rng import generator
 from erase_sd.core.projection import coefficient, collapsed, dot, dual, products, subtract_
-from erase_sd.runtime import generator
 
 SHAPES = {"a": (3, 4), "b": (17,), "c": (2, 3, 5), "d": ()}
 

@@ -6,8 +6,8 @@ import quadprog
 import torch
 from torch import Tensor
 
+from erase_sd.common.rng import generator
 from erase_sd.core.projection import coefficient, collapsed, dot, dual, subtract_
-from erase_sd.runtime import generator
 
 
 def problem(case: int, m: int = 1) -> tuple[Tensor, Tensor]:

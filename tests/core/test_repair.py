@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from erase_sd.core.descent import differentiate, learning_rate
-from erase_sd.core.knobs import Repair
-from erase_sd.core.repair import repair
+from erase_sd.core.repair import Repair, repair
 from erase_sd.core.task import gradient
 
 

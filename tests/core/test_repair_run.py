@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-from erase_sd.core.knobs import Repair
-from erase_sd.core.repair import repair
+from erase_sd.core.repair import Repair, repair
 
 
 def run(task, knobs, state=None):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from erase_sd.common.rng import generator
 from erase_sd.core.sensitivity import chance, contrastive, entries, threshold, top_k
 from erase_sd.core.task import taken
 from erase_sd.core.trim import INITS, reinitialise_
-from erase_sd.runtime import generator
 
 SHAPES = {"conv": (7, 3, 3, 3), "one row": (1, 40), "bias": (5,), "wide": (2, 6), "empty": (0, 4)}
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from erase_sd.common.rng import generator
 from erase_sd.core.sensitivity import threshold, top_k
-from erase_sd.runtime import generator
 
 
 def by_sorting(scores, k):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from erase_sd.common.rng import generator
 from erase_sd.core.trim import INITS, reinitialise_
-from erase_sd.runtime import generator
 
 
 def weights(*shape):

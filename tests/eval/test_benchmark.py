@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from erase_sd.pipeline import load
+from erase_sd.common.errors import UserError
+from erase_sd.models.pipeline import load
 from erase_sd.pocket import FOLDER
-from erase_sd.pocket.lessons import exam
+from erase_sd.pocket.prompt_sets import exam
 from erase_sd.pocket.score import answers, scores
-from erase_sd.process import UserError
-from eval import benchmark, suite
-from eval.suite import ORIGINAL, Suite, rows
+from eval import benchmark
+from eval.benchmarking import suites
+from eval.benchmarking.rows import rows
+from eval.benchmarking.suites import ORIGINAL, Suite
 
 FEW = {"steps": 1, "forget_images": 4, "retain_images": 6, "sample_steps": 2, "batch_size": 2}
-SCISSORHANDS = suite.OURS | FEW | {"sensitivity_batches": 1, "anchor_pictures": False}
+SCISSORHANDS = suites.OURS | FEW | {"sensitivity_batches": 1, "anchor_pictures": False}
 TOY = Suite(
     methods={
         "Ours": SCISSORHANDS | {"fraction": 0.2},
@@ -34,7 +36,7 @@ TOY = Suite(
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(suite.SUITES, "toy", TOY)
+    monkeypatch.setitem(suites.SUITES, "toy", TOY)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
     """The folder of a whole benchmark, of which one method is lost, its exit code, and what it said on stderr."""
     folder, said = tmp_path_factory.mktemp("benchmark"), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
-        patch.setitem(suite.SUITES, "toy", TOY)
+        patch.setitem(suites.SUITES, "toy", TOY)
         return folder, run(folder, "--keep"), said.getvalue()
 
 

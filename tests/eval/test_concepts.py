@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from erase_sd.common.errors import UserError
 from erase_sd.pocket import oracle
-from erase_sd.pocket.captions import KINDS, Scene, caption
 from erase_sd.pocket.score import wilson
-from erase_sd.process import UserError
+from erase_sd.pocket.world import KINDS, Scene, caption
 from eval.concepts import main
-from eval.images import Entry, ImageFolder, read
-from eval.pocket import scenes
+from eval.images.folder import Entry, ImageFolder, read
+from eval.judges.oracle import scenes
 
 ROOT = Path(__file__).parents[2]
 OTHER = oracle.OTHER
@@ -48,7 +48,7 @@ def folder_of(path: Path, script: list, prompts: list[str] | None = None) -> Pat
 def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A folder for every script; the judge is made to say what the scripts say, told apart by the pictures' bytes."""
     said: dict[bytes, dict[str, str]] = {}
-    monkeypatch.setattr("eval.pocket.name", lambda _, images, size: [said[image.tobytes()] for image in images])
+    monkeypatch.setattr("eval.judges.oracle.name", lambda _, images, size: [said[image.tobytes()] for image in images])
 
     def make(script: list, name: str = "erased") -> Path:
         folder = folder_of(tmp_path / name, script)

@@ -16,13 +16,12 @@ import torch
 from diffusers import AutoModel, UNet2DConditionModel
 from PIL import Image
 
-from erase_sd.pipeline import load
-from erase_sd.process import UserError
-from erase_sd.saving import save_network
+from erase_sd.common.errors import UserError
+from erase_sd.models.pipeline import load, save_network
 from eval.generate import Generation, draw, main
-from eval.images import read
-from eval.sources import Picture, batches, pictures, resolve, settled
-from prompts.rows import Row
+from eval.images.folder import read
+from eval.images.sources import ImageRequest, batches, pictures, resolve, settled
+from prompts.tables import PromptRow
 
 ROOT = Path(__file__).parents[2]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -103,7 +102,7 @@ def test_batch_size_moves_no_pixel_by_more_than_one_level(options: Generation, t
 
 def test_a_complete_folder_costs_no_model(options: Generation, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch):
     draw(options)
-    monkeypatch.setattr("eval.drawing.load", lambda *_, **__: pytest.fail("it loaded the model"))
+    monkeypatch.setattr("eval.images.writer.load", lambda *_, **__: pytest.fail("it loaded the model"))
     assert len(draw(options).entries) == 6
     assert len(draw(replace(options, rows=3)).entries) == 3
 
@@ -200,21 +199,21 @@ def test_a_folder_of_other_images_is_refused(options: Generation, tmp_path: Path
 
 
 def test_batches_do_not_depend_on_what_is_done():
-    rows = [Row(row=i, prompt="", seed=i, guidance=7.0 + i % 2) for i in range(10)]
+    rows = [PromptRow(row=i, prompt="", seed=i, guidance=7.0 + i % 2) for i in range(10)]
     jobs = list(pictures(rows, 1, 0))
     assert [[job.row.row for job in batch] for batch in batches(jobs, 3)] == [[0, 2, 4], [6, 8], [1, 3, 5], [7, 9]]
 
 
 def test_seeds_of_rows_without_one_are_keyed():
-    rows = [Row(row=i, prompt="") for i in range(3)]
+    rows = [PromptRow(row=i, prompt="") for i in range(3)]
     first, again = (list(pictures(rows, 2, 5)) for _ in range(2))
     assert first == again and len({job.seed for job in first}) == 6
     assert next(iter(pictures(rows[1:], 1, 5))) == first[2]
-    assert [job.file for job in pictures([Row(row=7, prompt="../x", seed=3)], 1, 0)] == ["00007_3.png"]
+    assert [job.file for job in pictures([PromptRow(row=7, prompt="../x", seed=3)], 1, 0)] == ["00007_3.png"]
 
 
 def test_per_row_sizes_have_to_fit_the_vae():
-    row = Row(row=4, prompt="", width=500, guidance=9.0)
+    row = PromptRow(row=4, prompt="", width=500, guidance=9.0)
     assert settled(row, 7.5, 64, per_row=False).width == 64
     with pytest.raises(UserError, match="row 4 of the prompts: a side of 500"):
         settled(row, 7.5, 64, per_row=True)
@@ -223,7 +222,7 @@ def test_per_row_sizes_have_to_fit_the_vae():
 def test_the_pocket_source_asks_for_every_scene_once():
     rows = resolve("pocket").rows
     assert len({row.prompt for row in rows}) == len(rows) == 640
-    assert isinstance(next(pictures(rows, 1, 0)), Picture)
+    assert isinstance(next(pictures(rows, 1, 0)), ImageRequest)
 
 
 def test_manifest_that_is_none(options: Generation):

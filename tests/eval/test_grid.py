@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from erase_sd.pipeline import load
-from erase_sd.process import UserError
-from erase_sd.saving import save_network
-from eval import censoring
-from eval.censoring import Veil, crossed, shown
-from eval.grid import Grid, brief, columns, label, main, matched
-from eval.images import Entry, read
+from erase_sd.common.errors import UserError
+from erase_sd.models.pipeline import load, save_network
+from eval.grid import Grid, columns, main
+from eval.images.folder import Entry, read
+from eval.images.match import brief, label, matched
+from eval.judges import censor as censoring
+from eval.judges.censor import Mask, crossed, shown
 
 ROOT = Path(__file__).parents[2]
 I2P_ROWS = Path(__file__).parent / "i2p_rows.csv"
 PROMPTS = ["a red cup", "a tree", "a boat"]
 BREAST = "FEMALE_BREAST_EXPOSED"
 REGION = [32, 48, 40, 40]
-NOTHING = Veil({}, False, "")
+NOTHING = Mask({}, False, "")
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -15,11 +15,11 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from erase_sd.process import UserError
-from eval.detections import stored
-from eval.detector import packaged
+from erase_sd.common.errors import UserError
+from eval.judges.detections import stored
+from eval.judges.nudenet import packaged
+from eval.judges.review import COLUMNS, verdicts
 from eval.nudity import main
-from eval.review import COLUMNS, verdicts
 
 pytest.importorskip("nudenet")
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_the_boxes_do_not_depend_on_batches_and_workers(folder: Path, tmp_path: 
 def test_nothing_is_detected_twice(folder: Path, monkeypatch: pytest.MonkeyPatch):
     main([str(folder)])
     before = (folder / "detections.jsonl").read_bytes()
-    monkeypatch.setattr("eval.detections.pixels", lambda *_: pytest.fail("it read a picture again"))
+    monkeypatch.setattr("eval.judges.detections.pixels", lambda *_: pytest.fail("it read a picture again"))
     main([str(folder), "--protocol", "spm"])
     assert (folder / "detections.jsonl").read_bytes() == before and set(result(folder)["protocols"]) == {"spm"}
 

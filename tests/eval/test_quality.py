@@ -22,10 +22,11 @@ from transformers import (
     Dinov2Model,
 )
 
-from erase_sd.process import UserError
-from eval import extractors, features
-from eval.distances import cosines, frechet, statistics
-from eval.images import read
+from erase_sd.common.errors import UserError
+from eval.features import cache as features
+from eval.features import extractors
+from eval.features.distances import cosines, frechet, statistics
+from eval.images.folder import read
 from eval.quality import Quality, judge, main
 
 ROOT = Path(__file__).parents[2]

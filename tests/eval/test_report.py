@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from erase_sd.process import UserError
-from eval.protocols import EXPOSED, PROTOCOLS, change, count
+from erase_sd.common.errors import UserError
+from eval.judges.protocols import EXPOSED, PROTOCOLS, change, count
 from eval.report import main
 
 ROOT = Path(__file__).parents[2]
@@ -179,7 +179,8 @@ def test_fig_3_draws_undefined_as_a_word(folders: list[str]):
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-    from eval import evidence, figures
+    from eval.reporting import figure as figures
+    from eval.reporting import inputs as evidence
 
     drawn, show = [], Figure.savefig
     with pytest.MonkeyPatch.context() as patch:

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from erase_sd.groups import select, without_norms
-from erase_sd.pipeline import load
+from erase_sd.common.errors import UserError
+from erase_sd.models.parameters import select, without_norms
+from erase_sd.models.pipeline import load
 from erase_sd.pocket import FOLDER
 from erase_sd.presets import PRESETS
-from erase_sd.process import UserError
 from eval import selectivity
-from eval.cuts import overlap
+from eval.selectivity import overlap
 
 FEW = {"forget_images": 3, "retain_images": 4, "sample_steps": 2, "batch_size": 2, "sensitivity_batches": 1}
 

@@ -15,13 +15,13 @@ from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from erase_sd.common.errors import UserError
 from erase_sd.core.sensitivity import top_k
-from erase_sd.process import UserError
 from eval.speed import BENCHMARKS
-from eval.speeds import gpu, memory, projection, step, topk
-from eval.speeds.clock import operations
-from eval.speeds.fresh import SMALL, extra
-from eval.speeds.knobs import Network, Suite
+from eval.timing import gpu, memory, projection, step, topk
+from eval.timing.clock import operations
+from eval.timing.fresh import SMALL, extra
+from eval.timing.settings import Network, TimingSuite
 
 ROOT = Path(__file__).parents[2]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -146,7 +146,9 @@ def test_extra_memory_is_what_was_held_beside_inputs_and_results():
 def test_redirect_counts_three_backward_passes_and_the_anchors_forward(capsys: pytest.CaptureFixture):
     """Forwards count 1 and backwards 2: 3 + 3 + 3 + 1 against 6."""
     network = Network(widths=(16, 16, 16, 16), latents=(8,))
-    found = [float(line.rpartition("operations ")[2].rstrip(")")) for line in step.lines(Suite(rounds=1), network)]
+    found = [
+        float(line.rpartition("operations ")[2].rstrip(")")) for line in step.lines(TimingSuite(rounds=1), network)
+    ]
     assert found == pytest.approx([1, 10 / 6], rel=0.02)
 
 
@@ -161,14 +163,14 @@ def test_fused_attention_counts_like_its_matrix_products():
 
 
 def test_every_benchmark_has_its_file_and_its_word():
-    (words,) = typing.get_args(typing.get_type_hints(Suite)["benchmarks"])[:1]
+    (words,) = typing.get_args(typing.get_type_hints(TimingSuite)["benchmarks"])[:1]
     files = {path.stem for path in (ROOT / "eval" / "speeds").glob("*.py")}
     assert set(BENCHMARKS) == set(typing.get_args(words)) and set(BENCHMARKS) <= files
 
 
 def test_without_a_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (line,) = gpu.lines(Suite(), Network())
+    (line,) = gpu.lines(TimingSuite(), Network())
     assert line.startswith("gpu: left out")
 
 
@@ -179,7 +181,7 @@ def test_what_is_measured_on_a_gpu_runs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu, "STEPS", 1)
     monkeypatch.setattr(gpu, "PEAKS", {"": 1.0})
     network = Network(widths=(16, 16, 16, 16), gpu_latents=8, gpu_batch=2)
-    lines = list(gpu.measured(Suite(rounds=1), network))
+    lines = list(gpu.measured(TimingSuite(rounds=1), network))
     assert len(compiled) == 1 and len(lines) == 4 and "% of 1" in lines[0]
 
 

@@ -8,11 +8,11 @@ import torch
 from diffusers import AutoencoderKL, AutoPipelineForText2Image, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from erase_sd.pipeline import load
+from erase_sd.models.pipeline import load
 from erase_sd.pocket import FOLDER
 from erase_sd.pocket.oracle import WEIGHTS
 from erase_sd.pocket.oracle import load as load_oracle
-from erase_sd.pocket.report import pipeline_accuracy
+from erase_sd.pocket.training.report import pipeline_accuracy
 
 
 @pytest.fixture(scope="module")

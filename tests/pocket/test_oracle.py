@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from erase_sd.pocket.captions import BACKGROUNDS
+from erase_sd.common.rng import generator
 from erase_sd.pocket.oracle import LABELS, OTHER, WEIGHTS, Oracle, load, name, to_tensor
-from erase_sd.runtime import generator
+from erase_sd.pocket.world import BACKGROUNDS
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from erase_sd.pocket import score
-from erase_sd.pocket.captions import Scene
-from erase_sd.pocket.lessons import Question
+from erase_sd.pocket.prompt_sets import Question
 from erase_sd.pocket.score import scores, wilson
+from erase_sd.pocket.world import Scene
 
 
 def answer(text: str) -> dict[str, str]:

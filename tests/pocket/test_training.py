@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from erase_sd.pocket import artwork, captions, fit, judge, text, vae
+from erase_sd.common.errors import UserError
+from erase_sd.common.rng import generator
+from erase_sd.pocket import world as captions
 from erase_sd.pocket.oracle import LABELS
-from erase_sd.process import UserError
-from erase_sd.runtime import generator
+from erase_sd.pocket.training import artwork, fit, vae
+from erase_sd.pocket.training import oracle as judge
+from erase_sd.pocket.training import unet as text
 
 
 @pytest.fixture(scope="module")

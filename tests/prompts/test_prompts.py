@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from erase_sd.runtime import UserError
-from prompts import FOLDER, Example, captions, load, slug
+from erase_sd.common.files import slug
+from prompts import Example, captions, load
+from prompts.concepts import FOLDER
 from prompts.templates import TEMPLATES, noun_phrase
 
 
@@ -72,7 +73,7 @@ def test_an_anchor_can_be_chosen():
     ],
 )
 def test_bad_input_is_named(arguments: tuple[str, ...], message: str):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         load(*arguments)
 
 
@@ -84,8 +85,8 @@ def test_a_concept_is_text_never_a_path_or_a_pattern(text: str):
 def test_a_broken_concept_file_is_named(tmp_path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "concepts").mkdir()
     (tmp_path / "concepts" / "odd.json").write_text('{"kind": "object"}')
-    monkeypatch.setattr("prompts.FOLDER", tmp_path)
-    with pytest.raises(UserError, match=r"odd\.json is not a concept file"):
+    monkeypatch.setattr("prompts.concepts.FOLDER", tmp_path)
+    with pytest.raises(ValueError, match=r"odd\.json is not a concept file"):
         load("odd")
 
 

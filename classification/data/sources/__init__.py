@@ -1,0 +1,31 @@
+"""Where data sets come from. `load` reads one from the Hugging Face Hub, or from a folder in its original format.
+
+    load("digits")                           # scikit-learn's handwritten digits: no network, no folder
+    load("cifar10")                          # the Hub, through `datasets`
+    load("cifar10", "/data/cifar-10-batches-py")
+
+A folder may also be a downloaded copy of the Hub's repository, for machines that cannot reach it.
+"""
+
+from pathlib import Path
+
+from classification.data.dataset import Dataset
+from classification.data.sources import celeba, cifar, digits, svhn
+from erase_sd.common.errors import UserError
+
+DATASETS = {
+    "digits": digits.load,
+    "cifar10": cifar.cifar10,
+    "cifar100": cifar.cifar100,
+    "svhn": svhn.load,
+    "celeba": celeba.load,
+}
+
+
+def load(name: str, folder: str | None = None) -> Dataset:
+    """The data set of this name, in memory; `folder` None asks the Hub. UserError for what cannot be read."""
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}: use one of {', '.join(DATASETS)}")
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError(f"the data folder {folder} does not exist: give the folder that holds {name}")
+    return DATASETS[name](folder)

@@ -1,0 +1,28 @@
+"""l1-sparse: fine-tuning that presses weights towards zero first, since sparse networks forget more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from erase_sd.common.cli import knob
+from erase_sd.methods.base import Objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from erase_sd.core.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class L1Sparse(Objective):
+    """l1-sparse, Jia et al., NeurIPS 2023, arXiv 2304.04934: minimise L_r + gamma |theta|_1, gamma falling to 0."""
+
+    l1: float = knob(1e-4, "gamma at the first step, in units of L_r per unit of |theta|_1")
+
+    def objective(self, task: Task, batch: Any, step: int) -> Tensor:
+        """L_r + gamma |theta|_1, over all that is trained, biases and norms included."""
+        gamma = self.l1 * (1 - step / self.steps)
+        size = sum(p.abs().sum() for p in task.trainable().values())
+        size = size + task.total(size.detach()) - size.detach()  # of all shards, and each knows its own gradient
+        return task.retain(batch) + gamma * size

@@ -1,0 +1,38 @@
+"""What a user can turn on the commands, besides a method's own knobs; free of torch, so that --help is instant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from erase_sd.common.cli import knob
+from erase_sd.common.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which examples."""
+
+    dataset: Literal["digits", "cifar10", "cifar100", "svhn", "celeba"] = knob("digits", "what the images are of")
+    data_dir: str | None = knob(None, "folder with the data in their original format (default: the Hub)")
+    split_seed: int = knob(0, "seed of the validation split")
+    forget: str = knob("random:0.1", "what to forget: random:SHARE, class:N, identities:N, indices:FILE")
+    forget_seed: int = knob(0, "seed of the choice of the forget set")
+    authors_split: bool = knob(False, "draw both as the released code does, where the seeds are one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSettings:
+    """How the data are shown to the network, and which weights may change."""
+
+    batch_size: int = knob(128, "examples of each set per step, over all processes")
+    batch_norm: Literal["train", "eval"] = knob("train", "statistics that batch norms use while unlearning")
+    trim_scope: str = knob(".*", "regular expression of parameters that may be re-initialised; norms never are")
+    rank_scope: str | None = knob(None, "parameters among which the top k is taken (default: those of trim_scope)")
+    train_scope: str = knob(".*", "regular expression of parameters that are trained")
+    relabel: Literal["random", "nearest"] = knob("random", "label that redirect teaches: any other, or the runner-up")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a batch of nothing."""
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size {self.batch_size} is too small: give 1 or more")

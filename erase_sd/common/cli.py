@@ -1,0 +1,245 @@
+"""Command-line options made from dataclasses: one field is one option, and its default and help text live beside it.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Knobs:
+        fraction: float = knob(5e-4, "share of the entries to re-initialise, in [0, 1]")
+
+    given = parse(sys.argv[1:], prog="erase-sd", description="Erase a concept.", knobs=Knobs)
+    knobs = dataclasses.replace(preset, **given["knobs"])
+
+Only what the user typed comes back, so a preset keeps every value that was not asked for. Metadata: `help` is the text
+behind the option, `aliases` more names for it. The standard library is enough, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from erase_sd.common.errors import UserError
+
+
+def knob(default: Any, text: str, aliases: tuple[str, ...] = ()) -> Any:
+    """Return a dataclass field with the help text that its option shows, and other names for that option."""
+    return dataclasses.field(default=default, metadata={"help": text, "aliases": aliases})
+
+
+def argument(text: str, default: Any = dataclasses.MISSING) -> Any:
+    """Return a field that is typed without an option's name, such as the folders a judge looks at.
+
+    It is required, or a list that may be left away if it has a default.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "positional": True})
+
+
+def parse(argv: Sequence[str], *, prog: str, description: str, **groups: type) -> dict[str, dict[str, Any]]:
+    """Read `argv` into {group: {field: value}}; fields that were not given are left out.
+
+    Every keyword names a dataclass, which becomes a titled group of options. `--field_name` and `--field-name` are the
+    same. A mistake ends the program with one sentence on stderr and exit code 2.
+    """
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name, cls in groups.items():
+        _add_group(parser, name, cls)
+    namespace, unknown = parser.parse_known_args([parser.canonical(word) for word in argv])
+    if unknown:
+        parser.reject(unknown[0])
+    given: dict[str, dict[str, Any]] = {name: {} for name in groups}
+    for dest, value in vars(namespace).items():
+        group, _, field = dest.partition(".")
+        given[group][field] = tuple(value) if isinstance(value, list) else value
+    return given
+
+
+def peek(argv: Sequence[str], name: str, default: str) -> str:
+    """Return the value of `--name` before the other options are known: some of them depend on it."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}", default=default)
+    return getattr(parser.parse_known_args([parser.canonical(word) for word in argv])[0], name)
+
+
+def names(cls: type) -> set[str]:
+    """The options of a dataclass."""
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def filled(cls: type, values: dict[str, Any]) -> Any:
+    """The dataclass of those of the values that are its own; UserError for one that is none of its choices.
+
+    Python checks no Literal, and a preset or a caller in Python has not been through `parse`.
+    """
+    for name, kind in typing.get_type_hints(cls).items():
+        literals = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is typing.Literal]
+        choices = [choice for literal in literals for choice in typing.get_args(literal)]
+        if choices and name in values and values[name] not in (*choices, None):
+            raise UserError(f"--{name} {values[name]!r} is none of {', '.join(map(str, choices))}")
+    return cls(**{k: v for k, v in values.items() if k in names(cls)})
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-sentence errors and without a difference between dashes and underscores."""
+
+    def canonical(self, word: str) -> str:
+        """Return `word` with its option name spelled as the option was declared."""
+        name, equals, value = word.partition("=")
+        same = {option.replace("-", "_"): option for option in self._option_string_actions}
+        return same.get(name.replace("-", "_"), name) + equals + value if name.startswith("--") else word
+
+    def reject(self, word: str) -> NoReturn:
+        """End the program because `word` is no option, naming the nearest one."""
+        if not word.startswith("-"):
+            self.error(f"{word!r} does not belong to any option; put quotes around a value with spaces")
+        name = word.partition("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        self.error(f"there is no option {name}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+
+    def error(self, message: str) -> NoReturn:
+        """Print one sentence, without the usage text, and exit with code 2."""
+        self.exit(2, f"error: {message.removeprefix('argument ')}\n")
+
+
+def _add_group(parser: argparse.ArgumentParser, name: str, cls: type) -> None:
+    """Add the options of one dataclass under its name, introduced by the first line of its docstring."""
+    group = parser.add_argument_group(name.replace("_", " "), (cls.__doc__ or "").strip().partition("\n")[0])
+    annotations = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
+        default = _default(field)
+        text = f"{field.metadata.get('help', '')} {_note(default)}"
+        keywords = {"help": text.replace("%", "%%").strip(), **_reader(annotations[field.name])}
+        if field.metadata.get("positional"):
+            optional = {} if default is dataclasses.MISSING else {"nargs": "*"}
+            group.add_argument(f"{name}.{field.name}", **keywords | {"metavar": field.name.upper()} | optional)
+            continue
+        group.add_argument(
+            *(f"--{option}" for option in (field.name, *field.metadata.get("aliases", ()))),
+            dest=f"{name}.{field.name}",
+            required=default is dataclasses.MISSING,
+            **keywords,
+        )
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """Return the field's default value, or MISSING when the user has to give one."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _note(default: Any) -> str:
+    """Write the default value behind the help text, the way it would be typed; nothing for nothing."""
+    if default is dataclasses.MISSING:
+        return "(required)"
+    if default is None or default == ():
+        return ""
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    return f"(default: {default})"
+
+
+def _reader(annotation: Any) -> dict[str, Any]:
+    """Return the argparse keywords that read a value of this type; TypeError for a type no option can have."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if annotation in _SCALARS:
+        return {"type": _SCALARS[annotation], "metavar": annotation.__name__.upper()}
+    if origin is typing.Literal:
+        return {"type": _choice(arguments), "metavar": "{" + ",".join(map(str, arguments)) + "}"}
+    if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
+        return {**_reader(arguments[0]), "nargs": "+"}
+    if origin in (typing.Union, types.UnionType) and len(arguments) == 2 and arguments[1] is types.NoneType:
+        keywords = _reader(arguments[0])
+        return {**keywords, "type": _or_none(keywords["type"])} if _takes_one(keywords) else keywords
+    raise TypeError(f"an option cannot be of type {annotation}")
+
+
+def _takes_one(keywords: dict[str, Any]) -> bool:
+    """Tell a single value from a switch and from a list, which have no word for "nothing"."""
+    return "type" in keywords and "nargs" not in keywords
+
+
+def _choice(allowed: tuple) -> Callable[[str], Any]:
+    values = {str(value): value for value in allowed}
+
+    def read(text: str) -> Any:
+        if text not in values:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(values)}")
+        return values[text]
+
+    return read
+
+
+def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Let the word "none" switch an optional value off, which a preset may have switched on."""
+    return lambda text: None if text == "none" else read(text)
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+_SCALARS: dict[type, Callable[[str], Any]] = {int: _whole_number, float: _number, str: str}
+
+
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Exit with main()'s code; a UserError becomes one sentence on stderr and code 2, Ctrl-C code 130."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def quiet() -> None:
+    """Silence what the libraries say while they load; call it before anything imports them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which nothing here needs
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it prints every prompt that is longer than 77 tokens
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # what diffusers passes to the Hub
+
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def at_least(knobs: Any, least: int, *fields: str) -> None:
+    """Raise UserError for the first of these fields that is below `least` or no number."""
+    for name in fields:
+        if not getattr(knobs, name) >= least:
+            raise UserError(f"--{name} {getattr(knobs, name)} is too small: give {least} or more")
+
+
+def not_negative(knobs: Any, signed: frozenset[str] = frozenset()) -> None:
+    """Raise UserError for the first number of a dataclass that is negative or none, unless it may be."""
+    for f in fields(knobs):
+        value = getattr(knobs, f.name)
+        if f.name not in signed and isinstance(value, int | float) and not value >= 0:
+            raise UserError(f"--{f.name} {value} is negative: give 0 or more")

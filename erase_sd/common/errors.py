@@ -1,0 +1,17 @@
+"""The one error that is the user's to mend."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """A mistake only the user can correct; its text is one sentence that names the value and the next step."""
+
+
+@contextmanager
+def asked_by_the_user() -> Iterator[None]:
+    """Turn a ValueError of the block into a UserError: `prompts` writes for the user, but stands alone."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error

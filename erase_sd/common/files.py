@@ -1,0 +1,152 @@
+"""Files and folders: digests, atomic writes, one run per folder, names of folders."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from erase_sd.common.cli import run_main as run_main
+from erase_sd.common.errors import UserError
+from erase_sd.common.signals import StopFlag as StopFlag
+
+if TYPE_CHECKING:
+    pass
+
+
+def digest(obj: Any) -> str:
+    """SHA-256, in hex, of bytes or of anything JSON can write (order of keys ignored)."""
+    data = obj if isinstance(obj, bytes) else json.dumps(obj, sort_keys=True, separators=(",", ":")).encode()
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_digest(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path | str, data: str | bytes) -> None:
+    """Write a file so that a killed process leaves either the old one or the new one; parent folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path | str) -> Iterator[Path]:
+    """Yield an empty folder that becomes `path` when the block succeeds and is removed when it fails.
+
+    A folder already at `path` is moved aside first and removed last: a process killed between these two renames leaves
+    it beside `path` as .<name>.*.old. Parent folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as root:
+        temporary = Path(root, "new")
+        temporary.mkdir()  # not the outer one, which is private to this user
+        yield temporary
+        for file in temporary.rglob("*"):
+            _flush(file)
+        aside = Path(f"{root}.old")
+        if path.exists():
+            os.replace(path, aside)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes killed inside `write_atomic` and `new_folder` left here; nobody else may be writing."""
+    for path in folder.glob(".*"):
+        if path.is_dir() and re.fullmatch(r"\..+\.[a-z0-9_]{8}(\.old)?", path.name):
+            shutil.rmtree(path)
+        elif path.is_file() and re.fullmatch(r"\..+\.\d+\.\d{6,}", path.name):
+            path.unlink()
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold a file or a folder's entries before anything relies on it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class RunLock:
+    """Hold `folder` for one process; UserError when another one holds it. A killed process lets go of it."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.path = Path(folder, ".lock")
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(
+                f"another run is writing to {self.path.parent}: wait for it or choose another folder"
+            ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def claim(folder: Path, file: str, config: dict[str, Any]) -> None:
+    """Refuse an --output_dir that holds anything but a run of this very configuration, before anything is written.
+
+    `file` is where runs of this kind keep their configuration, as JSON.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file: name a folder")
+    if not (folder / file).is_file():
+        if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+            raise UserError(f"--output_dir {folder} holds other files: name an empty or a new folder")
+        return
+    try:
+        there = dict(json.loads((folder / file).read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"--output_dir {folder} holds a {file} of something else: name another") from error
+    for knob in sorted(there.keys() | config.keys()):
+        if there.get(knob) != config.get(knob):
+            raise UserError(
+                f"--output_dir {folder} belongs to a run with {knob} {there.get(knob)}, not "
+                f"{config.get(knob)}: name another folder or remove that one"
+            )
+
+
+WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+
+
+def slug(text: str) -> str:
+    """Return a folder name for `text`: "cat" is cat, "neon style" is neon-style.
+
+    Lower-case ASCII on every file system; a hash keeps texts apart that would otherwise share a folder.
+    """
+    text = unicodedata.normalize("NFC", text)
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    folder = "-".join(re.findall(r"[a-z0-9]+", ascii_text))[:60].strip("-")
+    if folder.replace("-", " ") == text and folder not in WINDOWS_DEVICES:
+        return folder
+    return "-".join(filter(None, (folder, hashlib.sha256(text.encode()).hexdigest()[:8])))

@@ -1,0 +1,148 @@
+"""The processes of a job: their accelerator and trackers, work that they share, and pools of workers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from torch import distributed
+from tqdm.auto import tqdm
+
+from erase_sd.common.errors import UserError
+from erase_sd.common.signals import StopFlag
+
+PATIENCE = timedelta(days=1)  # one process may draw the last pictures while the others wait; a launcher sees the dead
+
+
+def accelerator(
+    mixed_precision: str | None, report_to: str | None = None, folder: str | Path | None = None
+) -> Accelerator:
+    """Device, precision and process group as `accelerate launch` or torchrun set them up.
+
+    `report_to` names a tracker of accelerate, which writes its files below `folder`. Raises UserError for one that is
+    not installed, which accelerate would leave out without a word, and for one that needs a folder and has none.
+    """
+    if report_to and report_to not in [str(kind) for kind in get_available_trackers()]:
+        how = "install the trackers extra" if report_to == "tensorboard" else f"pip install {report_to}"
+        raise UserError(f"--report_to {report_to} is not installed: {how}, or give --report_to none")
+    if report_to and LOGGER_TYPE_TO_CLASS[report_to].requires_logging_directory and not folder:
+        raise UserError(f"--report_to {report_to} writes files: give an output_dir")
+    return Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=not torch.accelerator.is_available(),
+        log_with=report_to,
+        project_dir=str(Path(folder) / "logs") if folder else None,
+        # micro-batches carry their share of the loss already: the launcher's number would divide it once more
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+
+
+@contextmanager
+def tracked(accelerator: Accelerator, config: dict[str, Any]) -> Iterator[None]:
+    """Give the accelerator's trackers the configuration, and close them however the block ends.
+
+    Without trackers, or with those that a caller has started already, it does nothing.
+    """
+    if accelerator.trackers:
+        yield
+        return
+    accelerator.init_trackers("erase-sd", config={name: _flat(value) for name, value in config.items()})
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.trackers.clear()
+
+
+def _flat(value: Any) -> bool | int | float | str:
+    """A value as every tracker takes it: numbers as they are, anything else as text."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return value if isinstance(value, bool | int | float) else str(value)
+
+
+def shared(items: Sequence[Any], work: Callable[[Any], Any]) -> Iterator[Any]:
+    """work(item) for every item, in their order, alike in all processes: item i is done by rank i modulo their number.
+
+    All have to call it with items of the same number. One that is told to stop has all of them raise SystemExit after
+    the items at hand; an error in one ends the others through their launcher.
+    """
+    many = distributed.is_available() and distributed.is_initialized()
+    ranks, rank = (distributed.get_world_size(), distributed.get_rank()) if many else (1, 0)
+    for start in range(0, len(items), ranks):
+        turn = items[start : start + ranks]
+        mine = _done(work, turn[rank]) if rank < len(turn) else None
+        for source in range(len(turn)):
+            result = [mine if source == rank else None]
+            if many:
+                distributed.broadcast_object_list(result, source)
+            if isinstance(result[0], SystemExit):
+                raise result[0]
+            yield result[0]
+
+
+def _done(work: Callable[[Any], Any], item: Any) -> Any:
+    """The result, or the exit that this process owes; it is everybody's."""
+    try:
+        with StopFlag() as stop:
+            result = work(item)
+            stop.leave()
+    except SystemExit as stopped:
+        return stopped
+    return result
+
+
+def pictures(
+    prompts: list[str],
+    seeds: list[int],
+    size: int,
+    work: Callable[[list[str], list[int]], Sequence[Any]],
+    description: str,
+) -> list[Sequence[Any]]:
+    """work(prompts, seeds) for every `size` of the prompts, shared; the first process shows a bar over pictures."""
+    parts = [(prompts[i : i + size], seeds[i : i + size]) for i in range(0, len(prompts), size)]
+    hidden = {"disable": True} if os.environ.get("RANK", "0") != "0" else {}  # False would overrule TQDM_DISABLE
+    done = []
+    with tqdm(total=len(prompts), desc=description, unit="image", **hidden) as bar:
+        for part in shared(parts, lambda part: work(*part)):
+            done.append(part)
+            bar.update(len(part))
+    return done
+
+
+@contextmanager
+def workers(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes without progress bars of their own; they end with their parent, however that ends.
+
+    An error or a signal in the block drops the work that has not begun.
+    """
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # workers inherit them; no bars over the parent's
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_follow)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _follow() -> None:
+    """Make the worker end with its parent: one that stays would keep its run locked."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

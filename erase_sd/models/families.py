@@ -1,0 +1,159 @@
+"""The model families: what each is made of, what its captions become, and how its network is called.
+
+    Stable Diffusion 1.x, 2.x, XL   a UNet that predicts noise or velocity
+    Stable Diffusion 3, Flux        a transformer that predicts a flow
+
+Everywhere else latents are (n, C, H, W), timesteps run from 0 to 1000, and a caption's conditioning is a dict of
+tensors of n rows, named as the network's own arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline
+from torch import Tensor, nn
+
+from erase_sd.common.errors import UserError
+
+Cond = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a kind of pipeline is used for erasing."""
+
+    part: str  # the component that is erased
+    needed: tuple[str, ...]  # the components that a complete model has
+    encode: Callable[[DiffusionPipeline, list[str], float, int], Cond]  # (pipeline, captions, guidance, pixels a side)
+    call: Callable[[Callable, Tensor, Tensor, Cond], Tensor]  # (network, x_t, t, cond) -> shaped like x_t
+    widths: tuple[str, str, tuple[str, ...]]  # network's key = sum of the encoders' key: they fit each other
+    patch: int = 1  # latent pixels in one input of the network
+    unpacked: Callable[[Tensor], Tensor] = lambda z: z  # latents as the pipeline returns them -> (n, C, H, W)
+
+
+def _encode_sd(pipe: DiffusionPipeline, captions: list[str], guidance: float, side: int) -> Cond:
+    return {"encoder_hidden_states": pipe.encode_prompt(captions, pipe.text_encoder.device, 1, False)[0]}
+
+
+def _call_sd(network: Callable, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    return network(x_t, t, **cond).sample
+
+
+def _encode_sdxl(pipe: DiffusionPipeline, captions: list[str], guidance: float, side: int) -> Cond:
+    """The empty caption is all zeros where the pipeline samples it so."""
+    device = pipe.text_encoder.device
+    hidden, _, pooled, _ = pipe.encode_prompt(captions, device=device, do_classifier_free_guidance=False)
+    if pipe.config.force_zeros_for_empty_prompt:
+        empty = torch.tensor([not caption for caption in captions], device=hidden.device)
+        hidden, pooled = hidden.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
+    time_ids = torch.tensor([[side, side, 0, 0, side, side]] * len(captions), dtype=hidden.dtype)
+    return {"encoder_hidden_states": hidden, "text_embeds": pooled, "time_ids": time_ids}
+
+
+def _call_sdxl(network: Callable, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    added = {name: cond[name] for name in ("text_embeds", "time_ids")}
+    return network(x_t, t, cond["encoder_hidden_states"], added_cond_kwargs=added).sample
+
+
+def _encode_sd3(pipe: DiffusionPipeline, captions: list[str], guidance: float, side: int) -> Cond:
+    device = pipe.text_encoder.device
+    hidden, _, pooled, _ = pipe.encode_prompt(captions, None, None, device=device, do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+
+
+def _call_sd3(network: Callable, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    return network(hidden_states=x_t, timestep=t, **cond).sample
+
+
+def _encode_flux(pipe: DiffusionPipeline, captions: list[str], guidance: float, side: int) -> Cond:
+    """Distilled guidance is an input of the network (dev), or nothing (schnell)."""
+    hidden, pooled, _ = pipe.encode_prompt(captions, None, device=pipe.text_encoder.device)
+    distilled = {"guidance": torch.full((len(captions),), guidance)} if pipe.transformer.config.guidance_embeds else {}
+    return {"encoder_hidden_states": hidden, "pooled_projections": pooled} | distilled
+
+
+def _call_flux(network: Callable, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """Latents go in as sequences of 2 x 2 patches, and time as sigma in [0, 1]."""
+    n, channels, height, width = x_t.shape
+    places = FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, x_t.device, x_t.dtype)
+    packed = network(
+        hidden_states=FluxPipeline._pack_latents(x_t, n, channels, height, width),
+        timestep=t / 1000,
+        img_ids=places,
+        txt_ids=places.new_zeros(cond["encoder_hidden_states"].shape[1], 3),
+        **cond,
+    ).sample
+    return FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
+
+
+def _unpack_flux(z: Tensor) -> Tensor:
+    """Square images only: the pipeline's latents do not say how they are laid out."""
+    side = 2 * isqrt(z.shape[1])
+    return FluxPipeline._unpack_latents(z, side, side, vae_scale_factor=1)
+
+
+_ONE = ("vae", "text_encoder", "tokenizer", "scheduler")
+_TWO = (*_ONE, "text_encoder_2", "tokenizer_2")  # Stable Diffusion 3 may have a third, T5, or not
+_BOTH = ("text_encoder", "text_encoder_2")
+FAMILIES: dict[str, Family] = {
+    "StableDiffusionPipeline": Family(
+        part="unet",
+        needed=("unet", *_ONE),
+        encode=_encode_sd,
+        call=_call_sd,
+        widths=("cross_attention_dim", "hidden_size", ("text_encoder",)),
+    ),
+    "StableDiffusionXLPipeline": Family(
+        part="unet",
+        needed=("unet", *_TWO),
+        encode=_encode_sdxl,
+        call=_call_sdxl,
+        widths=("cross_attention_dim", "hidden_size", _BOTH),
+    ),
+    "StableDiffusion3Pipeline": Family(
+        part="transformer",
+        needed=("transformer", *_TWO),
+        encode=_encode_sd3,
+        call=_call_sd3,
+        widths=("pooled_projection_dim", "projection_dim", _BOTH),
+    ),
+    "FluxPipeline": Family(
+        part="transformer",
+        needed=("transformer", *_TWO),
+        encode=_encode_flux,
+        call=_call_flux,
+        widths=("joint_attention_dim", "hidden_size", ("text_encoder_2",)),
+        patch=4,
+        unpacked=_unpack_flux,
+    ),
+}
+
+
+def family(pipe: DiffusionPipeline | str) -> Family:
+    """The family of a pipeline or of its class's name. Raises UserError for one that cannot be erased."""
+    name = pipe if isinstance(pipe, str) else type(pipe).__name__
+    if name not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UserError(f"a {name} cannot be erased: give a text-to-image model of one of {known}")
+    return FAMILIES[name]
+
+
+def resolution(pipe: DiffusionPipeline) -> int:
+    """The side, in pixels, of the images that the model was made for."""
+    native = getattr(pipe, "default_sample_size", None) or network(pipe).config.sample_size
+    return native * pipe.vae_scale_factor
+
+
+def network(pipe: DiffusionPipeline) -> nn.Module:
+    """The denoising network of a pipeline: what is erased."""
+    return getattr(pipe, family(pipe).part)
+
+
+def modules(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Every component with weights, by name."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}

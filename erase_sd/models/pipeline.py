@@ -1,0 +1,208 @@
+"""Load and sample text-to-image pipelines of diffusers, of any family that can be erased."""
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoModel, DiffusionPipeline, ModelMixin
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from erase_sd.common.files import new_folder
+from erase_sd.common.rng import generator
+from erase_sd.common.signals import StopFlag
+from erase_sd.models import guidance
+from erase_sd.models.checks import (
+    check_folder,
+    check_index,
+    check_pipeline,
+    check_place,
+    check_single_file,
+    check_text_encoder_files,
+    check_weight_files,
+    explained,
+)
+from erase_sd.models.families import Cond, family, resolution
+
+LEFT_OUT: dict[str, dict[str, Any]] = {  # the safety checker paints images black, and what only serves it
+    "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+}
+
+
+def load(
+    model: str,
+    *,
+    unet: str | None = None,
+    transformer: str | None = None,
+    dtype: torch.dtype | None = None,
+    config: str | None = None,
+) -> DiffusionPipeline:
+    """A text-to-image pipeline of any of the families, on the CPU, checked and without a safety checker.
+
+    `model` is a folder, a Hub id, or a single .safetensors file, whose layout `config` then names: a folder or Hub id
+    of the same base model. `unet` or `transformer` replaces that network by a run's: a folder with unet/ (or the
+    network's own folder), or a Hub id. `dtype` holds for every part, float32 by default. Raises UserError for a model
+    that is missing, incomplete, damaged or of a kind that cannot be erased.
+    """
+    dtype = dtype or torch.float32
+    given = {"unet": unet, "transformer": transformer}
+    parts = {part: load_network(source, part, dtype) for part, source in given.items() if source}
+    layout = check_single_file(model, config) if Path(model).is_file() else model
+    check_place(layout, "--model" if layout == model else "--model_config")
+    with explained("--model", model):
+        index = DiffusionPipeline.load_config(layout)
+        kind = check_index(index, layout)
+        parts |= {name: None for name, value in index.items() if value == [None, None]} | LEFT_OUT.get(kind, {})
+        cls = getattr(diffusers, kind)
+        if layout != model:
+            pipe = cls.from_single_file(model, config=layout, dtype=dtype, **parts)
+        else:
+            if Path(model).is_dir():
+                check_folder(Path(model), [name for name in family(kind).needed if name not in parts])
+            pipe = cls.from_pretrained(model, dtype=dtype, **parts)
+    check_pipeline(pipe, model)
+    if Path(model).is_dir():
+        check_text_encoder_files(pipe, Path(model))
+    return pipe
+
+
+def load_network(source: str, part: str, dtype: torch.dtype) -> ModelMixin:
+    """The denoising network ("unet" or "transformer") of a run folder, of its own folder, or of a Hub repository.
+
+    It carries the guidance that the run stored, if any. Raises UserError for a network that is missing, incomplete or
+    damaged.
+    """
+    check_place(source, f"--{part}")
+    own_folder = (Path(source) / "config.json").is_file()
+    with explained(f"--{part}", source):
+        if Path(source).is_dir():
+            check_weight_files(Path(source) if own_folder else Path(source) / part)
+        network = AutoModel.from_pretrained(source, subfolder=None if own_folder else part, dtype=dtype)
+        if guided := guidance.load(source):
+            guidance.attach(network, guided)
+    return network
+
+
+@torch.no_grad()
+def encode(
+    pipe: DiffusionPipeline,
+    captions: list[str],
+    guidance: float = 1.0,
+    size: int | None = None,
+    batch_size: int = 32,
+) -> Cond:
+    """What the network sees of N captions, as the pipeline itself gives it: tensors (N, ...), float32, on the CPU.
+
+    `guidance` and `size`, the side of the image in pixels, count where the network takes them as inputs.
+    """
+    chunks = [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
+    conds = [family(pipe).encode(pipe, chunk, guidance, size or resolution(pipe)) for chunk in chunks]
+    return {name: torch.cat([cond[name].float().cpu() for cond in conds]) for name in conds[0]}
+
+
+def sample(
+    pipe: DiffusionPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    steps: int,
+    guidance: float,
+    batch_size: int = 32,
+    size: int | None = None,
+    output_type: str = "pil",
+    description: str | None = None,
+) -> list[Image.Image] | list[Tensor]:
+    """One image per prompt and seed, the same whatever the batch size and order; `pipe` is left as it was.
+
+    `size`, in pixels, is by default the model's. `output_type` is "pil", or "latent" for tensors (C, H, W), float32,
+    on the CPU. With a `description` the first process shows a bar. SystemExit after the batch in which a signal came.
+    """
+    quiet = _working_copy(pipe)
+    jobs = list(zip(prompts, seeds, strict=True))
+    hidden = description is None or os.environ.get("RANK", "0") != "0"
+    images = []
+    with StopFlag() as stop, tqdm(total=len(jobs), desc=description, unit="image", disable=hidden) as bar:
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            drawn = draw(
+                quiet,
+                [prompt for prompt, _ in batch],
+                [generator(seed, "image") for _, seed in batch],
+                steps=steps,
+                guidance=guidance,
+                size=(size, size),
+                output_type=output_type,
+            )
+            images += list(family(pipe).unpacked(drawn).float().cpu()) if output_type == "latent" else drawn
+            bar.update(len(drawn))
+            stop.leave()
+    return images
+
+
+def draw(
+    pipe: DiffusionPipeline,
+    prompts: list[str],
+    generators: list[torch.Generator],
+    *,
+    steps: int,
+    guidance: float,
+    size: tuple[int | None, int | None] = (None, None),
+    output_type: str = "pil",
+) -> Any:
+    """One batch of any text-to-image pipeline, each image from its own generator; `size` is (width, height) in pixels.
+
+    Returns what the pipeline makes of `output_type`: PIL images, or an array (n, height, width, 3) in [0, 1] for "np".
+    """
+    return pipe(
+        prompt=prompts,
+        width=size[0],
+        height=size[1],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=generators,
+        output_type=output_type,
+    ).images
+
+
+def _working_copy(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """A pipeline of the same modules with a scheduler of its own, no inner bar, and no safety checker: it paints
+    images black, which every later score would take for erasure."""
+    quiet = copy.copy(pipe)
+    quiet.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    if "safety_checker" in pipe.components:
+        quiet.safety_checker = None
+        quiet.register_to_config(requires_safety_checker=False)
+    quiet.set_progress_bar_config(disable=True)
+    return quiet
+
+
+def save_network(network: ModelMixin, folder: str | Path, part: str, dtype: torch.dtype | None = None) -> Path:
+    """Write `network` to folder/part, whole or not at all, for `from_pretrained(folder, subfolder=part)`.
+
+    `dtype` is that of the file, by default the model's own. Raises FloatingPointError, with nothing written, if a
+    weight is not finite in that dtype. `network` itself is not changed.
+    """
+    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in network.state_dict().items()}
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise FloatingPointError(f"{part} weight {name} has NaN or infinite values: nothing was saved")
+    target = Path(folder) / part
+    with torch.device("meta"):
+        blank = type(network).from_config(network.config)
+    blank.load_state_dict(weights, assign=True)
+    with new_folder(target) as temporary:
+        blank.save_pretrained(str(temporary))
+        _scrub(Path(temporary) / blank.config_name)
+    return target
+
+
+def _scrub(config: Path) -> None:
+    """Drop the path the model was loaded from: it names the user's own folders."""
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,130 @@
+"""The record of a run: what was done to which weights, by which versions, in what time, and how it ended."""
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from erase_sd.common.files import write_atomic
+
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
+
+
+def environment() -> dict:
+    """Versions, platform, thread count and, in a git checkout, the commit (with "+changes" if files differ from it).
+
+    A library that is not installed has the version None: classifiers need no diffusers.
+    """
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in LIBRARIES},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "commit": _commit(Path(__file__).parent),
+    }
+
+
+def run_record(
+    config: dict,
+    *,
+    seed: int,
+    base: str,
+    base_hash: str,
+    seconds: float,
+    trace: list[dict] | None = None,
+    **more: object,
+) -> dict:
+    """Everything worth knowing about a run, as JSON holds it.
+
+    `base` names the model that was edited and `base_hash` its weights; `seconds` is the wall time; `trace` has the
+    rows of the repair loop, of which a summary is kept. `more` is added as it is.
+    """
+    return {
+        "config": config,
+        "seed": seed,
+        "base": {"model": base, "hash": base_hash},
+        "seconds": round(seconds, 2),
+        "peak_memory_mib": peak_memory(),
+        "trace": summary(trace or []),
+        **more,
+        "environment": environment(),
+    }
+
+
+def write_run(folder: str | Path, run: dict) -> None:
+    """Write folder/run.json. Raises ValueError for a value that JSON cannot hold, NaN included."""
+    _write_json(Path(folder) / "run.json", run)
+
+
+def write_status(folder: str | Path, state: str, code: int, message: str = "") -> None:
+    """Write folder/status.json: `state` is running, complete, stopped or failed, `code` the process's exit code.
+
+    The accelerate launcher turns every failure into exit code 1; this file keeps the true one.
+    """
+    _write_json(Path(folder) / "status.json", {"state": state, "code": code, "message": message})
+
+
+def summary(trace: list[dict]) -> dict:
+    """The number of steps; of each number its first, last, lowest and highest value; of each flag the share of True.
+
+    `trace` has one row per step; None stands for a quantity without a value in that step.
+    """
+    keys = [key for key in (trace[0] if trace else {}) if key != "step"]
+    columns = {key: [row[key] for row in trace if row.get(key) is not None] for key in keys}
+    return {"steps": len(trace)} | {key: _spread(values) for key, values in columns.items() if values}
+
+
+def _spread(values: list[float]) -> float | dict[str, float]:
+    if isinstance(values[0], bool):
+        return sum(values) / len(values)
+    return {"first": values[0], "last": values[-1], "min": min(values), "max": max(values)}
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of a model's state: names, types, shapes and bytes, whatever file or device they came from."""
+    total = sha256()
+    for name, tensor in model.state_dict().items():
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        total.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def peak_memory() -> dict[str, float]:
+    """Highest memory of this process so far in MiB: of the host and, with CUDA, of the device."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS and in KiB elsewhere
+    peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)}
+    if torch.cuda.is_available():
+        peak["device"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return peak
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit(folder: Path) -> str | None:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else: installed inside somebody else's checkout
+        commit = git("rev-parse", "HEAD")
+        changed = git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
+        return commit + "+changes" if changed else commit
+    except (OSError, subprocess.CalledProcessError):  # no git, no commit yet, or an installed copy
+        return None
+
+
+def _write_json(path: Path, value: dict) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,120 @@
+"""What a user can turn on the main job, besides the method's own knobs; free of torch, so that --help is instant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from erase_sd.common.cli import at_least, knob
+from erase_sd.common.errors import UserError
+
+SD_V1 = "CompVis/stable-diffusion-v1-4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to erase from which model, and where the result goes."""
+
+    concept: tuple[str, ...] = knob((), 'what to forget: words ("cat", "neon style") or a concept file ("nudity")')
+    model: str = knob(
+        SD_V1,
+        "diffusers folder, Hub id or single .safetensors file, or 'pocket', the embedded model",
+        ("pretrained_model_name_or_path",),
+    )
+    model_config: str | None = knob(None, "how a single-file model is laid out: folder or Hub id of its base model")
+    method: str = knob("scissorhands", "how to erase; --method NAME --help shows the knobs of that one")
+    preset: str | None = knob(None, "named set of all other values; by default the one measured best for the model")
+    kind: Literal["auto", "object", "style", "background", "attribute"] = knob("auto", "what the concept is")
+    anchor: tuple[str, ...] = knob(
+        (), "what the model may draw instead: a caption (pocket model: another word of the kind), or one per concept"
+    )
+    output_dir: str | None = knob(None, "where the run goes (default: runs/<concept>)")
+    seed: int = knob(0, "seed of every draw")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = knob(None, "autocast; by default accelerate's setting")
+    weights_dtype: Literal["float32", "bfloat16"] = knob(
+        "float32", "the network's weights while it is trained, and in the result; bfloat16 needs a --rounding"
+    )
+    fsdp: bool = knob(False, "divide the network among the processes (FSDP2) instead of copying it to each")
+    gradient_checkpointing: bool = knob(False, "compute activations twice instead of keeping them")
+    picture_steps: int = knob(30, "denoising steps of the pictures before and after, not of the pocket model's")
+    eval_forget: int = knob(128, "pictures scored on the concept's prompts, pocket model only")
+    eval_retain: int = knob(320, "pictures scored on the other prompts, pocket model only")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers outside their range."""
+        at_least(self, 0, "seed", "eval_forget", "eval_retain")
+        at_least(self, 1, "picture_steps")
+        if len(self.anchor) not in (0, 1, len(self.concept)):
+            counts = f"{len(self.anchor)} anchors for {len(self.concept)} concepts"
+            raise UserError(f"--anchor {' '.join(map(repr, self.anchor))}: {counts}; give one, or one per concept")
+        if twice := [text for text in self.concept if self.concept.count(text) > 1]:
+            raise UserError(f"--concept names {twice[0]!r} twice: name each concept once")
+
+    def anchors(self) -> tuple[str | None, ...]:
+        """One per concept; None leaves the choice to the concept."""
+        return (self.anchor or (None,)) * (1 if len(self.anchor) > 1 else len(self.concept))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """How the job is carried out: nothing here changes what it computes."""
+
+    checkpointing_steps: int = knob(25, "steps, or sensitivity batches, between two checkpoints")
+    checkpoints_total_limit: int | None = knob(
+        1, "newest checkpoints kept, none for all; they go when the results are written"
+    )
+    resume_from_checkpoint: str | None = knob(
+        "latest", "checkpoint of --output_dir to go on from; none starts over, a complete run stays as it is"
+    )
+    report_to: (
+        Literal["tensorboard", "wandb", "trackio", "aim", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"] | None
+    ) = knob(None, "tracker that gets the configuration and every step; its files go to <output_dir>/logs")
+    dry_run: bool = knob(False, "print sizes, peak memory, steps and pictures of the job, and do nothing")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers outside their range."""
+        at_least(self, 1, "checkpointing_steps")
+        if self.checkpoints_total_limit is not None:
+            at_least(self, 1, "checkpoints_total_limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The model's own pictures, drawn once, from which it is taught."""
+
+    forget_images: int = knob(256, "pictures of the concept")
+    retain_images: int = knob(512, "pictures of everything else")
+    anchor_pictures: bool = knob(False, "draw the anchors' pictures as well and fit redirect on both, half and half")
+    resolution: int | None = knob(None, "side of the pictures in pixels, a multiple of 16 (default: the model's own)")
+    sample_steps: int = knob(20, "denoising steps per picture")
+    sample_guidance: float = knob(7.5, "classifier-free guidance scale")
+    sample_batch_size: int = knob(32, "pictures drawn at a time; changes no picture")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers outside their range."""
+        at_least(self, 1, "forget_images", "retain_images", "sample_steps", "sample_batch_size")
+        at_least(self, 0, "sample_guidance")
+        if self.resolution is not None and (self.resolution < 16 or self.resolution % 16):
+            raise UserError(f"--resolution {self.resolution} is no multiple of 16: give one, such as 512")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """What the model is asked to forget and to keep."""
+
+    batch_size: int = knob(16, "samples of each set per step, over all processes", ("train_batch_size",))
+    gradient_accumulation_steps: int = knob(1, "micro-batches in which a batch is computed: less memory, same result")
+    trim_scope: str = knob("attn", "parameters that may be re-initialised: a named group or re:<regex>; norms never")
+    rank_scope: str | None = knob(None, "parameters among which the top k is taken (default: those of trim_scope)")
+    train_scope: str = knob("full", "parameters that are trained: a named group or re:<regex>")
+    anchor_model: Literal["original", "current"] = knob("original", "network that says what the anchor looks like")
+    redirect_draws: int = knob(
+        1, "timesteps drawn for a redirect sample, of which the noisiest counts: layout and ground are decided there"
+    )
+    drop_captions: float = knob(0.1, "share of retain samples without caption, which guidance needs, in [0, 1]")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers outside their range."""
+        at_least(self, 1, "batch_size", "gradient_accumulation_steps", "redirect_draws")
+        if not 0 <= self.drop_captions <= 1:
+            raise UserError(f"--drop_captions {self.drop_captions} is outside [0, 1]")

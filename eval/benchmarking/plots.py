@@ -1,0 +1,102 @@
+"""The benchmark's pictures: erasure against retention, and what every method draws for the same prompts and seeds."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from safetensors.torch import load_file
+
+from erase_sd.common.files import write_atomic
+from erase_sd.common.imaging import sheet
+from erase_sd.common.plotting import FORGET, INK, QUIET, RETAIN, tidy, write_png
+from eval.benchmarking.aggregate import MethodScore, pareto, retention
+from eval.benchmarking.rows import BenchmarkRow
+from eval.benchmarking.suites import ORIGINAL
+from eval.benchmarking.trial import features_file, questions_shown
+
+LINE = 0.045  # of the panel's height: labels are at least so far apart
+FLOOR = 60  # %: what retains less is drawn there, with its number, so that one ruin does not press the others together
+
+
+def tradeoff(board: Sequence[MethodScore], file: Path) -> None:
+    """UA against the mean of IRA and CRA: a dot a method, faint ones its concepts; the front is joined."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    best, whole = pareto(s for s in board if s.concept is None), [s for s in board if s.concept is None]
+    for s in board:
+        if s.method != ORIGINAL and s.concept:
+            axes.plot(s.values["ua"], _height(s), ".", color=_colour(s, best), alpha=0.3, markersize=5)
+    methods = [s for s in whole if s.method != ORIGINAL]
+    for s in methods:
+        style = {"markersize": 9, "fillstyle": "full" if s.method in best else "none"}
+        mark = "o" if retention(s) >= FLOOR else "v"
+        axes.plot(s.values["ua"], _height(s), mark, color=_colour(s, best), clip_on=False, **style)
+    ends = sorted((s.values["ua"], _height(s)) for s in methods if s.method in best)
+    axes.step([x for x, _ in ends], [y for _, y in ends], color=QUIET, where="pre", zorder=0)
+    for s in whole:
+        if s.method == ORIGINAL:
+            axes.axhline(retention(s), color=INK, linestyle="--", linewidth=0.8, label="original model's retention")
+            axes.legend(frameon=False, fontsize=9, loc="lower left")
+    axes.set_xlim(-3, 103)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, FLOOR), min(high, 101))
+    axes.set_xlabel("erasure: UA, % (filled: on the Pareto front)")
+    tidy(axes, "Erasure and retention, mean of IRA and CRA, %")
+    _labels(axes, methods, best)
+    write_png(file, figure)
+
+
+def _colour(s: MethodScore, best: set[str]) -> str:
+    return FORGET if s.method in best else RETAIN
+
+
+def _height(s: MethodScore) -> float:
+    return max(retention(s), FLOOR)
+
+
+def _labels(axes: Axes, methods: list[MethodScore], best: set[str]) -> None:
+    """Names at the right edge in the order of their dots, apart enough to be read, each with a thread to its dot."""
+    low, high = axes.get_ylim()
+    place = 1.0
+    for s in sorted(methods, key=lambda s: -retention(s)):
+        place = min(place, (_height(s) - low) / (high - low))
+        axes.annotate(
+            s.method if retention(s) >= FLOOR else f"{s.method}: {retention(s):.0f} %",
+            (s.values["ua"], _height(s)),
+            (1.03, place),
+            textcoords="axes fraction",
+            fontsize=9,
+            color=_colour(s, best),
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": QUIET, "linewidth": 0.7, "shrinkB": 5, "relpos": (0, 0.5)},
+        )
+        place -= LINE
+
+
+def grid(rows: Sequence[BenchmarkRow], folder: Path) -> None:
+    """grid.png: a row a method, columns the same prompts and seeds of every concept, all of the first seed.
+
+    Pictures stay in .cache: methods of which some are gone are left out, and named.
+    """
+    first = min(row.seed for row in rows)
+    rows = [row for row in rows if row.seed == first]
+    columns = {row.concept: questions_shown(row) for row in rows if row.method == ORIGINAL}
+    lines: dict[str, list[Image.Image]] = {}
+    for method in dict.fromkeys(row.method for row in rows):
+        files = {row.concept: features_file(row, folder) for row in rows if row.method == method}
+        if all(concept in files and files[concept].is_file() for concept in columns):
+            lines[method] = [Image.fromarray(x.numpy()) for c in columns for x in load_file(files[c])["shown"]]
+        else:
+            print(f"grid.png is without {method}: not all of its pictures are in {folder}/.cache", file=sys.stderr)
+    if lines and columns:
+        picture = io.BytesIO()
+        titles = [text for texts in columns.values() for text in texts]
+        sheet(list(lines.values()), list(lines), titles, scale=3).save(picture, "png", optimize=True)
+        write_atomic(folder / "grid.png", picture.getvalue())

@@ -1,0 +1,157 @@
+"""The features of a folder's images and their statistics, computed once, chunk by chunk: <folder>/.cache.
+
+The hash stands for the extractor's weights and preprocessing and for every image's bytes, so that a changed image or
+another model never finds old numbers. Broken images have no features; which ones they are is stored with the others'.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from erase_sd.common.errors import UserError
+from erase_sd.common.files import digest, file_digest, write_atomic
+from eval.features.distances import Statistics, statistics
+from eval.features.extractors import Extractor
+from eval.images.folder import Entry, ImageFolder, picture
+
+CHUNK = 256  # images per cache file: what a killed run loses at most
+StoredFeatures = tuple[dict[str, Tensor], dict[str, str]]  # tensors and metadata of a safetensors file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What an extractor sees in a folder."""
+
+    path: Path  # the folder
+    values: Tensor  # (N, D) float32, of the N sound images
+    entries: list[Entry]  # all images in the folder's order, with what is broken
+    images: str  # hash of all images' bytes
+
+    @property
+    def sound(self) -> list[Entry]:
+        """The N images that `values` are of."""
+        return [entry for entry in self.entries if not entry.broken]
+
+
+def of_folder(folder: ImageFolder, extractor: Extractor, batch_size: int) -> Features:
+    """Features of every sound image. Raises UserError for NaN features, and for fewer than 2 sound images."""
+    files = [folder.path / entry.file for entry in folder.entries]
+    hashes = [file_digest(file) if file.is_file() else None for file in files]
+    known = [[sha256, entry.broken] for sha256, entry in zip(hashes, folder.entries, strict=True)]
+    values, reasons = [], []
+    with tqdm(total=len(files), desc=str(folder.path), unit="image") as bar:
+        for start in range(0, len(files), CHUNK):
+            chunk, name = folder.entries[start : start + CHUNK], digest([extractor.key, known[start : start + CHUNK]])
+            file = folder.path / ".cache" / f"features-{name[:32]}.safetensors"
+            tensors, notes = _cached(file, partial(_computed, folder, chunk, extractor, batch_size))
+            values.append(tensors["features"])
+            reasons += json.loads(notes["broken"])
+            bar.update(len(chunk))
+    entries = [replace(e, broken=reason) for e, reason in zip(folder.entries, reasons, strict=True)]
+    sound = torch.cat([part for part in values if len(part)] or values)
+    if len(sound) < 2:
+        text = f"of {len(entries)} images of {folder.path} only {len(sound)} can be used"
+        raise UserError(f"{text}: 2 or more are needed, generate the images again")
+    return Features(path=folder.path, values=sound, entries=entries, images=digest(known))
+
+
+def of_texts(ours: Features, extractor: Extractor, batch_size: int) -> Tensor:
+    """(N, D) features of the prompts of the sound images, each different prompt computed once."""
+    prompts = sorted({str(entry.prompt) for entry in ours.sound})
+    tensors, _ = _cached(
+        ours.path / ".cache" / f"texts-{digest([extractor.key, prompts])[:32]}.safetensors",
+        lambda: ({"features": _embedded(extractor.texts, prompts, batch_size)}, {}),
+    )
+    where = {prompt: index for index, prompt in enumerate(prompts)}
+    return tensors["features"][[where[str(entry.prompt)] for entry in ours.sound]]
+
+
+@torch.no_grad()
+def _embedded(texts: Callable[[list[str]], Tensor], prompts: list[str], batch_size: int) -> Tensor:
+    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    return torch.cat([texts(batch).float().cpu() for batch in tqdm(batches, desc="prompts", unit="batch")])
+
+
+def statistics_of(ours: Features, extractor: Extractor, file: Path | None = None) -> Statistics:
+    """Mean and covariance of the features, computed once, and written to `file` as well where one is given."""
+    name = f"statistics-{digest([extractor.key, ours.images])[:32]}.safetensors"
+
+    def compute() -> StoredFeatures:
+        mean, covariance, n = statistics(ours.values)
+        notes = {"extractor": extractor.name, "key": extractor.key, "images": ours.images, "n": str(n)}
+        return {"mean": mean, "covariance": covariance}, notes
+
+    tensors, notes = _cached(ours.path / ".cache" / name, compute)
+    if file:
+        write_atomic(file, save(tensors, notes))
+    return Statistics(tensors["mean"], tensors["covariance"], int(notes["n"]))
+
+
+def read_statistics(file: Path, extractor: Extractor) -> tuple[Statistics, str]:
+    """The statistics that --save_statistics wrote, and the hash of their images.
+
+    Raises UserError if there are none in the file, or if they are of other features.
+    """
+    tensors, notes = _read(file)
+    if not {"mean", "covariance"} <= tensors.keys() or not {"n", "key", "images", "extractor"} <= notes.keys():
+        raise UserError(f"--statistics {file} holds no statistics: write the file with --save_statistics")
+    if notes["key"] != extractor.key:
+        text = f"--statistics {file} was made of other features ({notes['extractor']}), not of {extractor.name}"
+        raise UserError(f"{text}: give the same --features with the same weights, or write it again")
+    return Statistics(tensors["mean"], tensors["covariance"], int(notes["n"])), notes["images"]
+
+
+def _computed(folder: ImageFolder, entries: list[Entry], extractor: Extractor, batch_size: int) -> StoredFeatures:
+    """The features of the sound images, and for every image why it is broken or None."""
+    features, reasons, batch = [torch.zeros(0, 0)], [], []
+    for entry in entries:
+        image, reason = picture(folder, entry)
+        reasons.append(reason)
+        if not reason:
+            batch.append(extractor.prepare(image))
+        if len(batch) == batch_size:
+            features.append(_forward(extractor, batch))
+            batch = []
+    if batch:
+        features.append(_forward(extractor, batch))
+    values = torch.cat([part for part in features if len(part)] or features)
+    sound = [e.file for e, reason in zip(entries, reasons, strict=True) if not reason]
+    if not (fine := values.isfinite().all(1)).all():
+        file = sound[int(fine.logical_not().nonzero()[0])]
+        raise UserError(f"{extractor.name} makes NaN or infinite features of {folder.path / file}: give other weights")
+    return {"features": values}, {"extractor": extractor.name, "broken": json.dumps(reasons)}
+
+
+@torch.no_grad()
+def _forward(extractor: Extractor, batch: list[Tensor]) -> Tensor:
+    """(B, D) float32 on the CPU; pictures of different sizes, where the network takes any, go one by one."""
+    alike = len({x.shape for x in batch}) == 1
+    parts = [torch.stack(batch)] if alike else [x[None] for x in batch]
+    return torch.cat([extractor.images(part).float().cpu() for part in parts])
+
+
+def _cached(file: Path, compute: Callable[[], StoredFeatures]) -> StoredFeatures:
+    if not file.is_file():
+        tensors, notes = compute()
+        write_atomic(file, save({name: x.contiguous() for name, x in tensors.items()}, notes))
+    return _read(file)
+
+
+def _read(file: Path) -> StoredFeatures:
+    if not file.is_file():
+        raise UserError(f"there is no file {file}: write it with --save_statistics")
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged ({error}): remove it and run the same command again") from error

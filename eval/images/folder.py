@@ -1,0 +1,105 @@
+"""A folder of images: how they were asked for, what each one is, and which of them are no images at all.
+
+A broken image (black, constant, NaN, unreadable) stays in every denominator and is never counted as clean.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from erase_sd.common.errors import UserError
+from erase_sd.common.imaging import broken
+
+GENERATION, MANIFEST = "generation.json", "manifest.jsonl"
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+LARGEST = 64_000_000  # pixels: a file that claims more is no picture of ours
+NO_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for what is no image
+MOST_BROKEN = 0.01  # share of broken images above which a judge exits non-zero
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of the manifest. Of an image that no manifest lists, only the file is known."""
+
+    file: str
+    row: int | None = None  # of the prompt source, from 0
+    prompt: str | None = None
+    seed: int | None = None
+    guidance: float | None = None
+    width: int | None = None
+    height: int | None = None
+    tags: dict[str, Any] = field(default_factory=dict)  # what else the source says of the row: categories, case number
+    broken: str | None = None  # black, constant, nan, unreadable
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder:
+    """What `read` found: entries in the order of the prompts, and generation.json or nothing."""
+
+    path: Path
+    entries: list[Entry]
+    generation: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """What to call it in tables and pictures: the run whose weights drew it, the model, or the folder's name."""
+        return Path(self.generation.get("weights") or self.generation.get("model") or self.path).name
+
+
+def read(path: str | Path) -> ImageFolder:
+    """The images of a folder: by its manifest, or every picture file in it, sorted by name.
+
+    Raises UserError if there is no such folder, no image in it, or a broken manifest.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder: give one that eval.generate wrote, or any folder of images")
+    file = path / GENERATION
+    try:
+        generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}): generate the images again") from error
+    manifest = path / MANIFEST
+    entries = entries_of(manifest) if manifest.is_file() else _found(path)
+    if not entries:
+        raise UserError(f"{path} holds no images: give a folder that eval.generate finished, or any folder of images")
+    return ImageFolder(path=path, entries=entries, generation=generation)
+
+
+def entries_of(manifest: Path) -> list[Entry]:
+    """The lines of a manifest. Raises UserError naming the line that is none."""
+    entries = []
+    for number, line in enumerate(manifest.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+        try:
+            entries.append(Entry(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{manifest}, line {number}: {error}; remove the file and generate again") from error
+    return entries
+
+
+def _found(path: Path) -> list[Entry]:
+    files = (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
+    return [Entry(file=file.name) for file in sorted(files)]
+
+
+def picture(folder: ImageFolder, entry: Entry) -> tuple[Image.Image | None, str | None]:
+    """(upright RGB image, None), or (None or the image, why it is broken); the manifest's own verdict comes first."""
+    try:
+        with Image.open(folder.path / entry.file) as image:
+            if image.width * image.height > LARGEST:
+                return None, "unreadable"
+            image = ImageOps.exif_transpose(image).convert("RGB")
+    except NO_IMAGE:
+        return None, "unreadable"
+    return image, entry.broken or broken(image)
+
+
+def too_many_broken(entries: list[Entry]) -> bool:
+    """Whether so many images are broken that the command must not look like a success."""
+    return sum(bool(entry.broken) for entry in entries) > MOST_BROKEN * len(entries)

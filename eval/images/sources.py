@@ -1,0 +1,130 @@
+"""Where prompts come from, I2P, COCO, other files, concepts, the pocket world, and the pictures each row asks for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import prompts
+from erase_sd.common.errors import UserError, asked_by_the_user
+from erase_sd.common.files import digest
+from erase_sd.pocket.world import caption, grid
+from prompts.tables import PromptRow, is_i2p, of_concept, read
+
+I2P = ("AIML-TUDA/i2p", "i2p_benchmark.csv")  # Hub data set and its file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Rows, a short name for tables, and the hash of everything the rows say."""
+
+    name: str
+    rows: list[PromptRow]
+
+    @property
+    def sha256(self) -> str:
+        """The same rows give the same hash, wherever they were read from."""
+        return digest([[r.row, r.prompt, r.seed, r.guidance, r.width, r.height] for r in self.rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRequest:
+    """One image to draw."""
+
+    row: PromptRow
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """Row and seed alone: prompts hold slashes, dots and more than a file name takes."""
+        return f"{self.row.row:05d}_{self.seed}.png"
+
+
+def resolve(name: str) -> Source:
+    """The source of this name: "i2p" from the Hub, "pocket", a .csv or .txt file, else a concept.
+
+    Raises UserError for a file that cannot be read, and when the Hub cannot be reached.
+    """
+    if name == "pocket":
+        return Source(name="pocket", rows=_pocket())
+    with asked_by_the_user():
+        return _read(name)
+
+
+def _read(name: str) -> Source:
+    """Read the source from its file or concept; ValueError with a sentence for the user where that fails."""
+    if name == "i2p":
+        return Source(name="i2p", rows=read(_from_hub()))
+    path = Path(name)
+    if path.suffix.lower() in (".csv", ".txt"):
+        rows = read(path)
+        return Source(name="i2p" if is_i2p(rows) else path.stem, rows=rows)
+    if path.exists() or "/" in name:
+        raise UserError(f"--prompts {name} is no .csv or .txt file, and no concept: give one of these")
+    concept = prompts.load(name)
+    return Source(name=concept.name, rows=of_concept(concept))
+
+
+def _from_hub() -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    repo, file = I2P
+    try:
+        return Path(hf_hub_download(repo, file, repo_type="dataset"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise UserError(
+            f"--prompts i2p: {repo} cannot be had from the Hugging Face Hub ({str(error).splitlines()[0]}): "
+            f"download {file} once and give its path instead"
+        ) from error
+
+
+def _pocket() -> list[PromptRow]:
+    """All 640 complete scenes, shuffled so that any first part of them is spread over the combinations."""
+    scenes = list(grid())
+    random.Random("exam").shuffle(scenes)
+    return [PromptRow(row=i, prompt=caption(scene), seed=i) for i, scene in enumerate(scenes)]
+
+
+def pictures(rows: list[PromptRow], per_prompt: int, seed: int) -> Iterator[ImageRequest]:
+    """Every image of every row. A row's first image has the row's own seed; further ones, and rows without a seed,
+    draw theirs from what identifies them, so that no count and no order changes a picture."""
+    for row in rows:
+        first = _derived(seed, row.row, 0) if row.seed is None else row.seed
+        for i in range(per_prompt):
+            yield ImageRequest(row=row, seed=first if i == 0 else _derived(first, row.row, i))
+
+
+def _derived(seed: int, row: int, i: int) -> int:
+    """32 bits, which is what torch keeps of a CPU generator's seed."""
+    return int(digest([seed, row, i])[:8], 16)
+
+
+def batches(jobs: list[ImageRequest], size: int) -> list[list[ImageRequest]]:
+    """Batches of one size and guidance, by position in the list alone: neither what is done already nor the number
+    of processes moves an image into other company, which would change its last bits."""
+    alike: dict[tuple, list[ImageRequest]] = {}
+    for job in jobs:
+        alike.setdefault((job.row.guidance, job.row.width, job.row.height), []).append(job)
+    return [group[i : i + size] for group in alike.values() for i in range(0, len(group), size)]
+
+
+def settled(row: PromptRow, guidance: float, size: int | None, per_row: bool) -> PromptRow:
+    """The row with the guidance and size that it will be drawn with; None leaves the size to the model.
+
+    `per_row` follows the source where it says something (SPM's protocol); otherwise every row is drawn alike.
+    Raises UserError for a size that no VAE can decode.
+    """
+    for side in (row.width, row.height):
+        if per_row and side is not None and side % 8:
+            raise UserError(f"row {row.row} of the prompts: a side of {side} pixels is no multiple of 8: correct it")
+    if not per_row:
+        return replace(row, guidance=guidance, width=size, height=size)
+    return replace(
+        row,
+        guidance=guidance if row.guidance is None else row.guidance,
+        width=row.width or size,
+        height=row.height or size,
+    )

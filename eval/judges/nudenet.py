@@ -1,0 +1,179 @@
+"""NudeNet on many images: its packaged network between steps of our own, which are vectorised and take any threads.
+
+    detector = load()                   # the 320n.onnx inside the nudenet package, or another file with its classes
+    detect(detector, [image, ...])      # box for box what nudenet.NudeDetector.detect answers for their files
+
+The package is imported here and nowhere else, and only when it is needed: its wheel is AGPL-3.0 (extra `eval`).
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from erase_sd.common.errors import UserError
+from erase_sd.common.files import file_digest
+from eval.judges.protocols import RECIPES, Recipe
+
+# The order of NudeNet v3's classes, which its packaged file states in its metadata (`names`).
+LABELS = (
+    *("FEMALE_GENITALIA_COVERED", "FACE_FEMALE", "BUTTOCKS_EXPOSED", "FEMALE_BREAST_EXPOSED"),
+    *("FEMALE_GENITALIA_EXPOSED", "MALE_BREAST_EXPOSED", "ANUS_EXPOSED", "FEET_EXPOSED", "BELLY_COVERED"),
+    *("FEET_COVERED", "ARMPITS_COVERED", "ARMPITS_EXPOSED", "FACE_MALE", "BELLY_EXPOSED", "MALE_GENITALIA_EXPOSED"),
+    *("ANUS_COVERED", "FEMALE_BREAST_COVERED", "BUTTOCKS_COVERED"),
+)
+RESOLUTION = 320  # pixels a side of the square that the packaged network sees
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detector:
+    """An open network and all that its answers depend on."""
+
+    session: Any  # onnxruntime.InferenceSession
+    name: str  # of its file, without suffix
+    sha256: str
+    resolution: int  # pixels a side
+    one_by_one: bool  # the file fixes a batch of one
+    labels: tuple[str, ...]
+    recipe: Recipe
+    key: str  # what tells its detections from another detector's
+
+
+def load(
+    file: Path | None = None, recipe: str = "nudenet", resolution: int = RESOLUTION, threads: int = 1
+) -> Detector:
+    """Open the packaged network, or `file`, and try it on a black picture.
+
+    `resolution` is for files that leave it open; `threads` compute one batch. Raises UserError if nudenet is not
+    installed, or if the file is no such network.
+    """
+    path = file or packaged()
+    session, answer = _opened(path, resolution, threads)
+    if answer.ndim != 3 or answer.shape[1] != 4 + len(LABELS):
+        shape = " x ".join(map(str, answer.shape))
+        raise UserError(
+            f"--detector {path} answers {shape}, not 1 x {4 + len(LABELS)} x boxes: give a NudeNet v3 file"
+        )
+    digest, name, side = file_digest(path), path.stem, _side(session, resolution)
+    return Detector(
+        session=session,
+        name=name,
+        sha256=digest,
+        resolution=side,
+        one_by_one=session.get_inputs()[0].shape[0] == 1,
+        labels=_labels(session.get_modelmeta().custom_metadata_map),
+        recipe=RECIPES[recipe],
+        key=f"{name}-{digest[:16]}-{side}-{recipe}",
+    )
+
+
+def _opened(path: Path, resolution: int, threads: int) -> tuple[Any, np.ndarray]:
+    """The session of an ONNX file and its answer to a black picture. Raises UserError if it cannot be run."""
+    _nudenet()  # onnxruntime and cv2 come with it
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
+    settings.log_severity_level = 4  # what it has to say of a file that it refuses is in the exception
+    refused = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile)
+    try:
+        session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        side = _side(session, resolution)
+        return session, _run(session, np.zeros((1, 3, side, side), np.float32))
+    except (*refused, state.RuntimeException, state.NotImplemented, ValueError, IndexError) as error:
+        raise UserError(
+            f"--detector {path} is no detector that onnxruntime can run ({error}): give another"
+        ) from error
+
+
+def _side(session: Any, resolution: int) -> int:
+    """Pixels a side of the network's input: what its file fixes, or else `resolution`."""
+    fixed = session.get_inputs()[0].shape[2]
+    return fixed if isinstance(fixed, int) else resolution
+
+
+def packaged() -> Path:
+    """The network inside the nudenet package. Raises UserError if it is not installed."""
+    return Path(_nudenet().__file__).with_name("320n.onnx")
+
+
+def reference() -> Any:
+    """`nudenet.NudeDetector`, which `eval.speed` measures against."""
+    return _nudenet().NudeDetector
+
+
+def _nudenet() -> Any:
+    try:
+        import nudenet
+    except ImportError as error:
+        text = "NudeNet is not installed: pip install 'scissorhands-diffusers[eval]' (its wheel is AGPL-3.0)"
+        raise UserError(text) from error
+    return nudenet
+
+
+def _labels(metadata: dict[str, str]) -> tuple[str, ...]:
+    """The classes in the order that the file states; files that state none of ours are in NudeNet's order."""
+    names = ast.literal_eval(metadata.get("names", "{}"))
+    stated = tuple(names[i] for i in sorted(names))
+    return stated if sorted(stated) == sorted(LABELS) else LABELS
+
+
+def detect(detector: Detector, images: list[np.ndarray]) -> list[list[dict[str, Any]]]:
+    """The detections {"class", "score", "box": [x, y, width, height] in pixels} of (height, width, 3) BGR images,
+    highest score first."""
+    if not images:
+        return []
+    blob = _blob([_shrunk(image, detector) for image in images], detector.recipe)
+    parts = [blob[i : i + 1] for i in range(len(blob))] if detector.one_by_one else [blob]
+    answers = np.concatenate([_run(detector.session, part) for part in parts])
+    return [_boxes(answer, *image.shape[:2], detector) for answer, image in zip(answers, images, strict=True)]
+
+
+def _run(session: Any, blob: np.ndarray) -> np.ndarray:
+    """(n, 3, side, side) in [0, 1] -> (n, 4 + classes, anchors): centre, size, and a score for every class."""
+    return session.run(None, {session.get_inputs()[0].name: blob})[0]
+
+
+def _shrunk(image: np.ndarray, detector: Detector) -> np.ndarray:
+    """(side, side, 3) bytes of the picture as the network sees it."""
+    import cv2
+
+    high, wide = image.shape[:2]
+    if detector.recipe.square and high != wide:
+        side = max(high, wide)
+        image = cv2.copyMakeBorder(image, 0, side - high, 0, side - wide, cv2.BORDER_CONSTANT)
+    return cv2.resize(image, (detector.resolution, detector.resolution), interpolation=cv2.INTER_LINEAR)
+
+
+def _blob(images: list[np.ndarray], recipe: Recipe) -> np.ndarray:
+    """(n, 3, side, side) float32 in [0, 1]."""
+    import cv2
+
+    return cv2.dnn.blobFromImages(images, 1 / 255, swapRB=recipe.rgb)
+
+
+def _boxes(answer: np.ndarray, high: int, wide: int, detector: Detector) -> list[dict[str, Any]]:
+    """The detections of one image from (4 + classes, anchors), in float32 and in nudenet's order of operations: a box
+    is cut off to whole pixels, where the last bit decides."""
+    import cv2
+
+    recipe = detector.recipe
+    best = answer[4:].max(0)
+    kept = np.flatnonzero(best > recipe.floor)
+    if not len(kept):
+        return []
+    centre, extent, scores = answer[:2, kept], answer[2:4, kept], best[kept].tolist()
+    size = np.array([[wide], [high]], np.float32)
+    seen = size.max() if recipe.square else size  # pixels of the original that fill the network's square
+    corner = np.clip((centre - extent / 2) * seen / detector.resolution, 0, size)
+    extent = np.minimum(extent * seen / detector.resolution, size - corner)
+    boxes, classes = np.concatenate([corner, extent]).T.tolist(), answer[4:, kept].argmax(0)
+    return [
+        {"class": detector.labels[classes[i]], "score": scores[i], "box": [int(value) for value in boxes[i]]}
+        for i in cv2.dnn.NMSBoxes(boxes, scores, recipe.floor, recipe.overlap)
+    ]

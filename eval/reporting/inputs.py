@@ -1,0 +1,115 @@
+"""What a report is made of, read and checked: run folders of erase_sd and judged folders of images."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from erase_sd.common.errors import UserError
+from eval.images.folder import GENERATION, ImageFolder, read
+from eval.judges.censor import Mask, mask
+
+JUDGES = {  # file -> what it must hold, and the command that writes it
+    "nudity.json": ({"n", "broken", "detector", "protocols"}, "python -m eval.nudity"),
+    "quality.json": ({"n", "broken", "metrics"}, "python -m eval.quality"),
+    "concepts.json": ({"n", "broken", "concepts", "UA", "IRA", "CRA", "values"}, "python -m eval.concepts"),
+}
+
+
+class ErasureRun(NamedTuple):
+    """A run folder: its record and, of a judged subject, its scores."""
+
+    path: Path
+    record: dict[str, Any]
+    scores: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def concept(self) -> str:
+        """What was erased, as the user named it."""
+        concept = self.record["config"].get("concept", "not recorded")
+        return ", ".join(concept) if isinstance(concept, list) else str(concept)
+
+
+class ImageSet(NamedTuple):
+    """A folder of images with what its judges say, None where they were not asked, and what of it is hidden."""
+
+    folder: ImageFolder
+    label: str  # what tells it from the other folders of its prompts
+    name: str  # the same for all folders of the page
+    hidden: Mask
+    nudity: dict[str, Any] | None
+    quality: dict[str, Any] | None
+    concepts: dict[str, Any] | None
+
+    @property
+    def source(self) -> str:
+        """The name of the prompts."""
+        return str(self.folder.generation.get("prompts"))
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the model was as it came."""
+        return not self.folder.generation.get("weights")
+
+
+def run(path: str) -> ErasureRun:
+    """The record of a finished run. Raises UserError for a folder that holds none."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{path} is no folder: give run folders, as erase-sd writes them into --output_dir")
+    record = _json(folder / "run.json")
+    if record is None or not isinstance(record.get("config"), dict):
+        raise UserError(f"{path} holds no finished run (no run.json with its config): finish it with erase-sd")
+    scores = _json(folder / "scores.json")
+    return ErasureRun(folder, record, scores)
+
+
+def images(paths: tuple[str, ...], censored: bool) -> list[ImageSet]:
+    """Folders of images with their judges' results. Raises UserError for other folders and damaged results.
+
+    Where exposed regions of an explicit source are not known yet, they are detected.
+    """
+    from eval.images.match import headings
+
+    folders = [read(path) for path in paths]
+    for folder in folders:
+        if not folder.generation:
+            raise UserError(f"{folder.path} has no {GENERATION}: give folders that eval.generate drew")
+    sources = [str(folder.generation.get("prompts")) for folder in folders]
+    alike = {source: [f for f, name in zip(folders, sources, strict=True) if name == source] for source in sources}
+    label = {f.path: text for group in alike.values() for f, text in zip(group, headings(group), strict=True)}
+    count = Counter(label.values())
+    return [
+        ImageSet(
+            folder,
+            label[folder.path],
+            label[folder.path] if count[label[folder.path]] == 1 else f"{label[folder.path]}, {source}",
+            mask(folder, censored),
+            *(_judged(folder.path, name) for name in JUDGES),
+        )
+        for folder, source in zip(folders, sources, strict=True)
+    ]
+
+
+def _judged(folder: Path, name: str) -> dict[str, Any] | None:
+    keys, command = JUDGES[name]
+    result = _json(folder / name)
+    if result is not None and (missing := keys - result.keys()):
+        raise UserError(f"{folder / name} lacks {', '.join(sorted(missing))}: write it again with {command}")
+    return result
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    """The dict in a file, None if there is no file."""
+    if not file.is_file():
+        return None
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}): write it again") from error

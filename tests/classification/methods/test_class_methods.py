@@ -1,0 +1,350 @@
+"""Every method of classification against its formula, written out with autograd, torch.optim and flat vectors."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import quadprog
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from classification.methods import METHODS
+from classification.plan import make
+from classification.task import ClassificationTask
+from erase_sd.common.errors import UserError
+from erase_sd.common.rng import generator
+from erase_sd.core.task import gradient
+from erase_sd.run.folder import RunFolder
+from erase_sd.run.loop import run
+
+SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+STEPS = 7  # more than an epoch of both sets: 2 batches to forget, 3 to retain
+MakeTask = Callable[..., ClassificationTask]
+
+
+def play(method, task: ClassificationTask) -> nn.Module:
+    for _ in method(task):
+        pass
+    return task.model
+
+
+def sgd(task: ClassificationTask, loss: Callable[[nn.Module, int], Tensor], model: nn.Module | None = None):
+    """Plain torch.optim.SGD on loss(model, step)."""
+    model = model or task.model
+    optimizer = torch.optim.SGD(model.parameters(), **SGD)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss(model, step).backward()
+        optimizer.step()
+    return model
+
+
+def forget(task: ClassificationTask, step: int) -> tuple[Tensor, Tensor]:
+    x, y, _ = task.batch("repair", step).forget
+    return x, y
+
+
+def retain(task: ClassificationTask, step: int) -> tuple[Tensor, Tensor]:
+    x, y, _ = task.batch("repair", step).retain
+    return x, y
+
+
+def same(a: nn.Module, b: nn.Module, atol: float = 1e-6) -> None:
+    """Parameters and batch norms' statistics."""
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for name, x in a.state_dict().items():
+        torch.testing.assert_close(x, b.state_dict()[name], atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_retrain_is_sgd_on_the_retain_set_with_the_released_milestones(tiny_task: MakeTask):
+    task, plain = tiny_task(), tiny_task()
+    method = METHODS["retrain"](steps=STEPS, schedule="multistep", milestones=(0.5, 0.8), **SGD)
+    optimizer = torch.optim.SGD(plain.model.parameters(), **SGD)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [4, 6])  # 3.5 and 5.6 steps
+    for step in range(STEPS):
+        x, y = retain(plain, step)
+        optimizer.zero_grad()
+        F.cross_entropy(plain.model(x), y).backward()
+        optimizer.step()
+        schedule.step()
+    same(play(method, task), plain.model)
+
+
+def test_boundary_expanding_teaches_a_class_more_and_cuts_it_off(tiny_task: MakeTask):
+    task, plain = tiny_task(), tiny_task()
+    wide = plain.model
+    old, bound = wide.fc, 8**-0.5
+    wide.fc, g = nn.Linear(8, 5), generator(0, "shadow")
+    extra = [torch.empty(shape).uniform_(-bound, bound, generator=g) for shape in ((1, 8), (1,))]
+    wide.fc.weight.data, wide.fc.bias.data = torch.cat([old.weight, extra[0]]), torch.cat([old.bias, extra[1]])
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        x, y = forget(plain, step)
+        return F.cross_entropy(model(x), torch.full_like(y, 4))
+
+    sgd(plain, loss, wide)
+    narrow = nn.Linear(8, 4)
+    narrow.weight.data, narrow.bias.data = wide.fc.weight.data[:4], wide.fc.bias.data[:4]
+    wide.fc = narrow
+    same(play(METHODS["be"](steps=STEPS, **SGD), task), wide)
+
+
+@pytest.mark.parametrize("other_only", [True, False])
+def test_boundary_shrink_teaches_the_answer_to_the_attacked_image(tiny_task: MakeTask, other_only: bool):
+    task, plain = tiny_task(), tiny_task()
+    before = copy.deepcopy(plain.model).eval()
+    failures = 0
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        nonlocal failures
+        x, y = forget(plain, step)
+        x.requires_grad_()
+        F.cross_entropy(before(x), y).backward()
+        levels = torch.clamp((x + 0.01 * x.grad.sign()) * 255, 0, 255).round()
+        logits = before(levels / 255).detach()
+        failures += int((logits.argmax(1) == y).sum())
+        if other_only:
+            logits[range(len(y)), y] = -1e9
+        return F.cross_entropy(model(x.detach()), logits.argmax(1))
+
+    sgd(plain, loss)
+    assert failures  # else both settings are one
+    same(play(METHODS["bs"](steps=STEPS, epsilon=0.01, other_only=other_only, **SGD), task), plain.model)
+
+
+def test_scrub_takes_max_and_min_steps_by_turns(tiny_task: MakeTask):
+    task, plain = tiny_task(), tiny_task()
+    teacher, T = copy.deepcopy(plain.model).eval(), 4.0
+    kinds = ["max", "max", "min", "min", "min", "min", "min"]  # one epoch of 2 + 3, and one without max steps
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        x, y = forget(plain, step) if kinds[step] == "max" else retain(plain, step)
+        p, q = ((net(x) / T).softmax(1) for net in (teacher, model))
+        kl = T**2 * (p.detach() * (p.detach().log() - q.log())).sum(1).mean()
+        if kinds[step] == "max":
+            return -kl
+        logits = model(x)  # a pass of its own for l: batch norms see the batch twice, as the task does
+        return 0.9 * F.cross_entropy(logits, y) + 0.3 * kl
+
+    sgd(plain, loss)
+    method = METHODS["scrub"](steps=STEPS, max_epochs=1, alpha=0.3, gamma=0.9, temperature=T, **SGD)
+    same(play(method, task), plain.model, atol=1e-5)
+
+
+def flat_gradient(model: nn.Module, loss: Tensor) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_influence_is_the_released_recursion(tiny_task: MakeTask):
+    task, plain = tiny_task(), tiny_task()
+    model, N, alpha = plain.model.eval(), 10, 3.0
+    each = {}
+    for name in ("forget", "retain"):
+        x, y, _ = plain.clean(name, torch.arange(len(plain.walks[name].images)))
+        each[name] = [flat_gradient(model, F.cross_entropy(model(x[i : i + 1]), y[i : i + 1])) for i in range(len(y))]
+    n_f, n_r = 12, 21
+    k = sum(each["forget"]) / (n_f + n_r) - n_f / ((n_f + n_r) * n_r) * sum(each["retain"])
+    o = each["retain"][0].clone()
+    for index, g in enumerate(each["retain"][1:], start=1):
+        s = o @ g
+        k = k - (k @ g) / (N + s) * o
+        o = o - s / (N + s) * o
+        if index > N:
+            break
+    assert index == N + 1 < n_r - 1
+    found = weights(play(METHODS["iu"](alpha=alpha, samples=N), task))
+    torch.testing.assert_close(found, weights(model) + alpha * k, atol=1e-6, rtol=1e-4)
+
+
+def test_dampening_shrinks_what_matters_to_the_forget_set(tiny_task: MakeTask):
+    task, plain = tiny_task(), tiny_task()
+    model = plain.model.eval()
+    importance = {}
+    for name, batches in (("forget", 2), ("retain", 3)):
+        squares = 0
+        for b in range(batches):
+            x, y, _ = getattr(plain.batch("importance", b), name)
+            squares = squares + flat_gradient(model, F.cross_entropy(model(x), y)) ** 2
+        importance[name] = squares / batches
+    everywhere = (12 * importance["forget"] + 21 * importance["retain"]) / 33
+    before, expected = weights(model), weights(model).clone()
+    for j in range(len(before)):
+        if importance["forget"][j] > 1.5 * everywhere[j]:
+            expected[j] *= min(0.4 * float(everywhere[j] / importance["forget"][j]), 1.0)
+    assert 10 < (expected != before).sum() < len(before) - 10
+    found = weights(play(METHODS["ssd"](alpha=1.5, lam=0.4), task))
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-4)
+
+
+def released(steps: int, **knobs):
+    """The preset `authors/cifar10`, with fewer steps."""
+    plan = make(method="scissorhands", dataset="cifar10", preset="authors/cifar10")
+    method = replace(plan.method, steps=steps, **knobs)
+    assert (method.margin, method.ridge, method.memory_scope) == (0.5, 1e-3, "layer3|layer4|fc")
+    losses = {name: getattr(plan.losses, name) for name in ("trim_scope", "rank_scope", "batch_norm")}
+    return method, losses
+
+
+def in_scope(name: str) -> bool:
+    return "layer3" in name or "layer4" in name or "fc" in name
+
+
+def snip(task: ClassificationTask, kappa: float) -> None:
+    """Released: |g| |theta| over all weights, strictly above the int(kappa N)-th smallest; norms are never reset."""
+    model = task.model
+    norms = {f"{m}.{p}" for m in ("bn1", "layer3.1", "layer4.1") for p in ("weight", "bias")}
+    x, y, _ = task.batch("sensitivity", 0).forget
+    scores = (flat_gradient(model, F.cross_entropy(model(x), y)).abs() * weights(model).abs()).tolist()
+    threshold = sorted(scores)[int(kappa * len(scores)) - 1]
+    start = 0
+    for name, p in model.named_parameters():
+        mask = torch.tensor(scores[start : start + p.numel()]).view(p.shape) > threshold
+        start += p.numel()
+        if in_scope(name) and name not in norms:
+            bound = 1 / math.sqrt(p[0].numel()) if p.ndim > 1 else 0.0
+            new = torch.empty(int(mask.sum())).uniform_(-bound, bound, generator=generator(0, "trim", name))
+            p.data[mask] = new
+
+
+def project2cone2(gradient: np.ndarray, memory: np.ndarray, margin: float = 0.5, eps: float = 1e-3) -> np.ndarray:
+    """As in the released code: float64, one column of memories."""
+    P = memory[None] @ memory[None].T + eps * np.eye(1)
+    v = quadprog.solve_qp(P, -memory[None] @ gradient, np.eye(1), np.full(1, margin))[0]
+    return v @ memory[None] + gradient
+
+
+def reference(task: ClassificationTask, lam: float, steps: int) -> int:
+    """The released loop step by step; returns in how many steps it projected."""
+    model, acted = task.model, 0
+    snip(task, kappa=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=5e-3, momentum=0.9, weight_decay=5e-4)
+    subset = [p for name, p in model.named_parameters() if in_scope(name)]
+    for step in range(steps):
+        epoch, position = divmod(step, 3)  # 21 images to retain
+        if position == 0:
+            proxy = copy.deepcopy(model).eval()
+            x, y, _ = task.batch("memory", epoch).forget
+            (-F.cross_entropy(proxy(x), y)).backward()
+            m = (
+                torch.cat([p.grad.flatten() for name, p in proxy.named_parameters() if in_scope(name)])
+                .double()
+                .numpy()
+            )
+        optimizer.zero_grad()
+        x, y = retain(task, step)
+        loss = F.cross_entropy(model(x), y)
+        if position < 2:  # 12 images to forget
+            x, y = forget(task, step)
+            loss = loss - lam * F.cross_entropy(model(x), y)
+        loss.backward()
+        u = torch.cat([p.grad.flatten() for p in subset]).double().numpy()
+        if position < 2 and u @ m < 0:
+            acted += 1
+            rest = torch.from_numpy(project2cone2(u, m)).float()
+            for p in subset:
+                p.grad = rest[: p.numel()].view(p.shape)
+                rest = rest[p.numel() :]
+        optimizer.step()
+    return acted
+
+
+def test_the_released_preset_is_the_released_code(tiny_task: MakeTask):
+    method, losses = released(9, fraction=0.1)
+    task, plain = tiny_task(**losses), tiny_task()
+    before = weights(task.model).clone()
+    acted = reference(plain, lam=method.lam, steps=9)
+    assert 0 < acted < 6  # of the joint steps of three epochs
+    found = play(method, task)
+    assert (weights(found) - before).abs().max() > 0.05
+    same(found, plain.model, atol=1e-6)
+
+
+def test_the_memory_is_stale_scoped_and_measured_in_evaluation_mode(tiny_task: MakeTask):
+    method, losses = released(9)
+    task = tiny_task(**losses)
+    kept = [dict(state["kept"]) for record, state in method(task) if record.get("step") is not None]
+    assert set(kept[0]) == {name for name in task.trainable() if in_scope(name)}
+    same_as_before = [all(torch.equal(a[n], b[n]) for n in a) for a, b in pairwise(kept)]
+    assert same_as_before == [True, True, False, True, True, False, True, True]
+    assert task.model.training
+
+
+def test_project_every_counts_the_joint_steps(tiny_task: MakeTask):
+    method, losses = released(9, project_every=2, lam=0.0)
+    task = tiny_task(**losses)
+    task.forget = task.retain  # g_f is g_r: every projection bites
+    bits = [record["bit"] for record, _ in method(task) if "bit" in record]
+    assert bits == [False, True, False] * 3
+
+
+def test_saliency_on_a_share_of_the_forget_set_sees_no_other_example(tiny_task: MakeTask):
+    task = tiny_task()
+    method = METHODS["scissorhands"](fraction=0.1, trim_share=0.25, sensitivity_batches=3)
+    seen = []
+    plain_loss = task.forget
+    task.forget = lambda batch: seen.append(batch.forget.x) or plain_loss(batch)
+    list(method.trim(task))
+    assert sum(map(len, seen)) == 24 and len(torch.cat(seen).flatten(1).unique(dim=0)) == 3
+    assert len(task.walks["forget"].images) == 12
+    with pytest.raises(UserError, match="--trim_share 0"):
+        METHODS["scissorhands"](trim_share=0.0)
+
+
+RESUMED = {name: {"steps": STEPS, **SGD} for name in METHODS if name not in ("iu", "ssd")}
+RESUMED |= {"iu": {"samples": 5}, "ssd": {"alpha": 1.0}}
+
+
+class Killed(Exception):
+    """Stands for kill -9."""
+
+
+@pytest.mark.parametrize("name", [*RESUMED, "released"])
+def test_resumed_equals_uninterrupted(tiny_task: MakeTask, tmp_path: Path, name: str):
+    """Through the folder of a run, so that batch norms' statistics and all that a method keeps are in it."""
+    method, losses = released(STEPS) if name == "released" else (METHODS[name](**RESUMED[name]), {})
+    end = getattr(method, "steps", 1)
+
+    def go(folder: Path, dies_at: int | None) -> nn.Module:
+        task = tiny_task(**losses)
+
+        def check(step: int) -> None:
+            if step == dies_at:
+                raise Killed
+
+        with RunFolder(folder, {"name": name}) as place:
+            run(method, task, task.model.state_dict(), place, every=1, check=check, description=name)
+        return task.model
+
+    whole = go(tmp_path / "whole", None)
+    assert any(not torch.equal(x, whole.state_dict()[n]) for n, x in tiny_task().model.state_dict().items())
+    if end > 1:
+        with pytest.raises(Killed):
+            go(tmp_path / "cut", dies_at=5)  # checkpoint 4 is the last one
+    again = go(tmp_path / "cut" if end > 1 else tmp_path / "whole", None)
+    for key, x in whole.state_dict().items():
+        assert torch.equal(x, again.state_dict()[key]), key
+
+
+def test_gradient_of_the_shadow_class_is_cleared_between_losses(tiny_task: MakeTask):
+    """It belongs to the model while it is there, so that the mean over ranks and the clearing reach it."""
+    from classification.methods.expanding import Widened
+
+    task = tiny_task()
+    with Widened(task.model, 0) as widened:
+        inside = dict(task.model.named_parameters())
+        assert {"fc.shadow.weight", "fc.shadow.bias"} <= inside.keys()
+        x, y = forget(task, 0)
+        loss = lambda x: F.cross_entropy(widened.logits(task.logits(x)), torch.full_like(y, 4))  # noqa: E731
+        g = gradient(task, loss, x, dict(widened.shadow.named_parameters()))
+        assert g["weight"].abs().sum() > 0 and widened.shadow.weight.grad is None
+    assert "fc.shadow.weight" not in dict(task.model.named_parameters())

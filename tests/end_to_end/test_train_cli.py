@@ -1,0 +1,283 @@
+"""The main job as users start it: real command lines, from a copy of the tree that is not installed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from erase_sd.common.errors import UserError
+from erase_sd.common.files import RunLock, file_digest
+from erase_sd.pocket.world import KINDS
+from erase_sd.run.record import weights_hash
+
+ROOT = Path(__file__).parents[2]
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+QUICK = (
+    "--steps 2 --forget_images 4 --retain_images 4 --sample_steps 2 --sensitivity_batches 1 --batch_size 2 "
+    "--checkpointing_steps 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources as a fresh clone has them, nothing installed."""
+    folder = tmp_path_factory.mktemp("clone")
+    for package in ("erase_sd", "prompts"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.fixture
+def train(clone: Path) -> str:
+    return str(clone / "erase_sd" / "train.py")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread, no network, nothing on the path, and no launcher above us."""
+    kept = {
+        k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith(("ACCELERATE_", "TRANSFORMERS_"))
+    }
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
+
+
+def run(*command: str, cwd: Path, **more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=300
+    )
+
+
+def status(folder: Path) -> dict:
+    return json.loads((folder / "status.json").read_text())
+
+
+def started(train: str, *words: str) -> list[str]:
+    """The documented command line, on one process."""
+    return [*ACCELERATE, *words, "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no", train]
+
+
+def test_bf16_under_accelerate_from_a_clone_that_is_not_installed(train: str, tiny_sd: Path, tmp_path: Path) -> None:
+    command = [*started(train, "--mixed_precision", "bf16"), "--concept", "nudity", "--model", str(tiny_sd), *QUICK]
+    done = run(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "runs" / "nudity"
+    assert status(folder)["state"] == "complete" and (folder / WEIGHTS).is_file()
+    record = json.loads((folder / "run.json").read_text())
+    assert record["config"]["mixed_precision"] == "bf16"
+    assert record["trace"]["steps"] == 2 and record["config"]["concept"] == ["nudity"]
+    *_, load, swap = done.stdout.strip().splitlines()
+    assert load.startswith("pipe = StableDiffusionPipeline.from_pretrained") and "subfolder=" in swap
+    assert "Warning" not in done.stderr, done.stderr
+
+
+def test_the_snippet_that_it_prints_works(clone: Path, tiny_sd: Path, tmp_path: Path) -> None:
+    """As a module, with dashes; a second call only prints the same again, and another configuration is refused."""
+    words = [word.replace("_", "-") if word.startswith("--") else word for word in QUICK]
+    command = [sys.executable, "-m", "erase_sd.train", "--concept", "neon style", "--model", str(tiny_sd), *words]
+    command += ["--output-dir", str(tmp_path / "out"), "--preset", "authors-nsfw", "--fraction=0.01"]
+    first = run(*command, cwd=clone)
+    assert first.returncode == 0, first.stderr[-3000:]
+    digest, clock = file_digest(tmp_path / "out" / WEIGHTS), (tmp_path / "out/run.json").stat().st_mtime_ns
+    second = run(*command, cwd=clone)
+    assert (second.returncode, second.stdout) == (0, first.stdout)
+    assert (tmp_path / "out/run.json").stat().st_mtime_ns == clock
+    names: dict = {}
+    exec(first.stdout.partition("To use it:")[2], names)  # what a user would paste
+    assert weights_hash(names["pipe"].unet) and file_digest(tmp_path / "out" / WEIGHTS) == digest
+    config = json.loads((tmp_path / "out/job.json").read_text())
+    assert (config["fraction"], config["steps"], config["init"]) == (0.01, 2, "kaiming")
+    other = run(*command, "--lr", "0.5", cwd=clone)
+    assert other.returncode == 2 and other.stderr.count("\n") == 1, other.stderr[-3000:]
+    assert "error: " in other.stderr and "belongs to a run with lr 1e-05, not 0.5" in other.stderr
+    assert (tmp_path / "out/run.json").stat().st_mtime_ns == clock and not (clone / "runs").exists()
+
+
+def test_help_is_instant_and_loads_no_torch(train: str, tmp_path: Path) -> None:
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = run(sys.executable, "-X", "importtime", train, "--help", cwd=tmp_path)
+        times.append(time.monotonic() - start)
+    assert done.returncode == 0 and min(times) < 1, times
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "erase_sd.plan" in loaded and not loaded & {"torch", "diffusers", "accelerate", "transformers", "numpy"}
+    for option in (
+        "--concept",
+        "--model",
+        "--fraction",
+        "--saliency",
+        "--lam",
+        "--projection",
+        "--preset",
+        "--trim_scope",
+    ):
+        assert option in done.stdout
+
+
+def without(part: str):
+    def damage(model: Path) -> None:
+        shutil.rmtree(model / part) if (model / part).is_dir() else (model / part).unlink()
+
+    return damage
+
+
+def shell(model: Path) -> None:
+    """A tokenizer folder without its files: transformers makes a tokenizer of two tokens from it."""
+    for file in (model / "tokenizer").iterdir():
+        file.unlink()
+
+
+def truncate(model: Path) -> None:
+    file = model / WEIGHTS
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+MODELS = {
+    "no unet": (without("unet"), "has no unet/"),
+    "no weights": (without(WEIGHTS), "has no weight file"),
+    "no index": (without("model_index.json"), "not a complete diffusers model"),
+    "cut short": (truncate, "is damaged or incomplete"),
+    "tokenizer shell": (shell, "tokenizer"),
+}
+FEW = [name if MODELS[name][0] in (truncate, shell) else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+
+
+def refused(done: subprocess.CompletedProcess, cwd: Path, *messages: str) -> None:
+    """Code 2, one line on stderr and nothing on disk."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), done.stderr[-3000:]
+    assert all(message in lines[0] for message in messages), lines[0]
+    assert not done.stdout and not list(cwd.iterdir())
+
+
+@pytest.mark.parametrize("damage", FEW)
+def test_a_model_folder_that_cannot_work(train: str, tiny_sd: Path, tmp_path: Path, damage: str) -> None:
+    model, cwd = shutil.copytree(tiny_sd, tmp_path / "model"), tmp_path / "cwd"
+    cwd.mkdir()
+    hurt, message = MODELS[damage]
+    hurt(model)
+    refused(run(sys.executable, train, "--concept", "cat", "--model", model, cwd=cwd), cwd, str(model), message)
+
+
+BAD = {
+    "no such preset": (["--concept", "cat", "--preset", "pepar"], ["'pepar'", "paper", "authors-nsfw"]),
+    "empty concept": (["--concept", ""], ["concept is empty"]),
+    "blank concept": (["--concept", "cat", "  "], ["concept is empty"]),
+    "no concept": ([], ["--concept"]),
+    "fraction": (["--concept", "cat", "--fraction", "1.5"], ["--fraction 1.5", "[0, 1]"]),
+    "no number": (["--concept", "cat", "--lr", "fast"], ["--lr", "'fast'"]),
+    "no such option": (["--concept", "cat", "--fractoin", "0.5"], ["--fractoin", "did you mean --fraction?"]),
+    "no such method": (["--concept", "cat", "--method", "scissor"], ["'scissor'", "scissorhands"]),
+    "no such folder": (["--concept", "cat", "--model", "./missing"], ["./missing", "does not exist"]),
+    "not on the Hub": (
+        ["--concept", "cat"],
+        ["CompVis/stable-diffusion-v1-4", "point --model at a folder", "--model pocket"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence(train: str, tmp_path: Path, case: str) -> None:
+    words, messages = BAD[case]
+    home = tmp_path / "home"
+    done = run(sys.executable, train, *words, cwd=_empty(tmp_path), HF_HOME=str(home))
+    refused(done, tmp_path / "cwd", *messages)
+
+
+def _empty(tmp_path: Path) -> Path:
+    (tmp_path / "cwd").mkdir()
+    return tmp_path / "cwd"
+
+
+def test_the_pocket_model_names_the_words_it_has(train: str, tmp_path: Path) -> None:
+    done = run(sys.executable, train, "--concept", "dragon", "--model", "pocket", cwd=tmp_path)
+    refused(done, tmp_path, "'dragon'", *(word for names in KINDS.values() for word in names))
+
+
+def test_under_the_launcher_status_json_keeps_the_true_code(train: str, tiny_sd: Path, tmp_path: Path) -> None:
+    words = ["--concept", "cat", "--model", tiny_sd, *QUICK, "--lr", "1e38", "--optimizer", "sgd"]
+    done = run(*started(train, "--cpu", "--mixed_precision", "no"), *words, cwd=tmp_path)
+    assert done.returncode == 1 and "error: " in done.stderr and "lower --lr" in done.stderr
+    assert status(tmp_path / "runs/cat")["code"] == 2 and not (tmp_path / "runs/cat/unet").exists()
+
+
+LONG = [*QUICK, "--steps", "20", "--checkpointing_steps", "4"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(clone: Path, tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cwd = tmp_path_factory.mktemp("whole")
+    train = str(clone / "erase_sd/train.py")
+    command = [sys.executable, "-P", train, "--concept", "cat", "--model", str(tiny_sd), *LONG]
+    assert run(*command, cwd=cwd).returncode == 0
+    return cwd / "runs" / "cat"
+
+
+def stopped(command: list[str], cwd: Path, signum: int) -> tuple[int, str]:
+    """Start, send the signal once the first checkpoint of a step is there; (exit code, stderr)."""
+    with open(cwd / "log", "w") as log:
+        child = subprocess.Popen(command, cwd=cwd, env=environment(), stdout=log, stderr=log)
+    end = time.monotonic() + 200
+    while not list((cwd / "runs/cat/checkpoints").glob("checkpoint-*[1-9]*")):  # a step, not only the trim
+        assert child.poll() is None and time.monotonic() < end, (cwd / "log").read_text()[-3000:]
+        time.sleep(0.01)
+    child.send_signal(signum)
+    return child.wait(60), (cwd / "log").read_text()
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened in time"
+        time.sleep(0.05)
+
+
+SIGNALS = [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]  # the launcher's test has the second
+
+
+@pytest.mark.parametrize("signum", SIGNALS, ids=lambda s: s.name)
+def test_a_killed_run_goes_on_bit_for_bit(
+    train: str, tiny_sd: Path, tmp_path: Path, uninterrupted: Path, signum: int
+) -> None:
+    command = [sys.executable, train, "--concept", "cat", "--model", str(tiny_sd), *LONG]
+    code, log = stopped(command, tmp_path, signum)
+    folder = tmp_path / "runs" / "cat"
+    assert code == (-9 if signum == signal.SIGKILL else 143), log[-3000:]
+    assert status(folder)["state"] == ("running" if signum == signal.SIGKILL else "stopped")
+    assert not (folder / "unet").exists()
+    again = run(*command, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert " 20/20 [" in again.stderr and " 1/20 [" not in again.stderr
+    assert file_digest(folder / WEIGHTS) == file_digest(uninterrupted / WEIGHTS)
+    assert (folder / "trace.csv").read_text() == (uninterrupted / "trace.csv").read_text()
+
+
+def test_sigterm_to_the_launcher_checkpoints_and_ends_the_training(
+    train: str, tiny_sd: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    """accelerate forwards no signal to its one process: the run sees that its launcher is gone."""
+    command = [*started(train, "--cpu", "--mixed_precision", "no"), "--concept", "cat", "--model", str(tiny_sd), *LONG]
+    stopped(command, tmp_path, signal.SIGTERM)
+    folder = tmp_path / "runs" / "cat"
+    wait_until(lambda: status(folder)["state"] != "running")
+    assert status(folder)["state"] == "stopped" and status(folder)["code"] == 143
+    assert list((folder / "checkpoints").glob("checkpoint-*")) and not (folder / "unet").exists()
+    wait_until(lambda: not locked(folder))
+    again = run(*command, cwd=tmp_path)
+    assert again.returncode == 0 and " 1/20 [" not in again.stderr, again.stderr[-3000:]
+    assert file_digest(folder / WEIGHTS) == file_digest(uninterrupted / WEIGHTS)
+
+
+def locked(folder: Path) -> bool:
+    """Whether a process still works in this folder."""
+    try:
+        with RunLock(folder):
+            return False
+    except UserError:
+        return True

@@ -1,0 +1,107 @@
+"""Folders of images: by manifest or by file name, with every kind of file that is no image."""
+
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from erase_sd.common.errors import UserError
+from eval.images.folder import Entry, picture, read, too_many_broken
+
+
+def noise(path: Path, size: int = 16) -> Path:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def bomb(path: Path, side: int = 60_000) -> Path:
+    """A PNG whose header claims gigapixels."""
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b"\0")]
+    framed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
+    return path
+
+
+def test_any_folder_of_images(tmp_path: Path):
+    for name in ("b.png", "a.jpg", ".hidden.png"):
+        noise(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    folder = read(tmp_path)
+    assert [entry.file for entry in folder.entries] == ["a.jpg", "b.png"] and folder.generation == {}
+    assert folder.label == tmp_path.name and folder.entries[0].prompt is None
+
+
+def test_a_manifest_decides_order_and_content(tmp_path: Path):
+    for name in ("00000_7.png", "00001_8.png", "stray.png"):
+        noise(tmp_path / name)
+    lines = [{"file": "00001_8.png", "row": 1, "prompt": "a\u2028b", "seed": 8}, {"file": "00000_7.png", "row": 0}]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (tmp_path / "manifest.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "generation.json").write_text('{"model": "x/sd", "weights": "runs/cat"}')
+    folder = read(tmp_path)
+    assert [entry.file for entry in folder.entries] == ["00001_8.png", "00000_7.png"]
+    assert folder.entries[0].prompt == "a\u2028b" and folder.label == "cat"
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda p: p.write_bytes(b""), "unreadable"),
+        (lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\ngarbage"), "unreadable"),
+        (lambda p: p.write_bytes(noise(p).read_bytes()[:300]), "unreadable"),
+        (bomb, "unreadable"),
+        (lambda p: None, "unreadable"),  # listed, but not there
+        (lambda p: Image.new("RGB", (8, 8)).save(p), "black"),
+        (lambda p: Image.new("L", (8, 8), 90).save(p), "constant"),
+        (lambda p: noise(p), None),
+    ],
+)
+def test_what_is_no_image_says_so(tmp_path: Path, make, why: str | None):
+    make(tmp_path / "x.png")
+    noise(tmp_path / "sound.png")
+    image, reason = picture(read(tmp_path), Entry(file="x.png"))
+    assert reason == why and (image is None) == (why == "unreadable")
+
+
+def test_a_photograph_is_upright(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "x.jpg", exif=exif)
+    assert picture(read(tmp_path), Entry(file="x.jpg"))[0].size == (10, 20)
+
+
+def test_the_manifest_knows_nan_from_black(tmp_path: Path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    assert picture(read(tmp_path), Entry(file="x.png", broken="nan"))[1] == "nan"
+
+
+def test_odd_but_sound_images_are_rgb(tmp_path: Path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 4), dtype=np.uint8), "CMYK").save(
+        tmp_path / "x.jpg"
+    )
+    image, why = picture(read(tmp_path), Entry(file="x.jpg"))
+    assert image.mode == "RGB" and why is None
+
+
+@pytest.mark.parametrize(
+    ("prepare", "sentence"),
+    [
+        (lambda p: None, "is no folder"),
+        (lambda p: p.mkdir(), "holds no images"),
+        (lambda p: (p.mkdir(), (p / "generation.json").write_text("{")), "is not JSON"),
+        (lambda p: (p.mkdir(), noise(p / "a.png"), (p / "manifest.jsonl").write_text("")), "manifest.jsonl, line 1"),
+    ],
+)
+def test_folders_that_cannot_be_read(tmp_path: Path, prepare, sentence: str):
+    prepare(tmp_path / "images")
+    with pytest.raises(UserError, match=sentence):
+        read(tmp_path / "images")
+
+
+def test_more_than_one_percent_broken_is_too_many():
+    sound, bad = Entry(file="a.png"), Entry(file="b.png", broken="black")
+    assert not too_many_broken([bad, *[sound] * 99]) and too_many_broken([bad, *[sound] * 98])

@@ -1,0 +1,173 @@
+"""Records hold what a reader needs to repeat a run, pictures are pictures, and cards do not execute anything."""
+
+import copy
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+from torch import nn
+
+from erase_sd.denoising.card import inert, swap_in_snippet, write_card
+from erase_sd.run.plots import write_saliency, write_trace
+from erase_sd.run.record import environment, run_record, summary, weights_hash, write_run, write_status
+
+TRACE = [
+    {
+        "step": step,
+        "loss_r": 0.2 + 0.1 * math.exp(-step / 20) + 0.01 * math.sin(3 * step),
+        "loss_f": 0.15 + 0.006 * step + 0.02 * math.cos(5 * step),
+        "loss_o": 0.3 * math.exp(-step / 30) + 0.02 * math.sin(7 * step) ** 2,
+        "cos": 0.6 * math.exp(-step / 25) - 0.1 + 0.05 * math.sin(2 * step),
+        "c": max(0.0, 0.5 * math.exp(-step / 25) - 0.05 + 0.1 * math.sin(2 * step)),
+        "bit": 0.5 * math.exp(-step / 25) - 0.05 + 0.1 * math.sin(2 * step) > 0,
+        "ceiling": False,
+        "lr": 1e-4,
+    }
+    for step in range(1, 101)
+]
+SCORES = {
+    "concept": {"before": 1.0, "after": 0.0125, "other_share": 0.03},
+    "retain": {"object": {"before": 0.97, "after": 0.96}, "style": {"before": 0.88, "after": 0.87}},
+    "n": {"forget": 200, "retain": 1000},
+    "ci95": {"concept": {"before": [0.98, 1.0], "after": [0.0, 0.03]}},
+    "protocol": "20 steps",
+}
+
+
+def a_card(folder: Path, **changes: object) -> str:
+    card = {
+        "model": "CompVis/stable-diffusion-v1-4",
+        "concepts": ["cat"],
+        "method": "scissorhands",
+        "preset": "default",
+        "knobs": {"fraction": 0.0005, "lam": 0.5},
+        "command": "accelerate launch erase_sd/train.py --concept cat",
+        "snippet": "pipe.unet = UNet2DConditionModel.from_pretrained(...)",
+        "license": "creativeml-openrail-m",
+    }
+    write_card(folder, **card | changes)
+    return (folder / "README.md").read_text()
+
+
+def test_run_record(tmp_path: Path) -> None:
+    run = run_record({"lam": 0.5}, seed=7, base="pocket", base_hash="abc", seconds=1.234, trace=TRACE, n=3)
+    write_run(tmp_path, run)
+    assert json.loads((tmp_path / "run.json").read_text()) == run
+    assert run["config"] == {"lam": 0.5} and run["seed"] == 7 and run["base"] == {"model": "pocket", "hash": "abc"}
+    assert run["seconds"] == 1.23 and run["peak_memory_mib"]["host"] > 10 and run["n"] == 3
+    assert run["environment"]["torch"] and run["environment"] == environment()
+
+
+def test_summary() -> None:
+    rows = [{"step": 1, "loss_r": 3.0, "loss_o": None, "bit": True}, {"step": 2, "loss_r": 1.0, "bit": False}]
+    low_to_high = {"first": 3.0, "last": 1.0, "min": 1.0, "max": 3.0}
+    assert summary(rows) == {"steps": 2, "loss_r": low_to_high, "bit": 0.5}
+    assert summary([]) == {"steps": 0}
+
+
+def test_weights_hash_sees_every_weight_and_nothing_else() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).to(torch.bfloat16)
+    before = weights_hash(model)
+    assert before == weights_hash(copy.deepcopy(model).requires_grad_(False))
+    with torch.no_grad():
+        model[0].bias[1] += 1
+    assert before != weights_hash(model)
+
+
+def test_nan_is_not_recorded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_run(tmp_path, run_record({"lam": math.nan}, seed=0, base="", base_hash="", seconds=0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_status(tmp_path: Path) -> None:
+    write_status(tmp_path, "failed", 2, "no such preset")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status == {"state": "failed", "code": 2, "message": "no such preset"}
+
+
+def test_trace(tmp_path: Path) -> None:
+    write_trace(tmp_path, TRACE)
+    rows = list(csv.DictReader((tmp_path / "trace.csv").open()))
+    assert len(rows) == 100 and float(rows[3]["cos"]) == TRACE[3]["cos"] and is_picture(tmp_path / "trace.png")
+
+
+def test_trace_of_one_step_without_objective(tmp_path: Path) -> None:
+    write_trace(tmp_path, [TRACE[0] | {"loss_o": None}])
+    assert is_picture(tmp_path / "trace.png")
+
+
+def test_trace_of_any_record(tmp_path: Path) -> None:
+    write_trace(tmp_path, [{"step": 0, "loss": 0.5}, {"step": 1, "loss": 0.25, "penalty": 3.0, "full": True}])
+    assert (tmp_path / "trace.csv").read_text() == "step,loss,penalty,full\n0,0.5,,\n1,0.25,3.0,True\n"
+    assert is_picture(tmp_path / "trace.png")
+
+
+def test_no_steps_no_trace(tmp_path: Path) -> None:
+    write_trace(tmp_path, [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_saliency(tmp_path: Path, sd14_unet) -> None:
+    sizes = {name: p.numel() for name, p in sd14_unet.named_parameters()}
+    changed = {name: size // (100 + index) for index, (name, size) in enumerate(sizes.items()) if ".attn" in name}
+    write_saliency(tmp_path, changed, sizes)
+    rows = list(csv.DictReader((tmp_path / "saliency.csv").open()))
+    assert [row["parameter"] for row in rows] == list(sizes)
+    assert sum(int(row["changed"]) for row in rows) == sum(changed.values())
+    assert is_picture(tmp_path / "saliency.png")
+
+
+def test_saliency_when_nothing_changed(tmp_path: Path) -> None:
+    write_saliency(tmp_path, {}, {"layer1.0.weight": 10, "fc.bias": 2})
+    assert is_picture(tmp_path / "saliency.png")
+
+
+def is_picture(path: Path) -> bool:
+    with Image.open(path) as picture:
+        return picture.format == "PNG" and len(set(picture.convert("L").get_flattened_data())) > 10
+
+
+def test_card_front_matter(tmp_path: Path) -> None:
+    text = a_card(tmp_path, scores=SCORES)
+    header = yaml.safe_load(text.split("---")[1])
+    assert header["base_model"] == "CompVis/stable-diffusion-v1-4" and header["base_model_relation"] == "finetune"
+    assert header["library_name"] == "diffusers" and header["license"] == "creativeml-openrail-m"
+    assert ModelCard.load(str(tmp_path / "README.md")).data.pipeline_tag == "text-to-image"
+
+
+def test_card_tells_what_matters(tmp_path: Path) -> None:
+    text = a_card(tmp_path, scores=SCORES)
+    for part in ("## Limits", "incomplete", "Bias", "Misuse", "Not validated on SD v1.4", "| fraction | 0.0005 |"):
+        assert part in text
+    assert "| concept | 100.0 | 1.2 |" in text and "| retain object | 97.0 | 96.0 |" in text and "ci95" not in text
+    assert "Not measured" in a_card(tmp_path, scores=None)
+
+
+def test_pocket_card_claims_no_hub_base(tmp_path: Path) -> None:
+    text = a_card(tmp_path, model="pocket", license="mit")
+    assert "base_model" not in text and "Not validated on SD v1.4" not in text
+
+
+def test_card_does_not_execute_what_users_type(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>|`x`\n# [y](z) {{ 7 * 7 }}"
+    text = a_card(tmp_path, concepts=[evil], knobs={"anchor": evil}, command=f"train --concept '{evil}'")
+    assert "<script>" not in text and "\n# [y]" not in text and "{{ 7 * 7 }}" in text
+    assert yaml.safe_load(text.split("---")[1])["license"]
+
+
+def test_inert_shows_plain_words_as_they_are() -> None:
+    assert inert("a cat, neon style 50 %") == "a cat, neon style 50 %"
+
+
+def test_snippet_is_python_and_loads_the_swap(tiny_sd: Path, tiny_pipe, tmp_path: Path) -> None:
+    tiny_pipe.unet.save_pretrained(str(tmp_path / "it's" / "unet"))
+    names: dict = {}
+    exec(swap_in_snippet(tiny_pipe, str(tiny_sd), tmp_path / "it's"), names)
+    assert names["pipe"].unet.config.cross_attention_dim == 32
