@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from erase_sd.common.cli import argument, at_least, knob, parse, quiet, run_main
+from erase_sd.common.cli import argument, at_least, command, knob, run_main
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import file_digest, write_atomic
 from erase_sd.pocket.world import Part, part_named
@@ -41,15 +41,6 @@ class Concepts:
         at_least(self, 1, "batch_size")
         if not self.concept:
             raise UserError("--concept is missing: name what was erased, such as --concept cat")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Judge and print; returns 1 where too many images are broken."""
-    argv = sys.argv[1:] if argv is None else argv
-    text = "Measure on pocket images whether the concept is gone and everything else is there."
-    options = Concepts(**parse(argv, prog="eval.concepts", description=text, concepts=Concepts)["concepts"])
-    quiet()
-    return judge(options)
 
 
 def judge(options: Concepts) -> int:
@@ -135,6 +126,13 @@ def table(title: str, result: dict[str, Any]) -> str:
     )
     return "\n".join(lines) + "\n"
 
+
+main = command(
+    "eval.concepts",
+    "Measure on pocket images whether the concept is gone and everything else is there.",
+    Concepts,
+    judge,
+)
 
 if __name__ == "__main__":
     run_main(main)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from erase_sd.common.cli import argument, at_least, knob, parse, quiet, run_main
+from erase_sd.common.cli import argument, at_least, command, knob, run_main
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import write_atomic
 
@@ -50,15 +50,6 @@ class Quality:
             raise UserError("--baseline and --statistics are both something to compare with: give one of them")
         if self.save_statistics and len(self.folder) != 1:
             raise UserError(f"--save_statistics is for one folder, not {len(self.folder)}: run it for each")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Measure and print; returns 1 where too many images are broken."""
-    argv = sys.argv[1:] if argv is None else argv
-    text = "Measure what folders of images kept of another folder and of their prompts."
-    options = Quality(**parse(argv, prog="eval.quality", description=text, quality=Quality)["quality"])
-    quiet()
-    return judge(options)
 
 
 def judge(options: Quality) -> int:
@@ -174,6 +165,10 @@ def table(title: str, result: dict[str, Any]) -> str:
         lines.append(f"{entry['name']:12}{entry['value']:12.4f} {entry['unit']}, {entry['features']}, n {n}{against}")
     return "\n".join(lines) + "\n"
 
+
+main = command(
+    "eval.quality", "Measure what folders of images kept of another folder and of their prompts.", Quality, judge
+)
 
 if __name__ == "__main__":
     run_main(main)

@@ -217,17 +217,28 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(2)
 
 
+def command(
+    prog: str, text: str, options: type, work: Callable[[Any], int | None]
+) -> Callable[[list[str] | None], int]:
+    """Return the `main(argv)` of a program whose options are the fields of one dataclass.
+
+    It reads them, silences the libraries, and returns the exit code of `work(options)`; None counts as 0.
+    """
+    group = options.__name__.lower()
+
+    def main(argv: list[str] | None = None) -> int:
+        given = parse(sys.argv[1:] if argv is None else argv, prog=prog, description=text, **{group: options})
+        quiet()
+        return work(options(**given[group])) or 0
+
+    return main
+
+
 def quiet() -> None:
     """Silence what the libraries say while they load; call it before anything imports them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which nothing here needs
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it prints every prompt that is longer than 77 tokens
     warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # what diffusers passes to the Hub
-
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def at_least(knobs: Any, least: int, *fields: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from PIL import Image
 from torch import Tensor
@@ -49,6 +50,8 @@ def load(
     network's own folder), or a Hub id. `dtype` holds for every part, float32 by default. Raises UserError for a model
     that is missing, incomplete, damaged or of a kind that cannot be erased.
     """
+    diffusers.utils.logging.disable_progress_bar()  # loading has bars of its own for every part
+    transformers.utils.logging.disable_progress_bar()
     dtype = dtype or torch.float32
     given = {"unet": unet, "transformer": transformer}
     parts = {part: load_network(source, part, dtype) for part, source in given.items() if source}
