@@ -26,7 +26,9 @@ def describe(plan: Plan, model: str) -> str:
     network = skeleton.pop("network")
     n = sizes(network, skeleton, plan)
     phases = memory(n, plan, torch.accelerator.is_available())
-    totals = {name: sum(parts.values()) for name, parts in phases.items()}
+    totals: dict[str, int] = {}
+    for name, parts in phases.items():
+        totals[name] = sum(parts.values())
     peak = max(totals, key=totals.__getitem__)
     rows = [
         ("network", f"{type(network).__name__}, {n.network:,} parameters; the other parts have {n.others:,}"),
@@ -159,5 +161,8 @@ def _checkpoints(n: Sizes, plan: Plan) -> str:
 
 
 def _sum(parts: dict[str, int]) -> str:
-    terms = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
-    return f"{sum(parts.values()) / GIB:.2f} GiB = {terms}"
+    terms = []
+    for name, size in parts.items():
+        if size:
+            terms.append(f"{name} {size / GIB:.2f}")
+    return f"{sum(parts.values()) / GIB:.2f} GiB = {' + '.join(terms)}"

@@ -16,7 +16,7 @@ from erase_sd.core.task import Params, Task, clear, taken
 
 @dataclass(frozen=True, kw_only=True)
 class Descent(OptimizerSettings):
-    """Knobs of any method that takes steps along a gradient."""
+    """Options of any method that takes steps along a gradient."""
 
     steps: int = knob(125, "steps")
     schedule: Literal["constant", "linear", "cosine", "multistep"] = knob(

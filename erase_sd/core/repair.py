@@ -24,11 +24,11 @@ from erase_sd.core.task import Params, Task
 
 @dataclass(frozen=True, kw_only=True)
 class Repair(Descent):
-    """Knobs of the repair loop; the defaults are Algorithm 1 to the letter, with the paper's CIFAR-10 lambda."""
+    """Options of the repair loop; the defaults are Algorithm 1 to the letter, with the paper's CIFAR-10 lambda."""
 
     lam: float = knob(0.05, "weight of the forget term beside the retain loss, >= 0")
     retain_loss: Literal["data", "original"] = knob(
-        "data", "what the repair keeps: L_r on the retain data, or the original model's own answers to them"
+        "data", "what the repair keeps: L_r on the retain data, or the original model's own predictions on them"
     )
     objective: Literal["ascent", "redirect"] = knob("ascent", "forget term: raise L_f, or fit the replacement instead")
     constraint: Literal["forget", "contrast"] = knob(

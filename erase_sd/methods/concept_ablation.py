@@ -33,7 +33,7 @@ class ConceptAblation(Objective):
     needs_anchor_pictures: ClassVar[bool] = True
 
     target: Literal["model", "noise"] = knob("model", "fit the answer to the anchor's caption, or the noise itself")
-    prior: float = knob(0.0, "weight of the denoising loss of the anchor's pictures under their own captions")
+    prior: float = knob(0.0, "weight of the denoising loss of the anchor's images under their own captions")
 
     def objective(self, task: DiffusionTask, batch: Any, step: int) -> Tensor:
         """Return MSE(e(x_t, c_f), sg e(x_t, c_a)), or L(z_a, c_f); and prior L(z_a, c_a)."""

@@ -18,7 +18,7 @@ from erase_sd.methods.base import GENTLE, POCKET, Method, Sizes
 
 RELEASED = GENTLE | {"schedule": "constant", "mask_mode": "gradient", "batch_size": 8, "drop_captions": 0.0}
 PRESETS = {
-    # SD/train-scripts/nsfw_removal.py: MSE to the current network's anchor + 0.1 L_r, one epoch of 800 pictures.
+    # SD/train-scripts/nsfw_removal.py: MSE to the current network's anchor + 0.1 L_r, one epoch of 800 images.
     "authors-nsfw": RELEASED | {"redirect_weight": 10.0, "lr": 1e-6, "steps": 100},
     # random_label.py: alpha 0.5, five epochs.
     "authors-cls": RELEASED | {"redirect_weight": 2.0, "lr": 5e-6, "steps": 500},

@@ -20,7 +20,7 @@ from erase_sd.methods.base import CONSTANT, GENTLE, POCKET, Method
 T = 1000  # timesteps that the published Fisher information sums over
 
 PRESETS = {
-    # configs/forget_nudity.yaml: base rate 1e-5, times 4 GPUs, times batches of 4; 200 epochs of 1000 pictures
+    # configs/forget_nudity.yaml: base rate 1e-5, times 4 GPUs, times batches of 4; 200 epochs of 1000 images
     # would be 12,500 steps a GPU. The Fisher information is measured another way: see the method.
     "authors-nudity": CONSTANT
     | {"anchor_pictures": True, "train_scope": "noxattn", "lr": 1.6e-4, "batch_size": 16, "steps": 12_500},
