@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from erase_sd.common.cli import knob
 from erase_sd.common.errors import UserError
@@ -76,8 +76,7 @@ class SalUn(Descent, Method):
 
         def after() -> None:
             if self.mask_mode == "hard":
-                for name, p in theta.items():
-                    p.data.copy_(torch.where(masks[name], p, frozen[name]))  # in place: others hold it
+                put_back_(theta, masks, frozen)
 
         for record, now in descend(task, self, objective, state, edit=edit, after=after):
             yield record, now | {"kept": masks}
@@ -88,3 +87,10 @@ class SalUn(Descent, Method):
         means = yield from averages(task, passes, task.trainable(), self.sensitivity_batches, state)
         k = round(self.mask_fraction * entries(means["g_f"], task.shards))
         return top_k(magnitude(means["g_f"]), k, shards=task.shards)
+
+
+@torch.no_grad()
+def put_back_(theta: dict[str, nn.Parameter], masks: dict[str, Tensor], frozen: Params) -> None:
+    """Give the entries outside the masks their frozen values again, in place: others hold the parameters."""
+    for name, p in theta.items():
+        p.copy_(torch.where(masks[name], p, frozen[name]))
