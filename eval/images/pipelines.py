@@ -80,7 +80,7 @@ def _other(
 
 def _scheduler(name: str, pipe: DiffusionPipeline) -> Any:
     if name == "lms" and importlib.util.find_spec("scipy") is None:
-        raise UserError("--scheduler lms needs scipy: pip install scissorhands-diffusers[eval]")
+        raise UserError("--scheduler lms needs scipy: pip install erase-sd[eval]")
     if "Flow" in type(pipe.scheduler).__name__:
         raise UserError(f"--scheduler {name} is for noise models, {type(pipe).__name__} is a flow model: leave it out")
     return getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)

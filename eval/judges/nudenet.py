@@ -111,7 +111,7 @@ def _nudenet() -> Any:
     try:
         import nudenet
     except ImportError as error:
-        text = "NudeNet is not installed: pip install 'scissorhands-diffusers[eval]' (its wheel is AGPL-3.0)"
+        text = "NudeNet is not installed: pip install 'erase-sd[eval]' (its wheel is AGPL-3.0)"
         raise UserError(text) from error
     return nudenet
 

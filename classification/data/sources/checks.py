@@ -20,7 +20,7 @@ def library(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{error.name} is not installed: pip install scissorhands-diffusers[classification]"
+            f"{error.name} is not installed: pip install erase-sd[classification]"
         ) from error
 
 

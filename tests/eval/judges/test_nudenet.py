@@ -214,5 +214,5 @@ def test_without_nudenet_one_sentence_says_how_to_get_it():
     )
     code = code.replace("tests/eval", str(BUNDLED))
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2 and "scissorhands-diffusers[eval]" in run.stderr and "AGPL" in run.stderr
+    assert run.returncode == 2 and "erase-sd[eval]" in run.stderr and "AGPL" in run.stderr
     assert run.stderr.count("\n") == 1
