@@ -1,4 +1,4 @@
-"""What a user can turn on the main job, besides the method's own knobs; free of torch, so that --help is instant."""
+"""Options of the main job that belong to no method: what to erase, how to run it, what to learn from."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class Job:
         ("pretrained_model_name_or_path",),
     )
     model_config: str | None = knob(None, "how a single-file model is laid out: folder or Hub id of its base model")
-    method: str = knob("scissorhands", "how to erase; --method NAME --help shows the knobs of that one")
+    method: str = knob("scissorhands", "how to erase; --method NAME --help shows the options of that one")
     preset: str | None = knob(None, "named set of all other values; by default the one measured best for the model")
     kind: Literal["auto", "object", "style", "background", "attribute"] = knob("auto", "what the concept is")
     anchor: tuple[str, ...] = knob(
-        (), "what the model may draw instead: a caption (pocket model: another word of the kind), or one per concept"
+        (), "what the model may show instead: a caption (pocket model: another word of the kind), or one per concept"
     )
     output_dir: str | None = knob(None, "where the run goes (default: runs/<concept>)")
-    seed: int = knob(0, "seed of every draw")
+    seed: int = knob(0, "seed of every random draw")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = knob(None, "autocast; by default accelerate's setting")
     weights_dtype: Literal["float32", "bfloat16"] = knob(
         "float32", "the network's weights while it is trained, and in the result; bfloat16 needs a --rounding"
     )
     fsdp: bool = knob(False, "divide the network among the processes (FSDP2) instead of copying it to each")
     gradient_checkpointing: bool = knob(False, "compute activations twice instead of keeping them")
-    picture_steps: int = knob(30, "denoising steps of the pictures before and after, not of the pocket model's")
-    eval_forget: int = knob(128, "pictures scored on the concept's prompts, pocket model only")
-    eval_retain: int = knob(320, "pictures scored on the other prompts, pocket model only")
+    picture_steps: int = knob(30, "denoising steps of the images before and after, not of the pocket model's")
+    eval_forget: int = knob(128, "images scored on the concept's prompts, pocket model only")
+    eval_retain: int = knob(320, "images scored on the other prompts, pocket model only")
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers outside their range."""
@@ -47,12 +47,15 @@ class Job:
         if len(self.anchor) not in (0, 1, len(self.concept)):
             counts = f"{len(self.anchor)} anchors for {len(self.concept)} concepts"
             raise UserError(f"--anchor {' '.join(map(repr, self.anchor))}: {counts}; give one, or one per concept")
-        if twice := [text for text in self.concept if self.concept.count(text) > 1]:
-            raise UserError(f"--concept names {twice[0]!r} twice: name each concept once")
+        for text in self.concept:
+            if self.concept.count(text) > 1:
+                raise UserError(f"--concept names {text!r} twice: name each concept once")
 
     def anchors(self) -> tuple[str | None, ...]:
-        """One per concept; None leaves the choice to the concept."""
-        return (self.anchor or (None,)) * (1 if len(self.anchor) > 1 else len(self.concept))
+        """Return one anchor per concept; None leaves the choice to the concept."""
+        if len(self.anchor) > 1:
+            return self.anchor
+        return (self.anchor or (None,)) * len(self.concept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ class Running:
     report_to: (
         Literal["tensorboard", "wandb", "trackio", "aim", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"] | None
     ) = knob(None, "tracker that gets the configuration and every step; its files go to <output_dir>/logs")
-    dry_run: bool = knob(False, "print sizes, peak memory, steps and pictures of the job, and do nothing")
+    dry_run: bool = knob(False, "print sizes, peak memory, steps and images of the job, and do nothing")
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers outside their range."""
@@ -80,15 +83,15 @@ class Running:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """The model's own pictures, drawn once, from which it is taught."""
+    """The model's own images, sampled once, from which it learns."""
 
-    forget_images: int = knob(256, "pictures of the concept")
-    retain_images: int = knob(512, "pictures of everything else")
-    anchor_pictures: bool = knob(False, "draw the anchors' pictures as well and fit redirect on both, half and half")
-    resolution: int | None = knob(None, "side of the pictures in pixels, a multiple of 16 (default: the model's own)")
-    sample_steps: int = knob(20, "denoising steps per picture")
+    forget_images: int = knob(256, "images of the concept")
+    retain_images: int = knob(512, "images of everything else")
+    anchor_pictures: bool = knob(False, "sample the anchors' images as well and fit redirect on both, half and half")
+    resolution: int | None = knob(None, "side of the images in pixels, a multiple of 16 (default: the model's own)")
+    sample_steps: int = knob(20, "denoising steps per image")
     sample_guidance: float = knob(7.5, "classifier-free guidance scale")
-    sample_batch_size: int = knob(32, "pictures drawn at a time; changes no picture")
+    sample_batch_size: int = knob(32, "images sampled at a time; changes no image")
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers outside their range."""

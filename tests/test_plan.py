@@ -7,16 +7,16 @@ import pytest
 
 from erase_sd.common.cli import names, parse
 from erase_sd.common.errors import UserError
-from erase_sd.methods import METHODS
+from erase_sd.methods import METHODS, PRESETS
 from erase_sd.plan import Plan, groups, make
-from erase_sd.presets import PRESETS
 from erase_sd.settings import SD_V1, Job, Sampling, TaskSettings
 
 EVERY = [(method, preset) for method in PRESETS for preset in PRESETS[method]]
 
 
 def test_the_preset_follows_the_model() -> None:
-    assert make(concept="cat").job.preset == "sd" and make(concept="cat").job.model == SD_V1
+    assert make(concept="cat").job.preset == "sd"
+    assert make(concept="cat").job.model == SD_V1
     assert make(concept="cat", model="pocket").job.preset == "pocket"
     assert make(concept="cat", model="pocket", preset="paper").job.preset == "paper"
 
@@ -34,7 +34,8 @@ def test_every_preset_builds_and_holds_nothing_but_knobs(method: str, preset: st
 def test_no_two_dataclasses_share_a_knob(method: str) -> None:
     """`make` takes flat values: one of two would be lost."""
     found = [field.name for cls in groups(method).values() for field in fields(cls)]
-    assert len(found) == len(set(found)) and set(PRESETS) == set(METHODS)
+    assert len(found) == len(set(found))
+    assert set(PRESETS) == set(METHODS)
 
 
 def test_the_paper_preset_is_the_paper() -> None:
@@ -49,7 +50,8 @@ def test_the_paper_preset_is_the_paper() -> None:
 def test_what_is_given_beats_the_preset_and_the_preset_beats_the_default() -> None:
     plan = make(concept="cat", preset="authors-nsfw", lr=0.5, trim_scope="kv", forget_images=3)
     assert (plan.method.lr, plan.losses.trim_scope, plan.sampling.forget_images) == (0.5, "kv", 3)
-    assert plan.method.init == "kaiming" and METHODS["scissorhands"]().init == "uniform"
+    assert plan.method.init == "kaiming"
+    assert METHODS["scissorhands"]().init == "uniform"
     assert plan.sampling.retain_images == Sampling().retain_images
 
 
@@ -109,7 +111,8 @@ def test_without_a_trim_no_batch_is_needed() -> None:
 
 def test_the_configuration_survives_json_and_tells_results_apart() -> None:
     config = make(concept=("cat", "dog"), lr=1e-4).config()
-    assert json.loads(json.dumps(config)) == config and config["concept"] == ["cat", "dog"]
+    assert json.loads(json.dumps(config)) == config
+    assert config["concept"] == ["cat", "dog"]
     assert config == make(concept=("cat", "dog"), lr=1e-4, preset="sd", output_dir="x", checkpointing_steps=7).config()
     assert config != make(concept=("cat", "dog"), lr=1e-4, seed=1).config()
     assert {*names(TaskSettings), *names(Sampling), *names(METHODS["scissorhands"])} <= set(config)
@@ -128,5 +131,6 @@ def test_the_options_of_a_plan_make_the_same_plan(given: dict) -> None:
     plan = make(**given)
     words = parse(plan.options(), prog="", description="", **groups(plan.job.method))
     again = make(**{name: value for values in words.values() for name, value in values.items()})
-    assert isinstance(again, Plan) and again == plan
+    assert isinstance(again, Plan)
+    assert again == plan
     assert len(plan.options()) < 2 * len(fields(Job))  # only what the preset does not say

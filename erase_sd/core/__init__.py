@@ -1,14 +1,14 @@
-"""Scissorhands in five short files: torch only, no diffusers, no files, no printing.
+"""How is a concept scrubbed from a network of which only losses are known? Section 2 of the paper, in torch alone.
 
 Wu & Harandi, "Scissorhands: Scrub Data Influence via Connection Sensitivity in Networks", ECCV 2024, arXiv 2401.06187.
 
-    task.py         what a model has to offer: batches and losses
+    task.py         what a model has to offer: batches, losses, and how its parameters are divided among ranks
     sensitivity.py  which connections carry the concept       Eq. 1-2 and the global top-k
     trim.py         re-initialise them                        Algorithm 1, first half
     projection.py   a step that cannot bring the concept back Eq. 4-5 in closed form
     repair.py       retrain the rest                          Algorithm 1, second half
-
-descent.py is the loop around it that every other iterative method uses as well.
+    descent.py      the loop of every other method that takes steps along a gradient
+    optimizers.py   optimizers by name, and the rounding of bf16 weights
 
 code          paper
 theta         theta, the parameters

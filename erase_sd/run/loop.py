@@ -37,8 +37,8 @@ def run(
     the global batch of a step, from which the images/s come that are shown and logged. Raises UserError when the model
     is lost, SystemExit with 128 + signal when any rank is stopped.
     """
-    progress = (folder and folder.resume(weights, task.mine)) or Progress(None, [], {})
-    steps = getattr(method, "steps", 1)
+    progress = (folder and folder.resume(weights, task.shards.local)) or Progress(None, [], {})
+    steps = method.steps
     try:
         with StopFlag() as stop, _bar(steps, len(progress.trace), description) as bar:
             since = time.monotonic()
@@ -50,7 +50,7 @@ def run(
                     if "measured" not in state:
                         check(state["step"])
                     if folder:
-                        folder.save(task.whole(weights), progress.mapped(task.whole))
+                        folder.save(task.shards.gather(weights), progress.mapped(task.shards.gather))
                 if stopping:
                     raise SystemExit(128 + stop.signum)  # also where another rank was told to
                 since = time.monotonic()
@@ -99,5 +99,5 @@ def show(bar: tqdm, record: dict) -> None:
 
 
 def _gentler(method: Any) -> str:
-    """The knobs of a method that can be too strong."""
-    return " or ".join(f"--{name}" for name in ("lr", "lam", "fraction") if hasattr(method, name)) or "its weights"
+    """Name the options of a method that can be too strong."""
+    return " or ".join(f"--{name}" for name in method.too_strong()) or "its weights"

@@ -50,11 +50,12 @@ def test_kahan_is_training_in_fp32(optimizer: str) -> None:
     optimizers = make_optimizer(narrow, knobs), make_optimizer(wide, knobs)
     for step in range(20):
         g = torch.randn(3000, generator=rng)
-        for optimiser, theta in zip(optimizers, (narrow, wide), strict=True):
-            apply(optimiser, theta, {"w": g.clone()}, "kahan", 0, step)
+        for optimizer_, theta in zip(optimizers, (narrow, wide), strict=True):
+            apply(optimizer_, theta, {"w": g.clone()}, "kahan", 0, step)
     low = slots(optimizers[0], narrow)["w/kahan"]
     both = (narrow["w"].detach().view(torch.int16).int() * 65536 + low).view(torch.float32)
-    assert low.dtype == torch.int16 and torch.equal(both, wide["w"])
+    assert low.dtype == torch.int16
+    assert torch.equal(both, wide["w"])
     error = (narrow["w"].float() - wide["w"]).abs()
     assert (error <= (wide["w"].bfloat16().float() - wide["w"]).abs()).all()  # as near as any bf16 number
 
@@ -97,7 +98,8 @@ def test_bf16_resumes_bit_for_bit(toy, rounding: str, optimizer: str) -> None:
         second.model.load_state_dict(first.model.state_dict())
         list(repair(second, knobs, stored))
         for (name, p), q in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
-            assert p.dtype == torch.bfloat16 and torch.equal(p, q), name
+            assert p.dtype == torch.bfloat16, name
+            assert torch.equal(p, q), name
 
 
 def test_between_steps_no_weight_exists_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,14 +107,22 @@ def test_between_steps_no_weight_exists_in_fp32(monkeypatch: pytest.MonkeyPatch)
     theta = {str(i): nn.Parameter(torch.ones(6, dtype=torch.bfloat16)) for i in range(5)}
     optimizer = make_optimizer(theta, Descent(optimizer="adamw"))
     sizes, step = [], optimizer.step
-    alive = lambda: sum(p.numel() for p in optimizer.param_groups[0]["params"])  # noqa: E731
-    monkeypatch.setattr(optimizer, "step", lambda: (sizes.append(alive()), step()))
+
+    def alive() -> int:
+        return sum(p.numel() for p in optimizer.param_groups[0]["params"])
+
+    def measured() -> None:
+        sizes.append(alive())
+        step()
+
+    monkeypatch.setattr(optimizer, "step", measured)
     apply(optimizer, theta, {name: torch.ones(6) for name in theta}, "nearest", 0, 0)
-    assert sizes == [12, 12, 6] and alive() == 0
+    assert sizes == [12, 12, 6]
+    assert alive() == 0
     assert all(x.dtype == torch.float32 for x in slots(optimizer, theta).values())
 
 
-def test_kahan_and_a_projection_after_the_optimiser_are_refused() -> None:
+def test_kahan_and_a_projection_after_the_optimizer_are_refused() -> None:
     with pytest.raises(UserError, match="--rounding kahan.*--projection on"):
         Repair(rounding="kahan", projection="after-preconditioning")
 
@@ -159,7 +169,8 @@ def test_eight_bits_follow_adamw_and_resume_bit_for_bit(dtype: torch.dtype) -> N
     state = run(whole, "adamw8bit", range(6))
     run(full, "adamw", range(6))
     run(again, "adamw8bit", range(3, 6), run(again, "adamw8bit", range(3)))
-    assert state["large/state1"].dtype == torch.uint8 and state["small/state1"].dtype == torch.float32
+    assert state["large/state1"].dtype == torch.uint8
+    assert state["small/state1"].dtype == torch.float32
     assert len({x.data_ptr() for x in state.values()}) == len(state)  # safetensors stores no tensor twice
     for name in whole:
         assert torch.equal(whole[name], again[name])

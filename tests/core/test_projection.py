@@ -71,7 +71,8 @@ def test_one_coefficient_does_ascent_and_projection_together(lam):
 
 
 def test_without_a_forget_gradient_nothing_is_projected():
-    assert coefficient(0.0, 0.0) == 0.0 and coefficient(0.0, 0.0, margin=0.5) == 0.0
+    assert coefficient(0.0, 0.0) == 0.0
+    assert coefficient(0.0, 0.0, margin=0.5) == 0.0
     assert collapsed(0.0, 0.0, 0.3) == 0.3
 
 
@@ -113,7 +114,9 @@ def test_dual_satisfies_the_optimality_conditions(m):
         g_o = torch.randn(4, generator=rng, dtype=torch.float64)
         v = dual(G @ G.T, -G @ g_o)
         slack = G @ (g_o - v @ G)  # <g_i, g>: <= 0, and 0 where v_i > 0
-        assert (v >= 0).all() and (slack <= 1e-9).all() and abs(float(v @ slack)) < 1e-9
+        assert (v >= 0).all()
+        assert (slack <= 1e-9).all()
+        assert abs(float(v @ slack)) < 1e-9
 
 
 @pytest.mark.parametrize("m", [2, 3])
@@ -148,7 +151,8 @@ def test_dual_survives_equal_and_vanishing_memories():
     g, zero = torch.tensor([1.0, 2.0, -1.0]), torch.zeros(3)
     G, g_o = torch.stack([g, g, zero]), torch.tensor([3.0, 1.0, 0.0])
     left = g_o - dual(G @ G.T, -G @ g_o).float() @ G
-    assert (G @ left).abs().max() < 1e-5 and math.isfinite(left.sum())
+    assert (G @ left).abs().max() < 1e-5
+    assert math.isfinite(left.sum())
 
 
 def test_products_are_the_three_dots():

@@ -91,7 +91,9 @@ def test_records_are_complete(toy, knobs):
     records = run(toy(), knobs)
     assert [r["step"] for r in records] == list(range(6))
     keys = {"step", "loss_r", "loss_f", "loss_o", "cos", "c", "bit", "ceiling", "lr"}
-    assert all(set(r) == keys and (math.isnan(r["cos"]) or -1 <= r["cos"] <= 1) for r in records)
+    for r in records:
+        assert set(r) == keys
+        assert math.isnan(r["cos"]) or -1 <= r["cos"] <= 1
 
 
 def test_zero_steps_change_nothing(toy, settings):

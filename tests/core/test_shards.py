@@ -22,7 +22,7 @@ class Rank:
 
     def __init__(self, rank: int, slots: list, barrier: Barrier) -> None:
         self.rank, self.slots, self.barrier = rank, slots, barrier
-        self.model = nn.Module()
+        self.model, self.shards = nn.Module(), self  # a task as far as `taken` asks
 
     def _all(self, x: Tensor) -> list[Tensor]:
         self.slots[self.rank] = x.clone()
@@ -31,10 +31,10 @@ class Rank:
         self.barrier.wait()
         return found
 
-    def total(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         return torch.stack(self._all(x)).sum(0)
 
-    def before(self, x: Tensor) -> Tensor:
+    def exclusive_scan(self, x: Tensor) -> Tensor:
         return torch.stack([torch.zeros_like(x), *self._all(x)[: self.rank]]).sum(0)
 
 
@@ -71,7 +71,8 @@ def draws(kind: str) -> dict[str, Tensor]:
 
 
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -81,7 +82,11 @@ def test_top_k_on_shards_selects_what_the_whole_selects(kind, ranks, strict):
     scores = draws(kind)
     n = entries(scores)
     for k in (0, 1, 17, 60, 63, 64, 150, 190, 206, 211, n - 1, n):
-        work = lambda r: (top_k(cut(scores, r.rank, ranks), k, strict, r), threshold(cut(scores, r.rank, ranks), k, r))  # noqa: E731, B023
+
+        def work(r: Rank, k: int = k) -> tuple[dict[str, Tensor], tuple[float, int]]:
+            here = cut(scores, r.rank, ranks)
+            return top_k(here, k, strict, r), threshold(here, k, r)
+
         masks, thresholds = zip(*on(ranks, work), strict=True)
         whole = top_k(scores, k, strict)
         same(joined(masks), whole)
@@ -92,14 +97,16 @@ def test_top_k_on_shards_selects_what_the_whole_selects(kind, ranks, strict):
 def test_ties_enter_by_parameter_and_index_whichever_shard_holds_them():
     scores = {"a": torch.tensor([1.0, 0.0, 1.0, 1.0]), "b": torch.tensor([1.0, 2.0])}
     found = joined(on(2, lambda r: top_k(cut(scores, r.rank, 2), 3, shards=r)))  # one tie left of each of two shards
-    assert found["a"].tolist() == [True, False, True, False] and found["b"].tolist() == [False, True]
+    assert found["a"].tolist() == [True, False, True, False]
+    assert found["b"].tolist() == [False, True]
 
 
 def test_a_score_that_is_not_finite_is_an_error_on_every_rank():
     scores = draws("distinct")
     scores["wide"][1, 3] = torch.nan
     for error in on(2, lambda r: top_k(cut(scores, r.rank, 2), 5, shards=r)):
-        assert isinstance(error, FloatingPointError) and "a score of wide" in str(error)
+        assert isinstance(error, FloatingPointError)
+        assert "a score of wide" in str(error)
 
 
 def test_a_gradient_that_is_not_finite_is_an_error_on_every_rank():
@@ -109,7 +116,8 @@ def test_a_gradient_that_is_not_finite_is_an_error_on_every_rank():
         taken(r, {"fine": nn.Parameter(torch.ones(1)), "lost": p})
 
     for error in on(2, work):
-        assert isinstance(error, FloatingPointError) and "the gradient of lost" in str(error)
+        assert isinstance(error, FloatingPointError)
+        assert "the gradient of lost" in str(error)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -126,15 +134,16 @@ def test_re_initialising_shards_gives_the_weights_of_the_whole(init, ranks):
     whole = {name: nn.Parameter(x.clone()) for name, x in weights.items()}
     changed = reinitialise_(whole, masks, init, 3)
     same(joined(shards), whole)
-    assert all(count == changed for count in counts) and sum(changed.values()) > 90
+    assert all(count == changed for count in counts)
+    assert sum(changed.values()) > 90
 
 
 def test_contrast_and_chance_on_shards_are_those_of_the_whole():
     theta, g, fisher = draws("distinct"), draws("ties"), {n: x.square() for n, x in draws("ties").items()}
 
     def work(r: Rank) -> tuple[dict, dict]:
-        mine = lambda x: cut(x, r.rank, 3)  # noqa: E731
-        return contrastive(mine(theta), mine(g), mine(fisher), mine(fisher), 0.1, r), chance(mine(theta), 5, r)
+        own, own_g, own_fisher = cut(theta, r.rank, 3), cut(g, r.rank, 3), cut(fisher, r.rank, 3)
+        return contrastive(own, own_g, own_fisher, own_fisher, 0.1, r), chance(own, 5, r)
 
     contrasts, chances = zip(*on(3, work), strict=True)
     same(joined(chances), chance(theta, 5))

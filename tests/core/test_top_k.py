@@ -19,7 +19,8 @@ def by_sorting(scores, k):
 
 
 def assert_same(a, b):
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def draws(kind):

@@ -27,7 +27,8 @@ def test_recorded_attention_is_the_softmax_and_changes_no_answer(tiny_pipe: Stab
     for hook in hooks:
         hook.remove()
     torch.testing.assert_close(answer, plain, rtol=1e-4, atol=1e-5)
-    assert unet.attn_processors == processors and len(layers) == len(crossing) == 16
+    assert unet.attn_processors == processors
+    assert len(layers) == len(crossing) == 16
     for probabilities, name in zip(layers, seen, strict=True):
         attn, (n, pixels, width) = crossing[name], seen[name].shape
         q = seen[name].view(n, pixels, attn.heads, width // attn.heads).transpose(1, 2)
@@ -72,7 +73,8 @@ def test_the_loss_is_the_norm_of_the_attention_to_the_concept(
     places = [[1, 2, 4], [2, 3]] if pooler else [[1, 2], [2]]
     wanted = [torch.cat([p[i, :, :, at].flatten() for p in layers]).norm() for i, at in enumerate(places)]
     losses = [record["loss"] for record, _ in ForgetMeNot(steps=4, lr=1e-2, optimizer="adamw", pooler=pooler)(task)]
-    assert losses[0] == pytest.approx(float(sum(wanted) / 2), rel=1e-5) and losses[-1] < losses[0]
+    assert losses[0] == pytest.approx(float(sum(wanted) / 2), rel=1e-5)
+    assert losses[-1] < losses[0]
     assert all("SDPA" in type(p).__name__ or "2_0" in type(p).__name__ for p in task.model.attn_processors.values())
 
 
@@ -92,7 +94,8 @@ def words(pipe: StableDiffusionPipeline, caption: str, anchor: str) -> str:
     """The marked letters: the tiny tokenizer has a token for each."""
     (row,) = marks(pipe.tokenizer, [caption], [anchor])
     text = caption.replace(" ", "")
-    assert row.shape == (77,) and (row == 2).nonzero().tolist() == [[len(text) + 1]]
+    assert row.shape == (77,)
+    assert (row == 2).nonzero().tolist() == [[len(text) + 1]]
     return "".join(letter for letter, mark in zip(text, row[1:].tolist(), strict=False) if mark == 1)
 
 
@@ -113,4 +116,5 @@ def test_recorded_under_gradient_checkpointing(tiny_pipe: StableDiffusionPipelin
             task.model.enable_gradient_checkpointing()
         losses.append([record["loss"] for record, _ in ForgetMeNot(steps=3, lr=1.0)(task)])
         task.model.load_state_dict(before)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][2] < losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][2] < losses[0][0]

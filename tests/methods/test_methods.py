@@ -77,7 +77,10 @@ FORMULAS = [
     (EraseDiff(**COMMON, multiplier="cosine", eta=0.3), erasediff("cosine", 0.3)),
     (EraseDiff(**COMMON, multiplier="constant", lam=0.4), lambda t, b, k: t.retain(b) + 0.4 * t.redirect(b)),
 ]
-name = lambda value: type(value).__name__ if isinstance(value, Descent) else ""  # noqa: E731
+
+
+def name(value: object) -> str:
+    return type(value).__name__ if isinstance(value, Descent) else ""
 
 
 @pytest.mark.parametrize(("method", "formula"), FORMULAS, ids=name)
@@ -104,7 +107,8 @@ def test_ascent_rests_above_its_ceiling():
     knobs = {"steps": 40, "lr": 0.3}
     free = [-record["loss"] for record, _ in GradientAscent(**knobs)(Toy())]
     capped = [-record["loss"] for record, _ in GradientAscent(**knobs, forget_ceiling=3.0)(Toy())]
-    assert free[-1] > 10 and 2 < max(capped) <= 3  # a resting step counts as 0
+    assert free[-1] > 10
+    assert 2 < max(capped) <= 3  # a resting step counts as 0
     task = Toy()
     before = [p.detach().clone() for p in task.model.parameters()]
     assert len(list(GradientAscent(**knobs, forget_ceiling=0.01)(task))) == 40  # above it from the start
@@ -119,11 +123,13 @@ def test_erasediff_lowers_its_constraint_at_the_rate_it_promises():
     (record, _), *_ = method(task)
     moved = [(b - p.detach()) / 1e-3 for b, p in zip(before, task.model.parameters(), strict=True)]
     along, norm2 = (float(sum((a * g).sum() for a, g in zip(other, g_F, strict=True))) for other in (moved, g_F))
-    assert record["lam"] > 0 and along == pytest.approx(2.0 * norm2, rel=1e-2)
+    assert record["lam"] > 0
+    assert along == pytest.approx(2.0 * norm2, rel=1e-2)
 
 
 def test_erasediff_where_nothing_is_left_to_erase():
-    assert EraseDiff().weight(0.0, 0.0, 1.0) == 0.0 and EraseDiff(eta=0.1).weight(1.0, 2.0, 1.0) == 0.0
+    assert EraseDiff().weight(0.0, 0.0, 1.0) == 0.0
+    assert EraseDiff(eta=0.1).weight(1.0, 2.0, 1.0) == 0.0
 
 
 def salient(task: Toy, k: int) -> Tensor:
@@ -143,7 +149,8 @@ def test_salun_moves_the_salient_weights_only(optimizer: str):
     for _ in SalUn(**COMMON, mask_fraction=0.4, weight_decay=0.1, optimizer=optimizer)(task):
         pass
     moved = torch.cat([p.detach().flatten() for p in task.model.parameters()]) != before
-    assert torch.equal(moved, mask) and mask.sum() == 6
+    assert torch.equal(moved, mask)
+    assert mask.sum() == 6
 
 
 def test_the_released_mask_leaks_weight_decay():
