@@ -38,7 +38,7 @@ def load(folder: str | None) -> Dataset:
 
 def _read(path: Path) -> Images:
     """One MATLAB file: X uint8 (32, 32, 3, N) and y (N, 1), in which 10 stands for the digit 0."""
-    content = matlab.read(path)
+    content = matlab.read(path, ("X", "y"))
     for name in ("X", "y"):
         if name not in content:
             raise UserError(f"{path} has no variable {name}: get the original file again")
