@@ -84,8 +84,7 @@ def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> 
         with _recorded(folder), tracked(accelerator, config):
             cache = folder and folder.path.parent / ".cache"
             before = asked.look(pipe, base_hash, cache, "before")
-            words_only = getattr(plan.method, "words_only", False)
-            samples = collect(pipe, asked.sources, plan.sampling, job.seed, base_hash, cache, words_only)
+            samples = collect(pipe, asked.sources, plan.sampling, job.seed, base_hash, cache, plan.method.words_only)
             progress, method_seconds = _train(pipe, plan, samples, accelerator, folder)
             after = asked.look(pipe, base_hash + " erased", None, "after")
             record = run_record(
@@ -120,12 +119,14 @@ def _check(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> Non
         raise UserError(f"the {part} is {model.dtype}: load it in float32, mixed_precision saves the same time")
     scopes = plan.losses.trim_scope, plan.losses.rank_scope or "full", plan.losses.train_scope
     trimmed, *_ = (without_norms(model, select(model, scope)) for scope in scopes)
-    if plan.trims() and not trimmed:
+    if plan.method.trims() and not trimmed:
         raise UserError(f"--trim_scope {scopes[0]} holds norms only, which are never re-initialised: widen it")
-    if wanted(accelerator, plan.job.fsdp) and "8bit" in (optimizer := getattr(plan.method, "optimizer", "")):
+    optimizer = plan.method.optimizer
+    if optimizer is None:
+        return
+    if wanted(accelerator, plan.job.fsdp) and "8bit" in optimizer:
         raise UserError(f"--optimizer {optimizer} keeps blocks that cross the shards of --fsdp: use adamw or sgd")
-    if hasattr(plan.method, "optimizer"):
-        make_optimizer({"probe": nn.Parameter(torch.zeros(1, device=accelerator.device))}, plan.method)
+    make_optimizer({"probe": nn.Parameter(torch.zeros(1, device=accelerator.device))}, plan.method)
 
 
 def _train(
@@ -135,7 +136,7 @@ def _train(
     start = time.monotonic()
     dtype, parts = getattr(torch, plan.job.weights_dtype), list(modules(pipe).values())
     with training(network(pipe), parts, accelerator.device, dtype, plan.job.gradient_checkpointing):
-        sharded = wanted(accelerator, plan.job.fsdp) and getattr(plan.method, "trains", True)
+        sharded = wanted(accelerator, plan.job.fsdp) and plan.method.trains
         kind = ShardedTask if sharded else DenoisingTask
         task = kind(pipe, samples, plan.used_losses(), plan.job.seed, accelerator)
         weights = task.trimmable() | task.trainable()

@@ -1,4 +1,4 @@
-"""From what the user asked for to every value of the job: preset, then what was given; free of torch."""
+"""From what the user asked for to every value of the job: the preset's, then what was given."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from erase_sd.common.cli import filled, names
 from erase_sd.common.errors import UserError
-from erase_sd.methods import METHODS
-from erase_sd.presets import PRESETS
+from erase_sd.methods import METHODS, PRESETS
+from erase_sd.methods.base import Method
 from erase_sd.settings import Job, Running, Sampling, TaskSettings
 
 # How and where a job runs, not what it computes.
@@ -20,45 +20,51 @@ class Plan(NamedTuple):
     """Every value of a job."""
 
     job: Job
-    method: Any  # a dataclass of METHODS
+    method: Method
     sampling: Sampling
     losses: TaskSettings
     running: Running
 
     def config(self) -> dict[str, Any]:
-        """All values that decide the result, as JSON holds them: two runs with the same one are the same run."""
-        values = {k: v for part in self for k, v in dataclasses.asdict(part).items() if k not in HOW}
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        return values | {"mixed_precision": self.job.mixed_precision}
-
-    def trims(self) -> bool:
-        """Whether the method re-initialises weights: only then has trim_scope a meaning."""
-        return bool(getattr(self.method, "fraction", 0))
+        """Return all values that decide the result, as JSON holds them: runs with equal ones are the same run."""
+        config: dict[str, Any] = {}
+        for name, value in _values(self).items():
+            if name not in HOW:
+                config[name] = list(value) if isinstance(value, tuple) else value
+        return config | {"mixed_precision": self.job.mixed_precision}
 
     def used_losses(self) -> TaskSettings:
-        """The losses without what the method does not use: the scopes of a trim, a copy of the original network."""
-        own = {} if self.trims() else {"trim_scope": self.losses.train_scope, "rank_scope": None}
-        own |= {} if getattr(self.method, "asks_original", True) else {"anchor_model": "current"}
-        return dataclasses.replace(self.losses, **own)
+        """Return the losses without what the method does not use: scopes of a trim, a copy of the original model."""
+        losses = self.losses
+        if not self.method.trims():
+            losses = dataclasses.replace(losses, trim_scope=losses.train_scope, rank_scope=None)
+        if not self.method.asks_original:
+            losses = dataclasses.replace(losses, anchor_model="current")
+        return losses
 
     def options(self) -> list[str]:
-        """The command line of this job: what its preset and the defaults do not say already."""
+        """Return the command line of this job: what its preset and the defaults do not say already."""
         given = _values(self)
         asked = {name: given[name] for name in ("concept", "model", "method", "preset")}
         usual = _values(make(**asked))
-        more = {name: value for name, value in given.items() if name not in {*asked, *ONCE} and value != usual[name]}
-        return [word for name, value in (asked | more).items() for word in _words(name, value)]
+        words: list[str] = []
+        for name, value in asked.items():
+            words += _words(name, value)
+        for name, value in given.items():
+            if name not in asked and name not in ONCE and value != usual[name]:
+                words += _words(name, value)
+        return words
 
 
 def groups(method: str) -> dict[str, type]:
-    """The dataclasses whose fields are the options of a method. Raises UserError for an unknown method."""
+    """Return the dataclasses whose fields are the options of a method. Raises UserError for an unknown method."""
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     return {"job": Job, "method": METHODS[method], "sampling": Sampling, "losses": TaskSettings, "running": Running}
 
 
 def _words(name: str, value: Any) -> list[str]:
-    """One option as it is typed."""
+    """Return one option as it is typed."""
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     if isinstance(value, tuple):
@@ -67,22 +73,25 @@ def _words(name: str, value: Any) -> list[str]:
 
 
 def _values(plan: Plan) -> dict[str, Any]:
-    return {name: value for part in plan for name, value in dataclasses.asdict(part).items()}
+    """Return the values of all parts by option; no two parts have one of the same name."""
+    values: dict[str, Any] = {}
+    for part in plan:
+        values |= dataclasses.asdict(part)
+    return values
 
 
 def make(**given: Any) -> Plan:
-    """The plan for these values; the others come from the preset, then from the knobs' defaults.
+    """Return the plan for these values; the others come from the preset, then from the options' defaults.
 
-    Raises UserError for an unknown method, preset, knob or choice, for a missing concept, for a method that needs the
-    original network or the anchors' pictures but may not have them, and as the knobs do.
+    Raises UserError for an unknown method, preset, option or choice, for a missing concept, for a method that needs
+    the original model or the anchors' images but may not have them, and as the options' dataclasses do.
     """
     method = given.get("method", "scissorhands")
     classes = groups(method)
-    unknown = set(given) - set().union(*map(names, classes.values()))
-    if unknown:
-        raise UserError(f"{method} has no knob {sorted(unknown)[0]!r}: see --help")
-    for name in ("concept", "anchor"):
-        given[name] = (given[name],) if isinstance(given.get(name), str) else tuple(given.get(name) or ())
+    known = set().union(*map(names, classes.values()))
+    for name in sorted(set(given) - known):
+        raise UserError(f"{method} has no knob {name!r}: see --help")
+    given["concept"], given["anchor"] = _texts(given.get("concept")), _texts(given.get("anchor"))
     if not given["concept"] or not all(text.strip() for text in given["concept"]):
         raise UserError("the concept is empty: give --concept, such as --concept cat")
     preset = given.get("preset") or ("pocket" if given.get("model") == "pocket" else "sd")
@@ -90,10 +99,23 @@ def make(**given: Any) -> Plan:
         raise UserError(f"unknown preset {preset!r}: {method} has {', '.join(PRESETS[method])}")
     values = PRESETS[method][preset] | given | {"preset": preset}
     plan = Plan(*(filled(cls, values) for cls in classes.values()))
-    if getattr(plan.method, "needs_original", False) and plan.losses.anchor_model != "original":
-        raise UserError(f"{method} learns from the original network: give --anchor_model original")
-    if getattr(plan.method, "needs_anchor_pictures", False) and not plan.sampling.anchor_pictures:
-        raise UserError(f"{method} learns the anchors' pictures: give --anchor_pictures")
-    if getattr(plan.method, "rounding", "nearest") != "nearest" and plan.job.weights_dtype == "float32":
-        raise UserError(f"--rounding {plan.method.rounding} is of bf16 weights: give --weights_dtype bfloat16 too")
+    _check_needs(plan)
     return plan
+
+
+def _texts(given: Any) -> tuple[str, ...]:
+    """Return one text, several or none as a tuple."""
+    if isinstance(given, str):
+        return (given,)
+    return tuple(given or ())
+
+
+def _check_needs(plan: Plan) -> None:
+    """Raise UserError for a method that may not have what it needs."""
+    method, name = plan.method, plan.job.method
+    if method.needs_original and plan.losses.anchor_model != "original":
+        raise UserError(f"{name} learns from the original network: give --anchor_model original")
+    if method.needs_anchor_pictures and not plan.sampling.anchor_pictures:
+        raise UserError(f"{name} learns the anchors' pictures: give --anchor_pictures")
+    if method.rounding != "nearest" and plan.job.weights_dtype == "float32":
+        raise UserError(f"--rounding {method.rounding} is of bf16 weights: give --weights_dtype bfloat16 too")

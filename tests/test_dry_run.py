@@ -1,4 +1,4 @@
-"""--dry_run: the sizes of SD v1.4 from its configuration alone, and nothing drawn, loaded or written."""
+"""--dry_run: the sizes of SD v1.4 from its configuration alone, and nothing sampled, loaded or written."""
 
 import json
 import shutil
@@ -9,11 +9,12 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 
-from erase_sd import dry_run as dryrun
 from erase_sd import train
 from erase_sd.common.errors import UserError
 from erase_sd.denoising.samples import Samples
 from erase_sd.denoising.task import DenoisingTask
+from erase_sd.dry_run import memory, outline, sizes
+from erase_sd.methods.base import Sizes
 from erase_sd.plan import make
 from tests.conftest import SD14_UNET
 
@@ -45,7 +46,9 @@ def test_it_describes_the_job_and_leaves_nothing_behind(
         "60 steps of",
     ):
         assert found in text, text
-    assert text.count("<- peak") == 1 and "GiB" in text and not list(tmp_path.iterdir())
+    assert text.count("<- peak") == 1
+    assert "GiB" in text
+    assert not list(tmp_path.iterdir())
 
 
 PEAKS = [  # fp32 copies of the network that a step holds, counted by hand
@@ -62,25 +65,28 @@ PEAKS = [  # fp32 copies of the network that a step holds, counted by hand
 @pytest.mark.parametrize(("given", "copies"), PEAKS, ids=str)
 def test_the_bytes_of_a_step(full_size: Path, given: dict, copies: int) -> None:
     plan = make(concept="cat", **{"preset": None if "method" in given else "paper", "train_scope": "full"} | given)
-    skeleton = dryrun.outline(str(full_size), None)
-    n = dryrun.sizes(skeleton.pop("network"), skeleton, plan)
-    assert n.network == n.trained == SIZE
-    steps = dryrun.memory(n, plan, accelerator=False)["steps"]
+    skeleton = outline(str(full_size), None)
+    n = sizes(skeleton.pop("network"), skeleton, plan)
+    assert n.network == SIZE
+    assert n.trained == SIZE
+    steps = memory(n, plan, accelerator=False)["steps"]
     assert sum(steps.values()) - steps["other parts"] == copies * 4 * SIZE
 
 
 def test_its_sizes_are_those_of_the_task(tiny_sd: Path, tiny_pipe: StableDiffusionPipeline) -> None:
     plan = make(concept="cat", trim_scope="kv", rank_scope="xattn", train_scope="noxattn", fraction=0.1)
-    skeleton = dryrun.outline(str(tiny_sd), None)
-    n = dryrun.sizes(skeleton.pop("network"), skeleton, plan)
+    skeleton = outline(str(tiny_sd), None)
+    n = sizes(skeleton.pop("network"), skeleton, plan)
     z = torch.zeros(1, 4, 8, 8)
     rows, words = torch.zeros(1, dtype=torch.long), {"encoder_hidden_states": torch.zeros(1, 77, 32)}
     samples = Samples(z, z, rows, rows, rows, words, 0)
     task = DenoisingTask(tiny_pipe, samples, plan.losses, 0, Accelerator(cpu=True))
     for found, group in ((n.trained, task.trainable), (n.trimmable, task.trimmable), (n.ranked, task.ranked)):
         assert found == sum(p.numel() for p in group().values())
-    assert n.touched == sum(p.numel() for p in tiny_pipe.unet.parameters() if p.requires_grad) < n.network
-    assert n.others == sum(p.numel() for part in (tiny_pipe.vae, tiny_pipe.text_encoder) for p in part.parameters())
+    assert n.touched == sum(p.numel() for p in tiny_pipe.unet.parameters() if p.requires_grad)
+    assert n.touched < n.network
+    others = [*tiny_pipe.vae.parameters(), *tiny_pipe.text_encoder.parameters()]
+    assert n.others == sum(p.numel() for p in others)
     task.release()
 
 
@@ -91,3 +97,43 @@ def test_its_sizes_are_those_of_the_task(tiny_sd: Path, tiny_pipe: StableDiffusi
 def test_what_cannot_work_is_one_sentence(full_size: Path, more: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         train.main(["--concept", "cat", "--model", str(full_size), "--dry_run", *more])
+
+
+KEPT = [  # bytes per trained entry beside weights, gradient and optimizer: what a method declares, by hand
+    ({"method": "finetune"}, 0, 0),
+    ({"method": "salun"}, 1 + 4, 0),  # mask, frozen value
+    ({"method": "selective-amnesia"}, 4 + 4, 0),  # Fisher information, theta*
+    ({"method": "erasediff"}, 0, 4),  # g_F
+    ({"preset": "sd"}, 0, 4),  # g_f
+    ({"preset": "pocket"}, 4, 4),  # the weight before the update
+]
+
+
+@pytest.mark.parametrize(("given", "kept", "stored"), KEPT, ids=str)
+def test_the_bytes_that_a_method_declares(given: dict, kept: int, stored: int) -> None:
+    n = Sizes(network=100, others=10, trained=7, trimmable=5, ranked=11, touched=13)
+    steps = make(concept="cat", **given).method.memory(n, 4)["steps"]
+    assert steps["gradient"] == 4 * 13
+    assert steps["kept by the method"] == 7 * kept
+    assert steps["stored gradient"] == 7 * stored
+
+
+@pytest.mark.parametrize(
+    ("given", "means"),
+    [
+        ({"method": "salun"}, 7),  # of the trained entries, one pass
+        ({"preset": "paper"}, 11),  # of the ranked entries, one pass
+        ({"saliency": "contrast"}, 3 * 11),
+        ({"saliency": "random"}, None),
+        ({"fraction": 0.0}, None),
+        ({"method": "uce"}, None),
+    ],
+    ids=str,
+)
+def test_the_running_means_before_the_first_step(given: dict, means: int | None) -> None:
+    n = Sizes(network=100, others=10, trained=7, trimmable=5, ranked=11, touched=13)
+    phases = make(concept="cat", **given).method.memory(n, 4)
+    if means is None:
+        assert "sensitivity" not in phases
+    else:
+        assert phases["sensitivity"]["running means"] == 4 * means

@@ -7,9 +7,8 @@ import pytest
 
 from erase_sd.common.cli import names, parse
 from erase_sd.common.errors import UserError
-from erase_sd.methods import METHODS
+from erase_sd.methods import METHODS, PRESETS
 from erase_sd.plan import Plan, groups, make
-from erase_sd.presets import PRESETS
 from erase_sd.settings import SD_V1, Job, Sampling, TaskSettings
 
 EVERY = [(method, preset) for method in PRESETS for preset in PRESETS[method]]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from erase_sd.common.cli import knob
+from erase_sd.methods.base import Method
 
 if TYPE_CHECKING:
     from classification.task import ClassificationTask
@@ -14,13 +15,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dampening:
+class Dampening(Method):
     """SSD, Foster et al., AAAI 2024, arXiv 2308.07707: theta <- min(lam I_D / I_f, 1) theta where I_f > alpha I_D."""
 
     alpha: float = knob(10.0, "how many times more important to D_f than to all data a weight must be")
     lam: float = knob(1.0, "share of a selected weight that stays, in units of I_D / I_f")
-
-    steps: ClassVar[int] = 1
 
     def __call__(self, task: ClassificationTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
         """Dampen, in place; one record, which counts the weights."""

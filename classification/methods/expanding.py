@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from erase_sd.common.errors import UserError
 from erase_sd.common.rng import generator
 from erase_sd.core.descent import Descent
+from erase_sd.methods.base import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoundaryExpanding(Descent):
+class BoundaryExpanding(Descent, Method):
     """BE, Chen et al., CVPR 2023, arXiv 2303.11570: teach D_f a shadow class, then prune that output."""
 
     def __call__(self, task: ClassificationTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from erase_sd.common.cli import knob
+from erase_sd.methods.base import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,13 +17,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Influence:
+class Influence(Method):
     """IU, Izzo et al., AISTATS 2021, arXiv 2002.10077, with WoodFisher as Jia et al. 2023 use it (their recursion)."""
 
     alpha: float = knob(1.0, "step along F^-1 (G_f - G_r)")
     samples: int = knob(1000, "N: retain examples that F is estimated from")
-
-    steps: ClassVar[int] = 1
 
     def __call__(self, task: ClassificationTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
         """theta <- theta + alpha k; one record."""

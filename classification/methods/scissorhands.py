@@ -70,7 +70,7 @@ class ClassifierScissorhands(Scissorhands):
         def objective(batch: ClassifierBatch, step: int):
             epoch, position = divmod(step, task.epoch("retain"))
             if position == 0:
-                memory.update(self.memory(task, epoch))
+                memory.update(self.forget_gradient(task, epoch))
             bit.update(project=position < joint and (position + 1) % self.project_every == 0)
             return task.retain(batch) - self.lam * task.forget(batch) if position < joint else task.retain(batch)
 
@@ -85,7 +85,7 @@ class ClassifierScissorhands(Scissorhands):
         for record, now in descend(task, self, objective, state, edit=edit):
             yield record | {"c": bit["c"], "bit": bit["c"] > 0}, now | {"kept": dict(memory)}
 
-    def memory(self, task: ClassificationTask, epoch: int) -> Params:
+    def forget_gradient(self, task: ClassificationTask, epoch: int) -> Params:
         """g_f of one batch in evaluation mode, in the scope."""
         from erase_sd.core.task import gradient
 

@@ -23,6 +23,7 @@ from erase_sd.common.rng import generator
 from erase_sd.core.task import Params
 
 BUCKET = 1 << 24  # entries of bf16 weights that exist in fp32 at a time
+STATE_BYTES = {"sgd": 0, "adamw": 8, "adamw8bit": 2, "paged-adamw8bit": 2}  # per entry; momentum is 4 more
 LOW = 1 << 16  # a bf16 is the upper 16 bits of an fp32: steps of the lower ones between two of its values
 
 
@@ -45,6 +46,16 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         """Raise UserError for a negative number that has no meaning."""
         not_negative(self, self.SIGNED)
+
+    @property
+    def state_bytes(self) -> int:
+        """Return the bytes that the optimizer keeps per trained entry, `kahan`'s 16 bits included."""
+        kept = STATE_BYTES[self.optimizer]
+        if self.optimizer == "sgd" and self.momentum:
+            kept += 4
+        if self.rounding == "kahan":
+            kept += 2
+        return kept
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], OptimizerSettings], torch.optim.Optimizer]] = {

@@ -20,13 +20,18 @@ DESCENDING = np.concatenate([np.arange(BINS // 2)[::-1], np.arange(BINS // 2, BI
 NOT_FINITE = (np.arange(BINS) & 0x7F80) == 0x7F80  # an exponent of ones
 
 
+def same(g: Tensor) -> Tensor:
+    """Return a batch's gradient as it is: what `accumulate` averages by default."""
+    return g
+
+
 def accumulate(
     task: Task,
     loss: Callable[[Any], Tensor],
     params: dict[str, nn.Parameter],
     purpose: str,
     batches: Iterable[int],
-    each: Callable[[Tensor], Tensor] = lambda g: g,
+    each: Callable[[Tensor], Tensor] = same,
     done: tuple[int, Params] | None = None,
 ) -> Iterator[Params]:
     """Mean gradient of `loss` over the numbered batches; yields the running mean after each, the last is the result.

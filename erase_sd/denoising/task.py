@@ -170,7 +170,7 @@ class DenoisingTask(Replicated):
     def redirect(self, batch: DenoisingBatch) -> Tensor:
         """Distance between the answer to the concept's caption and the answer to its anchor."""
         x_t = self.add_noise(batch.z_d, batch.noise_f, batch.t_d)
-        answer = self.old if self.knobs.anchor_model == "original" else self.predict
+        answer = self.predict_original if self.knobs.anchor_model == "original" else self.predict
         with torch.no_grad():
             wanted = answer(x_t, batch.t_d, batch.c_a)
         return nn.functional.mse_loss(self.predict(x_t, batch.t_d, batch.c_f), wanted)

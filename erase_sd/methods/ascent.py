@@ -1,18 +1,26 @@
-"""Gradient ascent: make the forget data improbable, held back by the retain data if asked to."""
+"""Gradient ascent: make the forget set improbable, held back by the retain set if asked to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from erase_sd.common.cli import knob
-from erase_sd.methods.base import Objective
+from erase_sd.core.descent import descend, measure
+from erase_sd.core.task import Task
+from erase_sd.methods.base import GENTLE, POCKET, Objective
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from erase_sd.core.task import Task
+PRESETS = {
+    # SalUn's SD/train-scripts/gradient_ascent.py: -L_f + 0.1 L_r, ten epochs, without a ceiling.
+    "authors-cls": GENTLE
+    | {"schedule": "constant", "alpha": 0.1, "lr": 1e-5, "batch_size": 8, "steps": 1000, "drop_captions": 0.0},
+    # Noise has variance 1, so that a model which predicts nothing has L_f = 1.
+    "sd": GENTLE | {"alpha": 1.0, "forget_ceiling": 1.0, "lr": 1e-5, "batch_size": 16, "steps": 60},
+    "pocket": GENTLE | POCKET | {"alpha": 3.0, "forget_ceiling": 1.0, "lr": 5e-5, "steps": 100},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +34,21 @@ class GradientAscent(Objective):
 
     def __call__(self, task: Task, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
         """Descend -L_f + alpha L_r, the first term resting where the whole batch's L_f is above the ceiling."""
-        from erase_sd.core.descent import descend, measure
-
-        weight, ceiling = {}, self.forget_ceiling
+        weight = {"forget": 1.0}
 
         def before(batch: Any, step: int) -> None:
-            over = ceiling is not None and measure(task, task.forget, batch, "forget") > ceiling
-            weight["forget"] = 0.0 if over else 1.0
+            weight["forget"] = 0.0 if self.rests(task, batch) else 1.0
 
         def objective(batch: Any, step: int) -> Tensor:
             L_f = weight["forget"] * task.forget(batch)
-            return self.alpha * task.retain(batch) - L_f if self.alpha else -L_f
+            if self.alpha:
+                return self.alpha * task.retain(batch) - L_f
+            return -L_f
 
         return descend(task, self, objective, state, before=before)
+
+    def rests(self, task: Task, batch: Any) -> bool:
+        """Return whether L_f of the whole batch is above the ceiling."""
+        if self.forget_ceiling is None:
+            return False
+        return measure(task, task.forget, batch, "forget") > self.forget_ceiling

@@ -1,26 +1,33 @@
-"""Concept Ablation: answer the concept's caption as the anchor's is answered, on pictures of the anchor."""
+"""Concept Ablation: predict for the concept's caption what is predicted for its anchor's, on images of the anchor."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
 
 from erase_sd.common.cli import knob
-from erase_sd.methods.base import Objective
+from erase_sd.core.task import DiffusionTask
+from erase_sd.methods.base import GENTLE, POCKET, Objective
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from erase_sd.core.task import DiffusionTask
+CA = GENTLE | {"schedule": "constant", "weight_decay": 0.01, "max_grad_norm": 1.0, "anchor_pictures": True}
+PRESETS = {
+    # diffusers/train.py: base rate 2e-6, times 2 GPUs, times batches of 4; nudity: attn, 4e-6, 400 steps, prior.
+    "authors": CA | {"train_scope": "kv", "lr": 1.6e-5, "batch_size": 8, "steps": 100},
+    "authors-nudity": CA | {"train_scope": "attn", "prior": 1.0, "lr": 6.4e-5, "batch_size": 8, "steps": 400},
+    "sd": CA | {"train_scope": "kv", "lr": 1.6e-5, "batch_size": 8, "steps": 100},
+    "pocket": CA | POCKET | {"train_scope": "kv", "lr": 1e-4, "steps": 200},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptAblation(Objective):
-    """CA, Kumari et al., ICCV 2023, arXiv 2303.13516: fit e(x_t, c) to e(x_t, c*), x_t being the anchor's pictures.
+    """CA, Kumari et al., ICCV 2023, arXiv 2303.13516: fit e(x_t, c) to e(x_t, c*), x_t being images of the anchor.
 
-    anchor_model says whose answer is wanted: the current network's, as published, or the original one's. train_scope
-    makes the variant: kv, attn or full. The released code cuts the gradient at the first token and augments pictures;
-    neither is done here.
+    anchor_model says whose prediction is wanted: the current network's, as published, or the original model's.
+    train_scope makes the variant: kv, attn or full. The released code cuts the gradient at the first token and
+    augments images; neither is done here.
     """
 
     needs_anchor_pictures: ClassVar[bool] = True
@@ -29,7 +36,9 @@ class ConceptAblation(Objective):
     prior: float = knob(0.0, "weight of the denoising loss of the anchor's pictures under their own captions")
 
     def objective(self, task: DiffusionTask, batch: Any, step: int) -> Tensor:
-        """MSE(e(x_t, c_f), sg e(x_t, c_a)), or L(z_a, c_f); and prior L(z_a, c_a)."""
-        b = batch._replace(z_f=batch.z_a, z_d=batch.z_a)
-        loss = task.redirect(b) if self.target == "model" else task.forget(b)
-        return loss + self.prior * task.forget(b._replace(c_f=b.c_a)) if self.prior else loss
+        """Return MSE(e(x_t, c_f), sg e(x_t, c_a)), or L(z_a, c_f); and prior L(z_a, c_a)."""
+        on_anchors = batch._replace(z_f=batch.z_a, z_d=batch.z_a)
+        loss = task.redirect(on_anchors) if self.target == "model" else task.forget(on_anchors)
+        if self.prior:
+            loss = loss + self.prior * task.forget(on_anchors._replace(c_f=batch.c_a))
+        return loss

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from erase_sd.methods.base import Objective
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from erase_sd.core.task import Task
+from erase_sd.methods.base import GENTLE, POCKET, Objective
 
-    from erase_sd.core.task import Task
+PRESETS = {
+    "sd": GENTLE | {"lr": 1e-5, "batch_size": 16, "steps": 125},
+    "pocket": GENTLE | POCKET | {"lr": 1e-4, "steps": 150},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,5 +23,5 @@ class FineTune(Objective):
     asks_original: ClassVar[bool] = False
 
     def objective(self, task: Task, batch: Any, step: int) -> Tensor:
-        """L_r."""
+        """Return L_r."""
         return task.retain(batch)

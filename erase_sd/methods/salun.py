@@ -1,23 +1,34 @@
-"""SalUn: teach wrong answers, but only to the weights that the forget data move most."""
+"""SalUn: teach wrong predictions, but only to the weights that the forget set moves most."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
 
 from erase_sd.common.cli import knob
 from erase_sd.common.errors import UserError
-from erase_sd.core.descent import Descent
+from erase_sd.core.descent import Descent, descend
+from erase_sd.core.sensitivity import averages, entries, magnitude, same, top_k
+from erase_sd.core.task import Params, Task
+from erase_sd.methods.base import GENTLE, POCKET, Method, Sizes
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from erase_sd.core.task import Params, Task
+RELEASED = GENTLE | {"schedule": "constant", "mask_mode": "gradient", "batch_size": 8, "drop_captions": 0.0}
+PRESETS = {
+    # SD/train-scripts/nsfw_removal.py: MSE to the current network's anchor + 0.1 L_r, one epoch of 800 pictures.
+    "authors-nsfw": RELEASED | {"redirect_weight": 10.0, "lr": 1e-6, "steps": 100},
+    # random_label.py: alpha 0.5, five epochs.
+    "authors-cls": RELEASED | {"redirect_weight": 2.0, "lr": 5e-6, "steps": 500},
+    "sd": GENTLE | {"redirect_weight": 2.0, "lr": 1e-5, "batch_size": 16, "steps": 125},
+    "pocket": GENTLE | POCKET | {"redirect_weight": 2.0, "lr": 1e-4, "steps": 150},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SalUn(Descent):
+class SalUn(Descent, Method):
     """SalUn, Fan et al., ICLR 2024, arXiv 2310.12508: redirect the forget data, training the salient weights only."""
 
     mask_fraction: float = knob(0.5, "share of the weights that is trained: the largest |grad L_f|; in [0, 1]")
@@ -27,24 +38,34 @@ class SalUn(Descent):
     redirect_weight: float = knob(1.0, "weight of the redirect loss beside L_r")
     sensitivity_batches: int = knob(10, "batches over which grad L_f is averaged")
 
+    sensitivity_passes: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
         """Raise UserError for a share outside [0, 1]."""
         super().__post_init__()
         if self.mask_fraction > 1:
             raise UserError(f"--mask_fraction {self.mask_fraction} is outside [0, 1]: it is a share of the weights")
 
+    def averaged(self, n: Sizes) -> int:
+        """Return the number of trained entries: the mask is of those."""
+        return n.trained
+
+    def kept_bytes(self, width: int) -> int:
+        """Return the bytes of an entry of the mask and of its frozen value."""
+        return 1 + 4
+
     def __call__(self, task: Task, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
-        """Descend L_r + w L_redirect over the salient weights; yields per sensitivity batch, mask and step."""
-        import torch
-
-        from erase_sd.core.descent import descend
-
+        """Descend L_r + w L_redirect over the salient weights; yield per sensitivity batch, mask and step."""
         theta = task.trainable()
         if state is None or "measured" in state:
             state = {"step": 0, "optimizer": {}, "kept": (yield from self.masks(task, state))}
             yield {"phase": "mask"}, state
-        masks = {name: mask.to(theta[name].device) for name, mask in state["kept"].items()}
-        frozen = {name: p.detach().clone() for name, p in theta.items()}  # what is masked out never moves
+        masks: dict[str, Tensor] = {}
+        for name, mask in state["kept"].items():
+            masks[name] = mask.to(theta[name].device)
+        frozen: Params = {}  # what is masked out never moves
+        for name, p in theta.items():
+            frozen[name] = p.detach().clone()
 
         def objective(batch: Any, step: int) -> Tensor:
             return task.retain(batch) + self.redirect_weight * task.redirect(batch)
@@ -54,17 +75,16 @@ class SalUn(Descent):
                 g[name] *= mask
 
         def after() -> None:
-            for name, p in theta.items() if self.mask_mode == "hard" else ():
-                p.data.copy_(torch.where(masks[name], p, frozen[name]))  # in place: others hold it
+            if self.mask_mode == "hard":
+                for name, p in theta.items():
+                    p.data.copy_(torch.where(masks[name], p, frozen[name]))  # in place: others hold it
 
         for record, now in descend(task, self, objective, state, edit=edit, after=after):
             yield record, now | {"kept": masks}
 
     def masks(self, task: Task, state: dict | None) -> Generator[tuple[dict, dict], None, dict[str, Tensor]]:
-        """True where |grad L_f|, averaged with its sign, is among the largest of all weights together."""
-        from erase_sd.core.sensitivity import averages, entries, top_k
-
-        passes = {"g_f": (task.forget, lambda g: g)}
-        g = (yield from averages(task, passes, task.trainable(), self.sensitivity_batches, state))["g_f"]
-        k = round(self.mask_fraction * entries(g, task))
-        return top_k({name: x.abs() for name, x in g.items()}, k, shards=task)
+        """Return True where |grad L_f|, averaged with its sign, is among the largest of all weights together."""
+        passes = {"g_f": (task.forget, same)}
+        means = yield from averages(task, passes, task.trainable(), self.sensitivity_batches, state)
+        k = round(self.mask_fraction * entries(means["g_f"], task))
+        return top_k(magnitude(means["g_f"]), k, shards=task)

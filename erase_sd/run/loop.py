@@ -38,7 +38,7 @@ def run(
     is lost, SystemExit with 128 + signal when any rank is stopped.
     """
     progress = (folder and folder.resume(weights, task.mine)) or Progress(None, [], {})
-    steps = getattr(method, "steps", 1)
+    steps = method.steps
     try:
         with StopFlag() as stop, _bar(steps, len(progress.trace), description) as bar:
             since = time.monotonic()
@@ -99,5 +99,5 @@ def show(bar: tqdm, record: dict) -> None:
 
 
 def _gentler(method: Any) -> str:
-    """The knobs of a method that can be too strong."""
-    return " or ".join(f"--{name}" for name in ("lr", "lam", "fraction") if hasattr(method, name)) or "its weights"
+    """Name the options of a method that can be too strong."""
+    return " or ".join(f"--{name}" for name in method.too_strong()) or "its weights"

@@ -1,7 +1,8 @@
 """What the benchmark runs: methods under the names they have in its tables, suites of them, and rows with their keys.
 
 A row is one method on one concept with one seed. Its key is the hash of everything that decides its numbers: all knobs
-of the job, the model's weights and the protocol of the judge. To add a method, add a line to METHODS.
+of the job, the model's weights and the protocol of the judge. METHODS names the rows of methods and of their
+variants; a method that it leaves out has a row under its own title, with its pocket preset.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from erase_sd.presets import POCKET
+from erase_sd.methods import REGISTRY, TITLES
+from erase_sd.methods.base import POCKET
 
 ORIGINAL = "original"  # the model as it is: the ceiling of every rate and the noise floor of every distance
 REFERENCE = 320  # added to a seed for other pictures of the same scenes: after 320 exams all 640 have gone round
@@ -31,6 +33,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "Forget-Me-Not": {"method": "forget-me-not", "preset": "pocket"},
     "SLD (max)": {"method": "sld", "preset": "pocket"},
 }
+LISTED = {values["method"] for values in METHODS.values()}
+for method in REGISTRY:
+    if method not in LISTED:
+        METHODS[TITLES[method]] = {"method": method, "preset": "pocket"}
 OURS = METHODS["Scissorhands"]
 BASE = OURS | {"projection": "on", "redirect_draws": 1}  # our default until the ablation said otherwise
 ABLATION: dict[str, dict[str, Any]] = {
