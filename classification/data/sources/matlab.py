@@ -1,7 +1,7 @@
 """MATLAB files through scipy.io.loadmat, in a process of their own.
 
-scipy 1.17 trusts the type numbers in a file: one changed byte makes it read where it should not, which ends the process
-without a word. Here it ends a child, and the user is told which file is damaged.
+scipy 1.17 trusts the type numbers in a file: one changed byte makes it read where it should not, which ends the
+process without a word. Here it ends a child, and the user is told which file is damaged.
 """
 
 from __future__ import annotations

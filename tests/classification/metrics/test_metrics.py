@@ -78,16 +78,16 @@ def test_accuracy_counts():
 # membership inference
 
 
-def answers(n: int, seed: int, sharp: float) -> mia.Answers:
+def answers(n: int, seed: int, sharp: float) -> mia.Outputs:
     """Logits that favour the true class the more, the larger `sharp` is."""
     labels = torch.randint(0, 4, (n,), generator=rng(seed))
-    return mia.Answers(torch.randn(n, 4, generator=rng(seed + 1)) + sharp * F.one_hot(labels, 4), labels)
+    return mia.Outputs(torch.randn(n, 4, generator=rng(seed + 1)) + sharp * F.one_hot(labels, 4), labels)
 
 
 RETAIN, TEST, FORGET = answers(120, 1, 4.0), answers(80, 3, 1.5), answers(50, 5, 2.5)
 
 
-def by_loops(name: str, x: mia.Answers) -> np.ndarray:
+def by_loops(name: str, x: mia.Outputs) -> np.ndarray:
     """A feature (N, d), one example and one class at a time, as the papers write it."""
     table = []
     for z, y in zip(x.logits.double().tolist(), x.labels.tolist(), strict=True):
@@ -112,7 +112,7 @@ def test_features_are_the_formulas(name):
 
 
 def test_features_of_certain_answers_are_finite():
-    sure = mia.Answers(torch.tensor([[1e4, 0.0], [1e4, 0.0]]), torch.tensor([0, 1]))
+    sure = mia.Outputs(torch.tensor([[1e4, 0.0], [1e4, 0.0]]), torch.tensor([0, 1]))
     for name, feature in mia.FEATURES.items():
         assert feature(mia.probabilities(sure), sure.labels).isfinite().all(), name
     right, wrong = mia.m_entropy(mia.probabilities(sure), sure.labels)[:, 0].tolist()
@@ -132,7 +132,7 @@ def test_svc_attack_is_scikit_learns(name):
 def test_random_shadows_are_a_matter_of_the_seed_and_see_more_than_the_first():
     """The second half of these members looks like nothing else, as in a data set sorted by class."""
     before = torch.get_rng_state()
-    ordered = mia.Answers(torch.cat([RETAIN.logits[:60], -RETAIN.logits[60:]]), RETAIN.labels)
+    ordered = mia.Outputs(torch.cat([RETAIN.logits[:60], -RETAIN.logits[60:]]), RETAIN.labels)
     first = mia.svc_attack(ordered, TEST, FORGET, shadow="first", cap=60)
     drawn = [mia.svc_attack(ordered, TEST, FORGET, cap=60, seed=seed) for seed in (0, 0, 1, 2)]
     assert drawn[0] == drawn[1] and drawn[1:] != [drawn[1]] * 3
@@ -152,7 +152,7 @@ def test_the_cap_limits_both_shadow_sets(monkeypatch):
 def test_svc_attack_refuses_what_it_cannot_attack():
     with pytest.raises(UserError, match="unknown MIA feature loss: choose among correctness, confidence"):
         mia.svc_attack(RETAIN, TEST, FORGET, features=["loss"])
-    nothing = mia.Answers(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    nothing = mia.Outputs(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
     for sets in ((nothing, TEST, FORGET), (RETAIN, nothing, FORGET), (RETAIN, TEST, nothing)):
         with pytest.raises(ValueError, match="needs examples"):
             mia.svc_attack(*sets)
