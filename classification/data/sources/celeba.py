@@ -194,9 +194,7 @@ def _images(part: Sequence[Face], pictures: Iterable[Image.Image], classes: Sequ
 
 
 JOINED = "CelebA-HQ-identity.txt"  # "0.jpg 6376": image of CelebAMask-HQ, identity
-MAPPING = (
-    "CelebA-HQ-to-CelebA-mapping.txt"  # a header, then "0 119613 119614.jpg": its number, CelebA's, its file
-)
+MAPPING = "CelebA-HQ-to-CelebA-mapping.txt"  # a header, then "0 119613 119614.jpg": its number, CelebA's, its file
 CELEBA = "identity_CelebA.txt"  # "000001.jpg 2880": image of CelebA, identity
 
 
