@@ -28,12 +28,12 @@ from classification.data.transforms import augment, to_float
 from classification.settings import ClassifierSettings
 from erase_sd.common.errors import UserError
 from erase_sd.common.rng import generator
-from erase_sd.core.task import MicroBatch, Replicated
+from erase_sd.core.task import REPLICATED, MicroBatch
 
 NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
-class ClassificationTask(Replicated):
+class ClassificationTask:
     """See `erase_sd.core.task`. Sample i of step k is a function of (seed, purpose, k, i), whoever draws it."""
 
     def __init__(
@@ -48,6 +48,7 @@ class ClassificationTask(Replicated):
     ) -> None:
         self.model = model.to(accelerator.device)
         self.dataset = dataset
+        self.shards = REPLICATED
         self.walks = {
             "forget": EpochSampler(forget, dataset, "forget", seed),
             "retain": EpochSampler(retain, dataset, "retain", seed),

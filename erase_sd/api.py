@@ -23,7 +23,7 @@ from erase_sd.core.task import first_lost
 from erase_sd.denoising import concept as subject
 from erase_sd.denoising.results import RunResult, write_results
 from erase_sd.denoising.samples import Samples, collect
-from erase_sd.denoising.sharded import ShardedTask, wanted
+from erase_sd.denoising.sharded import wanted
 from erase_sd.denoising.task import DenoisingTask
 from erase_sd.models import guidance
 from erase_sd.models.families import family, modules, network
@@ -137,8 +137,7 @@ def _train(
     dtype, parts = getattr(torch, plan.job.weights_dtype), list(modules(pipe).values())
     with training(network(pipe), parts, accelerator.device, dtype, plan.job.gradient_checkpointing):
         sharded = wanted(accelerator, plan.job.fsdp) and plan.method.trains
-        kind = ShardedTask if sharded else DenoisingTask
-        task = kind(pipe, samples, plan.used_losses(), plan.job.seed, accelerator)
+        task = DenoisingTask(pipe, samples, plan.used_losses(), plan.job.seed, accelerator, fsdp=sharded)
         weights = task.trimmable() | task.trainable()
         try:
             progress = run(
@@ -161,7 +160,7 @@ def _train(
 @torch.no_grad()
 def _check_finite(task: DenoisingTask, weights: dict[str, nn.Parameter], step: int) -> None:
     """Raise FloatingPointError if the last step lost the model, which the loop itself would notice in the next one."""
-    if name := first_lost(task, weights):
+    if name := first_lost(weights, task.shards):
         raise FloatingPointError(f"after {step} steps {name} holds NaN or infinity")
     if not task.mean(task.retain(task.batch("repair", step))).isfinite():  # finite weights can be too large to compute
         raise FloatingPointError(f"after {step} steps the retain loss is not finite")

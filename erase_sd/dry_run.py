@@ -154,7 +154,7 @@ def _checkpoints(n: Sizes, plan: Plan) -> str:
     kept = plan.running.checkpoints_total_limit or "all"
     width = _width(plan)
     state = method.memory(n, width).get("steps", {})
-    size = width * n.touched + state.get("optimiser", 0) + state.get("kept by the method", 0)
+    size = width * n.touched + state.get("optimizer", 0) + state.get("kept by the method", 0)
     return f"{written}, one each {every} steps, {size / GIB:.2f} GiB each, {kept} kept"
 
 

@@ -207,12 +207,12 @@ def trims(task: DenoisingTask, plan: Plan, saliencies: tuple[str, ...], batches:
     before = _losses(task, batches)
     passes = {"g_r": (task.retain, lambda g: g)}
     g_r = _last(averages(task, passes, theta, knobs.sensitivity_batches))["g_r"]
-    k = round(knobs.fraction * entries(g_r, task))
-    common = top_k(connection_sensitivity(theta, g_r), k, shards=task)
+    k = round(knobs.fraction * entries(g_r, task.shards))
+    common = top_k(connection_sensitivity(theta, g_r), k, shards=task.shards)
     for saliency in saliencies:
         scores = _last(dataclasses.replace(knobs, saliency=saliency).sensitivity(task))
-        masks = top_k(scores, k, shards=task)
-        reinitialise_(task.trimmable(), masks, knobs.init, task.seed, task)
+        masks = top_k(scores, k, shards=task.shards)
+        reinitialise_(task.trimmable(), masks, knobs.init, task.seed, task.shards)
         after = _losses(task, batches)
         values = {name: after[name] / before[name] for name in ("forget", "retain")}
         values |= {"gap": -after["contrast"] / after["forget"]} | _cosines(task, batches)

@@ -37,7 +37,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from erase_sd.core.task import MicroBatch, Replicated
+from erase_sd.core.task import REPLICATED, MicroBatch
 
 SD14_UNET = {
     "sample_size": 64,
@@ -84,10 +84,11 @@ TINY_UNET = {"sample_size": 8, "block_out_channels": (16, 32, 32, 32), "norm_num
 TINY_VAE = {"sample_size": 64, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4}
 
 
-class Alone(Replicated):
+class Alone:
     """What every task of a single process without micro-batches has in common; the rest is the test's."""
 
     model: nn.Module
+    shards = REPLICATED
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())

@@ -22,5 +22,5 @@ class L1Sparse(Objective):
         """Return L_r + gamma |theta|_1, a scalar, over all that is trained, biases and norms included."""
         gamma = self.l1 * (1 - step / self.steps)
         size = sum(p.abs().sum() for p in task.trainable().values())
-        size = size + task.total(size.detach()) - size.detach()  # of all shards, and each knows its own gradient
-        return task.retain(batch) + gamma * size
+        others = task.shards.all_reduce(size.detach()) - size.detach()  # each shard knows its own gradient
+        return task.retain(batch) + gamma * (size + others)

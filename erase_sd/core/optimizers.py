@@ -1,7 +1,7 @@
-"""Optimisers by name; weights in bf16 take fp32 steps, and may keep what their own bits cannot hold.
+"""Optimizers by name; weights in bf16 take fp32 steps, and may keep what their own bits cannot hold.
 
 bf16 has 8 significant bits: a step below 1/512 of a weight vanishes when the result is rounded to the nearest value.
-So the optimiser works on fp32 copies, made bucket by bucket and dropped after the step, and `rounding` says what
+So the optimizer works on fp32 copies, made bucket by bucket and dropped after the step, and `rounding` says what
 becomes of the other 16 bits:
 
     nearest     they are dropped
@@ -29,17 +29,17 @@ LOW = 1 << 16  # a bf16 is the upper 16 bits of an fp32: steps of the lower ones
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """Which optimiser takes the steps, how far, and how it rounds."""
+    """Which optimizer takes the steps, how far, and how it rounds."""
 
     lr: float = knob(1e-5, "peak learning rate")
     optimizer: Literal["sgd", "adamw", "adamw8bit", "paged-adamw8bit"] = knob(
-        "sgd", "optimiser; the 8-bit ones are those of bitsandbytes"
+        "sgd", "optimizer; the 8-bit ones are those of bitsandbytes"
     )
     rounding: Literal["nearest", "stochastic", "kahan"] = knob(
         "nearest", "of bf16 weights after a step: to the nearest, up or down by chance, or keeping the rest in 16 bits"
     )
     momentum: float = knob(0.0, "momentum of sgd, in [0, 1)")
-    weight_decay: float = knob(0.0, "weight decay, as the optimiser defines it")
+    weight_decay: float = knob(0.0, "weight decay, as the optimizer defines it")
 
     SIGNED: ClassVar[frozenset[str]] = frozenset()  # numbers that may be negative
 
@@ -58,32 +58,53 @@ class OptimizerSettings:
         return kept
 
 
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], OptimizerSettings], torch.optim.Optimizer]] = {
-    "sgd": lambda theta, k: torch.optim.SGD(
-        theta, lr=k.lr, momentum=k.momentum, weight_decay=k.weight_decay, fused=True
-    ),
-    "adamw": lambda theta, k: torch.optim.AdamW(theta, lr=k.lr, weight_decay=k.weight_decay, fused=True),
-    "adamw8bit": lambda theta, k: _bitsandbytes(theta, k).AdamW8bit(theta, lr=k.lr, weight_decay=k.weight_decay),
-    "paged-adamw8bit": lambda theta, k: _bitsandbytes(theta, k).PagedAdamW8bit(
-        theta, lr=k.lr, weight_decay=k.weight_decay
-    ),
+Parameters = list[nn.Parameter]
+
+
+def sgd(theta: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """Return torch's SGD with momentum."""
+    return torch.optim.SGD(
+        theta, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
+    )
+
+
+def adamw(theta: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """Return torch's AdamW."""
+    return torch.optim.AdamW(theta, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+
+
+def adamw8bit(theta: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """Return bitsandbytes' AdamW with moments of 8 bits."""
+    return _bitsandbytes(theta, settings).AdamW8bit(theta, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def paged_adamw8bit(theta: Parameters, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """Return the same with moments that move to the host when the device is full."""
+    return _bitsandbytes(theta, settings).PagedAdamW8bit(theta, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+OPTIMIZERS: dict[str, Callable[[Parameters, OptimizerSettings], torch.optim.Optimizer]] = {
+    "sgd": sgd,
+    "adamw": adamw,
+    "adamw8bit": adamw8bit,
+    "paged-adamw8bit": paged_adamw8bit,
 }
 
 
-def make_optimizer(theta: dict[str, nn.Parameter], knobs: OptimizerSettings) -> torch.optim.Optimizer:
-    """The optimiser of the knobs over the parameters, in their order; over fp32 stand-ins, empty, of narrower ones.
+def make_optimizer(theta: dict[str, nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """Return the optimizer over the parameters, in their order; over fp32 stand-ins, empty, of narrower ones.
 
-    Raises UserError for an 8-bit optimiser that bitsandbytes cannot provide here.
+    Raises UserError for an 8-bit optimizer that bitsandbytes cannot provide here.
     """
     wide = [p if _is_wide(p) else nn.Parameter(torch.empty(0, device=p.device)) for p in theta.values()]
-    return OPTIMIZERS[knobs.optimizer](wide, knobs)
+    return OPTIMIZERS[settings.optimizer](wide, settings)
 
 
 @torch.no_grad()
 def apply(
     optimizer: torch.optim.Optimizer, theta: dict[str, nn.Parameter], g: Params, rounding: str, seed: int, step: int
 ) -> None:
-    """One step of the optimiser along g, in fp32 or wider; no parameter keeps a gradient."""
+    """Take one step of the optimizer along g, in fp32 or wider; no parameter keeps a gradient."""
     wide = dict(zip(theta, _wide(optimizer), strict=True))
     for bucket in _buckets(theta):
         for name in bucket:
@@ -100,17 +121,18 @@ def apply(
 
 
 def slots(optimizer: torch.optim.Optimizer, theta: dict[str, nn.Parameter]) -> Params:
-    """The optimiser's own tensors as "<parameter>/<slot>"; a count that is a Python number as an int64 scalar."""
-    return {
-        f"{name}/{slot}": torch.tensor(x) if isinstance(x, int) else x
-        for name, p in zip(theta, _wide(optimizer), strict=True)
-        for slot, x in optimizer.state[p].items()
-        if not slot.startswith("qmap")  # bitsandbytes' table of the 256 values, shared by all parameters
-    }
+    """Return the optimizer's own tensors by "<parameter>/<slot>"; a count that is a number as an int64 scalar."""
+    own: Params = {}
+    for name, p in zip(theta, _wide(optimizer), strict=True):
+        for slot, x in optimizer.state[p].items():
+            if slot.startswith("qmap"):  # bitsandbytes' table of the 256 values, shared by all parameters
+                continue
+            own[f"{name}/{slot}"] = torch.tensor(x) if isinstance(x, int) else x
+    return own
 
 
 def put(optimizer: torch.optim.Optimizer, theta: dict[str, nn.Parameter], stored: Params) -> None:
-    """Give an optimiser copies of what `slots` returned."""
+    """Give an optimizer copies of what `slots` returned."""
     wide = dict(zip(theta, _wide(optimizer), strict=True))
     for key, x in stored.items():
         name, _, slot = key.rpartition("/")
@@ -127,7 +149,7 @@ def put(optimizer: torch.optim.Optimizer, theta: dict[str, nn.Parameter], stored
 
 
 def _wide(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """What the optimiser steps, in the order of the parameters it was made for."""
+    """Return what the optimizer steps, in the order of the parameters it was made for."""
     return optimizer.param_groups[0]["params"]
 
 
@@ -136,7 +158,7 @@ def _is_wide(p: Tensor) -> bool:
 
 
 def _buckets(theta: dict[str, nn.Parameter]) -> Iterator[list[str]]:
-    """All names, in order, a bucket being full once its copies in fp32 are."""
+    """Yield all names, in order, a bucket being full once its copies in fp32 are."""
     bucket, entries = [], 0
     for name, p in theta.items():
         bucket.append(name)
@@ -149,21 +171,22 @@ def _buckets(theta: dict[str, nn.Parameter]) -> Iterator[list[str]]:
 
 
 def _widened(p: Tensor, low: Tensor | None) -> Tensor:
-    """bf16 weights in fp32, with the 16 bits that were kept of them."""
-    return p.float() if low is None else (p.view(torch.int16).int() * LOW + low).view(torch.float32)
+    """Return bf16 weights in fp32, with the 16 bits that were kept of them."""
+    if low is None:
+        return p.float()
+    return (p.view(torch.int16).int() * LOW + low).view(torch.float32)
 
 
 def _round_(p: Tensor, x: Tensor, rounding: str, rng: torch.Generator, state: dict[str, Any]) -> None:
-    """p <- x, fp32, in the bits of p; what `kahan` keeps goes into the state."""
+    """Set p <- x, fp32, in the bits of p; what `kahan` keeps goes into the state."""
     if rounding == "nearest":
         p.copy_(x)
         return
     bits = x.view(torch.int32)
-    up = (
-        LOW // 2
-        if rounding == "kahan"
-        else torch.randint(LOW, x.shape, generator=rng, dtype=bits.dtype, device=x.device)
-    )
+    if rounding == "kahan":
+        up = LOW // 2
+    else:
+        up = torch.randint(LOW, x.shape, generator=rng, dtype=bits.dtype, device=x.device)
     upper = (bits + up) >> 16
     p.copy_(upper.to(torch.int16).view(p.dtype))
     if rounding == "kahan":
@@ -171,22 +194,23 @@ def _round_(p: Tensor, x: Tensor, rounding: str, rng: torch.Generator, state: di
 
 
 def _generator(p: Tensor, *key: int | str) -> torch.Generator:
-    """A keyed generator where p is."""
+    """Return a keyed generator on the device of p."""
     return torch.Generator(p.device).manual_seed(generator(*key).initial_seed())
 
 
-def _bitsandbytes(theta: list[nn.Parameter], knobs: OptimizerSettings) -> ModuleType:
-    """bitsandbytes' optimisers, imported only when one is asked for."""
+def _bitsandbytes(theta: Parameters, settings: OptimizerSettings) -> ModuleType:
+    """Return bitsandbytes' optimizers, imported only when one is asked for."""
+    name = settings.optimizer
     try:
         import bitsandbytes
         from bitsandbytes.cextension import lib
     except ImportError as error:
         raise UserError(
-            f"--optimizer {knobs.optimizer} needs bitsandbytes ({error}): install it or use --optimizer adamw"
+            f"--optimizer {name} needs bitsandbytes ({error}): install it or use --optimizer adamw"
         ) from error
     cuda = theta[0].device.type == "cuda"
     if cuda and not getattr(lib, "compiled_with_cuda", False):
-        raise UserError(f"--optimizer {knobs.optimizer}: bitsandbytes has no CUDA library here: use --optimizer adamw")
-    if not cuda and knobs.optimizer.startswith("paged"):
-        raise UserError(f"--optimizer {knobs.optimizer} pages out of a CUDA device and there is none: use adamw8bit")
+        raise UserError(f"--optimizer {name}: bitsandbytes has no CUDA library here: use --optimizer adamw")
+    if not cuda and name.startswith("paged"):
+        raise UserError(f"--optimizer {name} pages out of a CUDA device and there is none: use adamw8bit")
     return bitsandbytes.optim

@@ -22,8 +22,7 @@ def dot(a: Params, b: Params) -> Tensor:
     """Return <a, b> over all entries of equally named and shaped tensors, a float64 scalar on the CPU.
 
     Not one `torch.dot` per tensor: a CPU's kernel may add one product after the other, which in fp32 is 1e-3 off at
-    3e7 entries, and in which order it adds differs between processors. Chunks are summed in float64 there:
-    n 2^-53
+    3e7 entries, and in which order it adds differs between processors. Chunks are summed in float64 there: n 2^-53
     bounds the error in any order. A GPU adds in a tree, would wait for the launches of so many chunks, and has few
     float64 units.
     """
@@ -48,7 +47,7 @@ def _chunks(a: Params, b: Params) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def coefficient(dot_of: float, norm2_f: float, margin: float = 0.0, ridge: float = 0.0) -> float:
-    """v of g = g_o - v g_f, from <g_o, g_f> and |g_f|^2; 0 where the constraint already holds or g_f = 0.
+    """Return v of g = g_o - v g_f, from <g_o, g_f> and |g_f|^2; 0 where the constraint already holds or g_f = 0.
 
     Eq. 5 has margin = ridge = 0. The released code demands v >= 0.5 = margin and adds ridge = 1e-3 to |g_f|^2.
     """
@@ -58,7 +57,7 @@ def coefficient(dot_of: float, norm2_f: float, margin: float = 0.0, ridge: float
 
 
 def collapsed(dot_rf: float, norm2_f: float, lam: float, margin: float = 0.0, ridge: float = 0.0) -> float:
-    """c of g = g_r - c g_f when ascent and constraint share g_f, as in Algorithm 1, where g_o = g_r - lam g_f.
+    """Return c of g = g_r - c g_f when ascent and constraint share g_f, as in Algorithm 1, where g_o = g_r - lam g_f.
 
     With margin = ridge = 0 it is c = max(lam, <g_r, g_f> / |g_f|^2), and lam if g_f = 0.
     """
@@ -67,13 +66,13 @@ def collapsed(dot_rf: float, norm2_f: float, lam: float, margin: float = 0.0, ri
 
 @torch.no_grad()
 def subtract_(g: Params, g_f: Params, c: float) -> None:
-    """g <- g - c g_f, in place."""
+    """Set g <- g - c g_f, in place."""
     for name, x in g.items():
         x.sub_(g_f[name], alpha=c)
 
 
 def dual(A: Tensor, b: Tensor) -> Tensor:
-    """Eq. 5 for m constraints: the v (m,) >= 0 that minimises 1/2 v'Av + b'v, then g = g_o - sum_i v_i g_i.
+    """Solve Eq. 5 for m constraints: return the v (m,) >= 0 that minimises 1/2 v'Av + b'v; g = g_o - sum_i v_i g_i.
 
     A (m, m) holds <g_i, g_j> and b (m,) holds -<g_o, g_i>. Exact: some minimum is stationary on its support, and all
     2^m supports are tried, which suits the handful of memory gradients this is for. Returns float64.

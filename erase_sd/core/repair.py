@@ -3,7 +3,7 @@
     g_f = grad L_f,   g_r = grad L_r,   c = max(lam, <g_r, g_f> / |g_f|^2),   theta <- theta - lr (g_r - c g_f)
 
 is the paper's loop: ascent and constraint share g_f, so g_o = grad(L_r - lam L_f) and the projection of Eq. 5 collapse
-to one coefficient. Other settings replace the objective, the constraint, the optimiser or the place of the projection.
+to one coefficient. Other settings replace the objective, the constraint, the optimizer or the place of the projection.
 """
 
 import math
@@ -35,7 +35,7 @@ class Repair(Descent):
         "forget", "loss that no step may lower: L_f, or L_f - replacement's"
     )
     projection: Literal["on", "off", "after-preconditioning"] = knob(
-        "on", "project the gradient, nothing, or the update the optimiser makes of it"
+        "on", "project the gradient, nothing, or the update the optimizer makes of it"
     )
     margin: float = knob(0.0, "least multiplier v of a projection that bites, in units of g_f (released code: 0.5)")
     ridge: float = knob(0.0, "added to |g_f|^2 in the projection, squared gradient units (released code: 1e-3)")
@@ -54,18 +54,18 @@ class Repair(Descent):
         super().__post_init__()
         if self.projection == "after-preconditioning" and self.rounding != "nearest":
             raise UserError(
-                f"--rounding {self.rounding} is for gradients that are projected before the optimiser: "
+                f"--rounding {self.rounding} is for gradients that are projected before the optimizer: "
                 "give --projection on"
             )
 
     @property
     def needs_original(self) -> bool:
-        """Whether the network before any change has to be kept."""
+        """Return whether a copy of the original model has to be kept."""
         return self.retain_loss == "original"
 
     @property
     def asks_original(self) -> bool:
-        """Whether a loss would look at the network before any change if it was kept."""
+        """Return whether a loss uses the original model where it is kept."""
         return self.needs_original or self.objective == "redirect"
 
 
@@ -73,115 +73,154 @@ class Gradients(NamedTuple):
     """What one step knows: the step subtracts c g_f from g, and c >= own."""
 
     g: Params
-    g_f: Params | None
+    g_f: Params | None  # None where nothing is constrained
     own: float  # the part of c that belongs to the objective: lam where ascent and constraint share g_f, else 0
     record: dict[str, float]
 
 
-def repair(task: Task, knobs: Repair, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
-    """Move task.trainable() in place for knobs.steps steps; yields (record, state) after each.
+def repair(task: Task, settings: Repair, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
+    """Move task.trainable() in place for settings.steps steps; yield (record, state) after each.
 
     record: step, loss_r, loss_f (forget loss under ascent, else the constraint's; NaN when not computed), loss_o (the
     objective), cos (of g_f to g_r, to g_o where they share nothing), c (multiple of g_f subtracted from the gradient;
     from the update after preconditioning), bit (the projection acted), ceiling (it was exceeded), lr.
-    state: {"step": next step, "optimizer": {"<parameter>/<slot>": tensor}}. Its tensors are the optimiser's own: store
+    state: {"step": next step, "optimizer": {"<parameter>/<slot>": tensor}}. Its tensors are the optimizer's own: store
     or clone them before the next step. With the weights it continues bit for bit like an uninterrupted run.
     Raises FloatingPointError naming the step when a loss or gradient is not finite; the weights are those before it.
     """
     theta = task.trainable()
-    optimizer = make_optimizer(theta, knobs)
+    optimizer = make_optimizer(theta, settings)
     start = 0 if state is None else restore(optimizer, theta, state)
-    for step in range(start, knobs.steps):
-        optimizer.param_groups[0]["lr"] = lr = learning_rate(knobs, step)
+    for step in range(start, settings.steps):
+        lr = learning_rate(settings, step)
+        optimizer.param_groups[0]["lr"] = lr
         try:
-            record = _step(task, knobs, theta, optimizer, step)
+            record = _step(task, settings, theta, optimizer, step)
         except FloatingPointError as error:
             raise FloatingPointError(f"repair step {step}: {error}") from error
         yield {"step": step, **record, "lr": lr}, state_of(optimizer, theta, step)
 
 
 def _step(
-    task: Task, knobs: Repair, theta: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int
+    task: Task, settings: Repair, theta: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int
 ) -> dict:
-    """One pass of the loop: gradients, projection, update."""
-    projection = knobs.projection if step >= knobs.project_from else "off"
+    """Compute gradients, project, update; return the record."""
+    projection = settings.projection if step >= settings.project_from else "off"
     batch = task.batch("repair", step)
-    if knobs.objective == "ascent" and knobs.constraint == "forget":
-        g, g_f, own, record = _shared(task, knobs, theta, batch)
+    if settings.objective == "ascent" and settings.constraint == "forget":
+        g, g_f, own, record = _shared(task, settings, theta, batch)
     else:
-        g, g_f, own, record = _separate(task, knobs, theta, batch, projecting=projection != "off")
-    c, cos, bit = own, math.nan, False
+        g, g_f, own, record = _separate(task, settings, theta, batch, projecting=projection != "off")
+    c, cos, bit, norm2_f = own, math.nan, False, 0.0
     if g_f is not None:
-        dot_of, norm2, norm2_f = task.total(products(g, g_f)).tolist()
+        dot_of, norm2, norm2_f = task.shards.all_reduce(products(g, g_f)).tolist()
         cos = dot_of / (math.sqrt(norm2_f * norm2) or math.nan)
         if projection == "on":
-            c = collapsed(dot_of, norm2_f, own, knobs.margin, knobs.ridge)
+            c = collapsed(dot_of, norm2_f, own, settings.margin, settings.ridge)
             bit = c > own
         subtract_(g, g_f, c)
-    clip_(task, g, knobs.max_grad_norm)
-    after = projection == "after-preconditioning" and g_f is not None
-    before = {name: p.detach().clone() for name, p in theta.items()} if after else {}
-    apply(optimizer, theta, g, knobs.rounding, task.seed, step)
-    if after:
-        u = before
-        subtract_(u, theta, 1.0)  # the update the optimiser made, as a descent direction
-        c = coefficient(inner(task, u, g_f), norm2_f)
+    clip_(task, g, settings.max_grad_norm)
+    if projection == "after-preconditioning" and g_f is not None:
+        before = _copies(theta)
+        apply(optimizer, theta, g, settings.rounding, task.seed, step)
+        c = _project_update_(task, theta, before, g_f, norm2_f)
         bit = c > 0
-        subtract_(theta, g_f, -c)  # theta - (u - c g_f), without another copy of either
+    else:
+        apply(optimizer, theta, g, settings.rounding, task.seed, step)
     return record | {"cos": cos, "c": c, "bit": bit}
 
 
-def _shared(task: Task, knobs: Repair, theta: dict[str, nn.Parameter], batch: Any) -> Gradients:
-    """Algorithm 1: two backward passes, one stored gradient; lam enters through c."""
-    L_f = lambda part: {"forget": task.forget(part)}  # noqa: E731
-    values_f, g_f = differentiate(task, L_f, batch, theta, lambda values: not _rests(knobs, values["forget"]))
+def _copies(theta: dict[str, nn.Parameter]) -> Params:
+    """Return the weights as they are now."""
+    copies: Params = {}
+    for name, p in theta.items():
+        copies[name] = p.detach().clone()
+    return copies
+
+
+def _project_update_(task: Task, theta: dict[str, nn.Parameter], before: Params, g_f: Params, norm2_f: float) -> float:
+    """Project the update that the optimizer made, so that it does not lower the constrained loss; return c.
+
+    `before` are the weights before the update; they are overwritten.
+    """
+    u = before
+    subtract_(u, theta, 1.0)  # the update as a descent direction
+    c = coefficient(inner(task, u, g_f), norm2_f)
+    subtract_(theta, g_f, -c)  # theta - (u - c g_f), without another copy of either
+    return c
+
+
+def _shared(task: Task, settings: Repair, theta: dict[str, nn.Parameter], batch: Any) -> Gradients:
+    """Compute what Algorithm 1 needs: two backward passes, one stored gradient; lam enters through c."""
+
+    def forget(part: Any) -> dict[str, Tensor]:
+        return {"forget": task.forget(part)}
+
+    def retain(part: Any) -> dict[str, Tensor]:
+        return {"retain": _retain(task, settings, part)}
+
+    def wanted(values: dict[str, float]) -> bool:
+        return not _rests(settings, values["forget"])
+
+    values_f, g_f = differentiate(task, forget, batch, theta, wanted)
     loss_f = values_f["forget"]
-    lam, ceiling = _below_ceiling(knobs, loss_f)
-    lam = 0.0 if g_f is None else lam  # forgotten: nothing but repair
-    values_r, g_r = differentiate(task, lambda part: {"retain": _keep(task, knobs, part)}, batch, theta)
+    lam, ceiling = _below_ceiling(settings, loss_f)
+    if g_f is None:
+        lam = 0.0  # forgotten: nothing but repair
+    values_r, g_r = differentiate(task, retain, batch, theta)
     loss_r = values_r["retain"]
     record = {"loss_r": loss_r, "loss_f": loss_f, "loss_o": loss_r - lam * loss_f, "ceiling": ceiling}
     return Gradients(g_r, g_f, lam, record)
 
 
-def _separate(task: Task, knobs: Repair, theta: dict[str, nn.Parameter], batch: Any, projecting: bool) -> Gradients:
-    """Objective and constraint apart: a backward pass of the objective, one of the constraint while it is in force.
+def _separate(task: Task, settings: Repair, theta: dict[str, nn.Parameter], batch: Any, projecting: bool) -> Gradients:
+    """Compute objective and constraint apart: a backward pass of the one, and one of the other while it is in force.
 
     From `release_at` on the concept is gone, and the constraint would only forbid directions that repair.
     """
-    g_f, loss_f, lam, ceiling = None, math.nan, knobs.lam, False
+    g_f, loss_f, lam, ceiling = None, math.nan, settings.lam, False
+
+    def constraint(part: Any) -> dict[str, Tensor]:
+        loss = task.forget(part) if settings.constraint == "forget" else task.contrast(part)
+        return {settings.constraint: loss}
+
+    def wanted(values: dict[str, float]) -> bool:
+        return not _rests(settings, values[settings.constraint])
+
+    def objective(part: Any) -> dict[str, Tensor]:
+        return _objective(task, settings, lam, part)
+
     if projecting:
-        constraint = task.forget if knobs.constraint == "forget" else task.contrast
-        L_f = lambda part: {knobs.constraint: constraint(part)}  # noqa: E731
-        wanted = lambda values: not _rests(knobs, values[knobs.constraint])  # noqa: E731
-        values, g_f = differentiate(task, L_f, batch, theta, wanted)
-        loss_f = values[knobs.constraint]
-    if knobs.objective == "ascent" and knobs.forget_ceiling is not None:  # lam is the whole batch's
-        lam, ceiling = _below_ceiling(knobs, measure(task, task.forget, batch, "forget"))
-    values, g = differentiate(task, lambda part: _objective(task, knobs, lam, part), batch, theta)
+        values, g_f = differentiate(task, constraint, batch, theta, wanted)
+        loss_f = values[settings.constraint]
+    if settings.objective == "ascent" and settings.forget_ceiling is not None:  # lam is the whole batch's
+        lam, ceiling = _below_ceiling(settings, measure(task, task.forget, batch, "forget"))
+    values, g = differentiate(task, objective, batch, theta)
     loss_r, loss_f = values["retain"], values.get("forget", loss_f)
-    record = {"loss_r": loss_r, "loss_f": loss_f, "loss_o": values[knobs.objective], "ceiling": ceiling}
+    record = {"loss_r": loss_r, "loss_f": loss_f, "loss_o": values[settings.objective], "ceiling": ceiling}
     return Gradients(g, g_f, 0.0, record)
 
 
-def _objective(task: Task, knobs: Repair, lam: float, part: Any) -> dict[str, Tensor]:
-    """The objective's terms, and the objective itself as the last one."""
-    L_r = _keep(task, knobs, part)
-    if knobs.objective == "ascent":
-        L = task.forget(part)
-        return {"retain": L_r, "forget": L, "ascent": L_r - lam * L}
+def _objective(task: Task, settings: Repair, lam: float, part: Any) -> dict[str, Tensor]:
+    """Return the objective's terms, and the objective itself as the last one."""
+    L_r = _retain(task, settings, part)
+    if settings.objective == "ascent":
+        L_f = task.forget(part)
+        return {"retain": L_r, "forget": L_f, "ascent": L_r - lam * L_f}
     return {"retain": L_r, "redirect": L_r + lam * task.redirect(part)}
 
 
-def _keep(task: Task, knobs: Repair, part: Any) -> Tensor:
-    return task.retain(part) if knobs.retain_loss == "data" else task.preserve(part)
+def _retain(task: Task, settings: Repair, part: Any) -> Tensor:
+    """Return the loss of what the repair keeps."""
+    return task.retain(part) if settings.retain_loss == "data" else task.preserve(part)
 
 
-def _rests(knobs: Repair, loss_f: float) -> bool:
-    return knobs.release_at is not None and loss_f >= knobs.release_at
+def _rests(settings: Repair, loss_f: float) -> bool:
+    """Return whether the constraint is released at this loss."""
+    return settings.release_at is not None and loss_f >= settings.release_at
 
 
-def _below_ceiling(knobs: Repair, loss_f: float) -> tuple[float, bool]:
-    """(lam, False), or (0, True) above the ceiling: ascent is unbounded, while the projection may stay on."""
-    over = knobs.forget_ceiling is not None and loss_f > knobs.forget_ceiling
-    return (0.0 if over else knobs.lam), over
+def _below_ceiling(settings: Repair, loss_f: float) -> tuple[float, bool]:
+    """Return (lam, False), or (0, True) above the ceiling: ascent is unbounded, while the projection may stay on."""
+    over = settings.forget_ceiling is not None and loss_f > settings.forget_ceiling
+    return (0.0 if over else settings.lam), over

@@ -92,7 +92,7 @@ class Method:
             phases["steps"] = {
                 "gradient": 4 * n.touched,
                 "stored gradient": 4 * n.trained * self.stored_gradients,
-                "optimiser": self.state_bytes * n.trained,
+                "optimizer": self.state_bytes * n.trained,
                 "kept by the method": self.kept_bytes(width) * n.trained,
             }
         return phases

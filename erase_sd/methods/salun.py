@@ -86,5 +86,5 @@ class SalUn(Descent, Method):
         """Return True where |grad L_f|, averaged with its sign, is among the largest of all weights together."""
         passes = {"g_f": (task.forget, same)}
         means = yield from averages(task, passes, task.trainable(), self.sensitivity_batches, state)
-        k = round(self.mask_fraction * entries(means["g_f"], task))
-        return top_k(magnitude(means["g_f"]), k, shards=task)
+        k = round(self.mask_fraction * entries(means["g_f"], task.shards))
+        return top_k(magnitude(means["g_f"]), k, shards=task.shards)

@@ -144,8 +144,8 @@ class Scissorhands(Repair, Method):
         changed = {}
         if self.trims():
             s = yield from self.sensitivity(task, state)
-            masks = top_k(s, round(self.fraction * entries(s, task)), self.strict, task)
-            changed = reinitialise_(task.trimmable(), masks, self.init, task.seed, task)
+            masks = top_k(s, round(self.fraction * entries(s, task.shards)), self.strict, task.shards)
+            changed = reinitialise_(task.trimmable(), masks, self.init, task.seed, task.shards)
         return {"phase": "trim", "changed": changed}
 
     def sensitivity(self, task: Task, state: dict | None = None) -> Generator[tuple[dict, dict], None, Params]:
@@ -154,7 +154,7 @@ class Scissorhands(Repair, Method):
         if self.saliency == "magnitude":
             return magnitude(theta)
         if self.saliency == "random":
-            return chance(theta, task.seed, task)
+            return chance(theta, task.seed, task.shards)
         if self.saliency == "contrast":
             passes = {
                 "g_f": (task.contrast, same),
@@ -162,7 +162,7 @@ class Scissorhands(Repair, Method):
                 "fisher_r": (task.retain, torch.square),
             }
             mean = yield from averages(task, passes, theta, self.sensitivity_batches, state)
-            return contrastive(theta, mean["g_f"], mean["fisher_f"], mean["fisher_r"], eps=0.1, shards=task)
+            return contrastive(theta, mean["g_f"], mean["fisher_f"], mean["fisher_r"], eps=0.1, shards=task.shards)
         passes = {"g_f": (task.forget, torch.abs if self.saliency == "summed" else same)}
         mean = yield from averages(task, passes, theta, self.sensitivity_batches, state)
         if self.saliency == "gradient":

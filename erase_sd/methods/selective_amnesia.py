@@ -93,7 +93,7 @@ class SelectiveAmnesia(Descent, Method):
             yield {"phase": "fisher"}, None
         scaled: Params = {}
         for name, x in F.items():
-            scaled[f"fisher/{name}"] = x * T**2 * task.knobs.batch_size
+            scaled[f"fisher/{name}"] = x * T**2 * task.settings.batch_size
         return scaled
 
 

@@ -65,7 +65,7 @@ class UCE(Method):
             moved += float((W @ M - W).square().sum())
             total += float(W.square().sum())
             p.data.copy_(W @ M)
-        moved, total = task.total(torch.tensor([moved, total])).tolist()
+        moved, total = task.shards.all_reduce(torch.tensor([moved, total])).tolist()
         yield {"step": 0, "moved": (moved / total) ** 0.5}, {"step": 1, "optimizer": {}}
 
     def pairs(self, task: DiffusionTask) -> Iterator[tuple[Tensor, Tensor]]:

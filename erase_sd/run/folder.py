@@ -105,10 +105,10 @@ class RunFolder:
         kind, count = ("sensitivity", "measured") if "measured" in state else ("checkpoint", "step")
         save_checkpoint(self.path / "checkpoints", state[count], tensors, meta, self.limit, kind)
 
-    def resume(self, weights: dict[str, Tensor], mine: Callable[[Mapping], Mapping]) -> Progress | None:
+    def resume(self, weights: dict[str, Tensor], local: Callable[[Mapping], Mapping]) -> Progress | None:
         """Put the weights of the checkpoint to start from into `weights`; None if the run starts from nothing.
 
-        `mine` takes this process's part of the checkpoint's tensors. Raises UserError for a named checkpoint that is
+        `local` takes this process's part of the checkpoint's tensors. Raises UserError for a named checkpoint that is
         missing or damaged.
         """
         root = self.path / "checkpoints"
@@ -118,9 +118,9 @@ class RunFolder:
         if found is None:
             return None
         tensors, meta = load_checkpoint(found)
-        for name, x in mine(tensors.below("weights/")).items():
+        for name, x in local(tensors.below("weights/")).items():
             weights[name].data.copy_(x)
-        state = {part: mine(tensors.below(f"{part}/")) for part in PARTS}
+        state = {part: local(tensors.below(f"{part}/")) for part in PARTS}
         counts = {key: meta[key] for key in ("step", "measured") if key in meta}
         return Progress(counts | state, meta["trace"], meta["changed"])
 

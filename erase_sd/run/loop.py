@@ -37,7 +37,7 @@ def run(
     the global batch of a step, from which the images/s come that are shown and logged. Raises UserError when the model
     is lost, SystemExit with 128 + signal when any rank is stopped.
     """
-    progress = (folder and folder.resume(weights, task.mine)) or Progress(None, [], {})
+    progress = (folder and folder.resume(weights, task.shards.local)) or Progress(None, [], {})
     steps = method.steps
     try:
         with StopFlag() as stop, _bar(steps, len(progress.trace), description) as bar:
@@ -50,7 +50,7 @@ def run(
                     if "measured" not in state:
                         check(state["step"])
                     if folder:
-                        folder.save(task.whole(weights), progress.mapped(task.whole))
+                        folder.save(task.shards.gather(weights), progress.mapped(task.shards.gather))
                 if stopping:
                     raise SystemExit(128 + stop.signum)  # also where another rank was told to
                 since = time.monotonic()

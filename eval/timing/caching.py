@@ -35,7 +35,7 @@ def lines(suite: TimingSuite, network: Network) -> Iterator[str]:
 
 def encoding(job: DenoisingTask, pipe: StableDiffusionPipeline) -> DenoisingTask:
     """The same task, whose batches encode as many pictures and captions as they hold latents and embeddings."""
-    n, side, draw = job.knobs.batch_size, job.samples.forget.shape[-1], generator(0, "caching")
+    n, side, draw = job.settings.batch_size, job.samples.forget.shape[-1], generator(0, "caching")
     pixels = torch.rand(2 * n, 3, PIXELS * side, PIXELS * side, generator=draw) * 2 - 1
     words = torch.randint(pipe.text_encoder.config.vocab_size, (2 * n, TOKENS), generator=draw)
     cached = job.batch

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from erase_sd.common.rng import generator
 from erase_sd.core.repair import Repair
-from erase_sd.core.task import MicroBatch, Replicated
+from erase_sd.core.task import REPLICATED, MicroBatch
 
 SETTINGS = {
     "paper": {},
@@ -31,8 +31,10 @@ SETTINGS = {
 }
 
 
-class ToyTask(Replicated):
+class ToyTask:
     """5 features, 3 labels: on the forget inputs 2 is forgotten for 0; retain knows 2 too, so the gradients meet."""
+
+    shards = REPLICATED
 
     def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32, sizes: tuple[int, ...] = (8,)) -> None:
         self.seed, self.sizes = seed, sizes

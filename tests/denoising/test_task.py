@@ -98,7 +98,7 @@ def disturb(pipe: StableDiffusionPipeline) -> None:
 
 def test_the_anchor_comes_from_the_network_that_was_asked_for(tiny_pipe: StableDiffusionPipeline) -> None:
     original, current = task(tiny_pipe, anchor_model="original"), task(tiny_pipe, anchor_model="current")
-    assert current.original is None
+    assert current.shards.original is None
     b = original.batch("repair", 0)
     x_t, _ = noisy(tiny_pipe, b.z_f, b.noise_f, b.t_f)
     with torch.no_grad():

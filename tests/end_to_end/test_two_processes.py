@@ -26,7 +26,7 @@ from erase_sd.common.processes import accelerator
 from erase_sd.common.rng import generator
 from erase_sd.core.sensitivity import entries, magnitude, threshold
 from erase_sd.denoising.samples import Samples
-from erase_sd.denoising.sharded import ShardedTask, wanted
+from erase_sd.denoising.sharded import wanted
 from erase_sd.denoising.task import DenoisingTask
 from erase_sd.methods.scissorhands import Scissorhands
 from erase_sd.models.pipeline import load
@@ -73,30 +73,30 @@ def made_up() -> Samples:
     )
 
 
-def started(folder: str, kind: type[DenoisingTask], name: str) -> tuple[DiffusionPipeline, DenoisingTask]:
+def started(folder: str, name: str, fsdp: bool = False) -> tuple[DiffusionPipeline, DenoisingTask]:
     pipe = load(folder)
     for p in pipe.unet.parameters() if name == "ties" else ():
         p.data = (p.data * 50).round() / 50
-    return pipe, kind(pipe, made_up(), LOSSES, 0, accelerator(None))
+    return pipe, DenoisingTask(pipe, made_up(), LOSSES, 0, accelerator(None), fsdp)
 
 
-def found(folder: str, kind: type[DenoisingTask]) -> dict[str, Tensor]:
+def found(folder: str, fsdp: bool = False) -> dict[str, Tensor]:
     """Per method the weights after the trim, all c and cos, the optimiser and the weights at the end; all whole."""
     results: dict[str, Tensor] = {}
     for name, method in METHODS.items():
-        pipe, task = started(folder, kind, name)
+        pipe, task = started(folder, name, fsdp)
         records = []
         for record, state in method(task):  # noqa: B007
             if record.get("phase") == "trim":
-                trimmed = task.whole(task.trimmable())
+                trimmed = task.shards.gather(task.trimmable())
                 results |= {f"{name}/trimmed/{n}": x.detach().clone() for n, x in trimmed.items()}
                 for dtype in (torch.int16, torch.bool, torch.bfloat16):  # of a state: what kahan keeps, masks
                     other = {n: (100 * p.detach()).to(dtype) for n, p in task.trimmable().items()}
-                    results |= {f"{name}/trimmed/{n} {dtype}": x for n, x in task.whole(other).items()}
+                    results |= {f"{name}/trimmed/{n} {dtype}": x for n, x in task.shards.gather(other).items()}
                 results[f"{name}/changed"] = torch.tensor(list(record["changed"].values()))
             if "c" in record:
                 records.append([record["c"], record["cos"]])
-        results |= {f"{name}/optimizer/{n}": x.clone() for n, x in task.whole(state["optimizer"]).items()}
+        results |= {f"{name}/optimizer/{n}": x.clone() for n, x in task.shards.gather(state["optimizer"]).items()}
         task.assemble()
         task.release()
         results[f"{name}/c"] = torch.tensor(records, dtype=torch.float64)
@@ -108,7 +108,7 @@ def interrupted(folder: str, where: str) -> dict[str, Tensor]:
     """The weights of the first method, sharded, when one process alone is told to stop in the second of its steps."""
     rank = int(os.environ["RANK"])
     for attempt in ("stopped", "resumed"):
-        pipe, task = started(folder, ShardedTask, "ours")
+        pipe, task = started(folder, "ours", fsdp=True)
 
         def check(step: int) -> None:
             if (attempt, step, rank) == ("stopped", 1, 1):  # noqa: B023
@@ -137,7 +137,7 @@ def together(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     AcceleratorState._reset_state(reset_partial_state=True)
-    one = found(str(tiny_sd), DenoisingTask)
+    one = found(str(tiny_sd))
     AcceleratorState._reset_state(reset_partial_state=True)
     return {"one": one, **{file.stem: load_file(file) for file in folder.glob("*.safetensors")}}
 
@@ -164,7 +164,7 @@ def test_two_processes_find_the_same_c_and_weights(together: dict, kind: str, me
 
 def test_ties_were_at_the_threshold(tiny_sd: Path):
     """Or the comparison above says nothing of them."""
-    _, task = started(str(tiny_sd), DenoisingTask, "ties")
+    _, task = started(str(tiny_sd), "ties")
     scores = magnitude(task.trimmable())
     tau, wanted = threshold(scores, round(0.1 * entries(scores)))
     tied = {name: int((s == tau).sum()) for name, s in scores.items()}
@@ -246,7 +246,7 @@ def wait_until(condition, seconds: float) -> None:
 
 if __name__ == "__main__":
     model, out = sys.argv[1:]
-    results = {"ddp": found(model, DenoisingTask), "fsdp": found(model, ShardedTask)}
+    results = {"ddp": found(model), "fsdp": found(model, fsdp=True)}
     results["resumed"] = interrupted(model, f"{out}/run")
     if os.environ["RANK"] == "0":
         for stem, tensors in results.items():

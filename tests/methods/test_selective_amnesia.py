@@ -31,7 +31,7 @@ class Toy(Alone):
     """A linear denoiser of vectors: noise is added, captions are added to the answer."""
 
     def __init__(self) -> None:
-        self.model, self.knobs, self.seed = nn.Linear(4, 4), SimpleNamespace(batch_size=B), 0
+        self.model, self.settings, self.seed = nn.Linear(4, 4), SimpleNamespace(batch_size=B), 0
         for p in self.model.parameters():
             p.data = torch.randn(p.shape, generator=generator(0, "init", p.ndim))
 

@@ -10,7 +10,7 @@ import torch
 
 from erase_sd.common.errors import UserError
 from erase_sd.common.signals import StopFlag
-from erase_sd.core.task import Replicated
+from erase_sd.core.task import REPLICATED
 from erase_sd.run import loop
 from erase_sd.run.folder import RunFolder
 
@@ -44,7 +44,9 @@ class Counting:
             yield {"step": step, "loss": float(step), "cos": math.nan, "c": 0.1}, {"step": step + 1, "optimizer": {}}
 
 
-class Weight(Replicated):
+class Weight:
+    shards = REPLICATED
+
     def __init__(self) -> None:
         self.weight = torch.zeros(1)
 
