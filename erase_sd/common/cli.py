@@ -22,7 +22,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -84,6 +84,18 @@ def filled(cls: type, values: dict[str, Any]) -> Any:
         if choices and name in values and values[name] not in (*choices, None):
             raise UserError(f"--{name} {values[name]!r} is none of {', '.join(map(str, choices))}")
     return cls(**{k: v for k, v in values.items() if k in names(cls)})
+
+
+def assemble(classes: Iterable[type], preset: dict[str, Any], given: dict[str, Any]) -> list[Any]:
+    """Return one instance of every dataclass: what was given wins over the preset, and that over the field's default.
+
+    Raises UserError for a given value that is an option of none of them, and as `filled` and the classes do.
+    """
+    classes = list(classes)
+    known = set().union(*map(names, classes))
+    for name in sorted(set(given) - known):
+        raise UserError(f"there is no option {name!r} here: see --help")
+    return [filled(cls, preset | given) for cls in classes]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,7 +7,8 @@ from typing import Literal
 
 import pytest
 
-from erase_sd.common.cli import argument, parse, peek
+from erase_sd.common.cli import argument, assemble, parse, peek
+from erase_sd.common.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,23 @@ def test_peek_reads_one_option_among_unknown_ones():
 def test_options_do_not_load_torch():
     code = "import sys, erase_sd.options; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_was_given_wins_over_the_preset_and_that_over_the_default():
+    preset = {"fraction": 0.1, "momentum": True, "of_another_method": 1}
+    job, knobs = assemble([Job, Knobs], preset, {"concept": ("cat",), "fraction": 0.2})
+    assert job == Job(concept=("cat",))
+    assert knobs == Knobs(fraction=0.2, momentum=True)
+
+
+def test_a_given_value_that_is_no_option_is_named():
+    with pytest.raises(UserError, match="there is no option 'fractoin' here: see --help"):
+        assemble([Job, Knobs], {}, {"concept": ("cat",), "fractoin": 0.2})
+
+
+def test_a_choice_that_does_not_exist_is_named():
+    with pytest.raises(UserError, match="--saliency 'taylor' is none of abs, signed"):
+        assemble([Knobs], {}, {"saliency": "taylor"})
 
 
 @dataclass(frozen=True, kw_only=True)
