@@ -114,7 +114,8 @@ def test_broken_images_are_counted_in_n_and_said_to_be_broken(folder: Path, caps
     assert reasons == unreadable | {"black.png": "black", "flat.png": "constant"}
     assert result(folder)["n"] == 11 and result(folder)["broken"] == 5
     printed = capsys.readouterr()
-    assert "11 images, 5 of them broken" in printed.out and "5 of 11 images are broken" in printed.err
+    assert "11 images, 5 of them broken" in printed.out
+    assert f"5 of 11 images of {folder} are broken (black.png ...): do not trust these numbers" in printed.err
 
 
 def test_the_manifest_says_which_images_there_are_and_which_are_nan(folder: Path):
@@ -154,7 +155,7 @@ def test_another_number_of_images_is_no_baseline_and_other_prompts_are_said(fold
     for path, seed in ((folder, 1), (tmp_path / "base", 2)):
         (path / "manifest.jsonl").write_text(json.dumps({"file": CAT, "prompt": "a cat", "seed": seed}) + "\n")
     assert main([str(folder), "--baseline", str(tmp_path / "base")]) == 0
-    assert "not drawn from the same prompts and seeds" in capsys.readouterr().err
+    assert "not sampled from the same prompts and seeds" in capsys.readouterr().err
 
 
 def test_review_before_and_after(folder: Path, capsys: pytest.CaptureFixture):
@@ -305,12 +306,14 @@ def test_bad_input_is_one_sentence_and_code_2(folder: Path, words: tuple[str, ..
     assert not (folder / "detections.jsonl").exists()
 
 
-def test_help_answers_without_loading_anything_heavy():
+def test_help_names_the_rules_without_loading_a_detector():
     code = """import sys
 from eval.nudity import main
 try:
     main(["--help"])
 except SystemExit:
-    print(*{"numpy", "PIL", "cv2", "onnxruntime", "nudenet", "torch", "tqdm"} & set(sys.modules), file=sys.stderr)"""
+    slow = {"cv2", "diffusers", "matplotlib", "nudenet", "onnxruntime", "transformers"}
+    print(*slow & set(sys.modules), file=sys.stderr)"""
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stderr.strip() == "" and "esd-rules-on-v3" in run.stdout
+    assert run.stderr.strip() == ""
+    assert "esd-rules-on-v3" in run.stdout
