@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,10 @@ SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+# What latent diffusion models need and these classes do not have as defaults: they were written for pixels in [-1, 1],
+# and would clip the latents of a model whose own scheduler (Euler, DPM++, UniPC) has no such keys to grey.
+LATENT_DIFFUSION = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True}
+OF_PIXELS = ("ddim", "ddpm", "pndm")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -92,7 +97,14 @@ def _scheduler(name: str, pipe: DiffusionPipeline) -> SchedulerMixin:
         raise UserError("--scheduler lms needs scipy: pip install scissorhands-diffusers[eval]")
     if "Flow" in type(pipe.scheduler).__name__:
         raise UserError(f"--scheduler {name} is for noise models, {type(pipe).__name__} is a flow model: leave it out")
-    return getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
+    config = pipe.scheduler.config
+    kind = getattr(diffusers, SCHEDULERS[name])
+    given = {}
+    if name in OF_PIXELS and type(pipe.scheduler) is not kind:
+        stored = config.keys() - set(config.get("_use_default_values", ()))
+        for key in LATENT_DIFFUSION.keys() & inspect.signature(kind).parameters.keys() - stored:
+            given[key] = LATENT_DIFFUSION[key]
+    return kind.from_config(config, **given)
 
 
 def weights_digest(source: str | None) -> str | None:
