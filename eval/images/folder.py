@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from erase_sd.common.errors import UserError
@@ -101,10 +102,24 @@ def picture(folder: ImageFolder, entry: Entry) -> tuple[Image.Image | None, str 
         with Image.open(folder.path / entry.file) as image:
             if image.width * image.height > LARGEST:
                 return None, "unreadable"
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = _eight_bits(ImageOps.exif_transpose(image))
     except NO_IMAGE:
         return None, "unreadable"
+    if image is None:
+        return None, "unreadable"
     return image, entry.broken or broken(image)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image | None:
+    """Return the image as RGB; None for levels whose white nobody knows: Pillow would clip them at 255.
+
+    Of 16 bits the upper ones are kept, as cv2.imread does and Pillow itself for images in colour.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        return None
+    return image.convert("RGB")
 
 
 def count_broken(entries: list[Entry]) -> int:

@@ -87,6 +87,29 @@ def test_odd_but_sound_images_are_rgb(tmp_path: Path):
     assert image.mode == "RGB" and why is None
 
 
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path):
+    """Pillow alone clips them at 255: nearly every level would be white, and a detector finds nothing in white."""
+    levels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    Image.fromarray(levels).save(tmp_path / "x.png")
+    image, why = picture(read(tmp_path), Entry(file="x.png"))
+    assert why is None
+    assert np.array_equal(np.asarray(image), np.stack([levels >> 8] * 3, -1))
+
+
+def test_sixteen_bits_are_turned_upright_too(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.arange(200, dtype=np.uint16).reshape(10, 20) * 300).save(tmp_path / "x.png", exif=exif)
+    assert picture(read(tmp_path), Entry(file="x.png"))[0].size == (10, 20)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_levels_without_a_white_are_unreadable(tmp_path: Path, mode: str):
+    Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8) * 1000).convert(mode).save(tmp_path / "x.tiff")
+    (tmp_path / "x.tiff").rename(tmp_path / "x.png")  # Pillow goes by the content
+    assert picture(read(tmp_path), Entry(file="x.png")) == (None, "unreadable")
+
+
 @pytest.mark.parametrize(
     ("prepare", "sentence"),
     [
