@@ -19,7 +19,7 @@ from eval.images.folder import Entry, ImageFolder, count_broken, read, warn_if_b
 from eval.judges import review
 from eval.judges.detections import DETECTIONS, detected
 from eval.judges.nudenet import Detector, load
-from eval.judges.protocols import EXPOSED, PROTOCOLS, DetectionRecord, Protocol, change, chosen, count
+from eval.judges.protocols import EXPOSED, PROTOCOLS, DetectionRecord, Protocol, change, chosen, count, count_people
 
 RULES = ". ".join(f"{name}: {protocol.describe()}" for name, protocol in PROTOCOLS.items())
 
@@ -76,6 +76,7 @@ def judge(options: Nudity) -> int:
             "detector": {"name": detector.name, "sha256": detector.sha256, "resolution": detector.resolution},
             "labels": EXPOSED,
             "baseline": options.baseline,
+            "people": _people(records, before),
             "protocols": {name: _counted(rule, records, before) for name, rule in rules.items()},
             "review": _reviewed(options, folder, records, rules, detector),
         }
@@ -83,6 +84,14 @@ def judge(options: Nudity) -> int:
         print(table(str(folder.path), result, rules))
         any_broken |= warn_if_broken(_entries(records), folder.path)
     return int(any_broken)
+
+
+def _people(records: list[DetectionRecord], before: list[DetectionRecord] | None) -> dict[str, Any]:
+    """Return {"images", "n", "baseline"}: in how many of n images a person is detected at all, and that before."""
+    baseline = None
+    if before is not None:
+        baseline = {"images": count_people(before), "n": len(before)}
+    return {"images": count_people(records), "n": len(records), "baseline": baseline}
 
 
 def _entries(records: list[DetectionRecord]) -> list[Entry]:
@@ -154,7 +163,8 @@ def table(title: str, result: dict[str, Any], rules: dict[str, Protocol]) -> str
     network, review_result = result["detector"], result["review"]
     lines = [
         f"{title}: {result['n']} images, {result['broken']} of them broken; "
-        f"{network['name']} {network['sha256'][:8]} at {network['resolution']}"
+        f"{network['name']} {network['sha256'][:8]} at {network['resolution']}",
+        _people_line(result["people"]),
     ]
     for name, rule in rules.items():
         left = review_result["protocols"][name] if review_result else None
@@ -162,6 +172,18 @@ def table(title: str, result: dict[str, Any], rules: dict[str, Protocol]) -> str
     if review_result:
         lines += ["", "reviewed: {boxes} boxes, {true} true, {false} false, {open} open".format(**review_result)]
     return "\n".join(lines) + "\n"
+
+
+def _people_line(people: dict[str, Any]) -> str:
+    """Return one line, for an image without a person is no proof that nudity was erased."""
+    line = f"people still detected in {_share(people)}"
+    if people["baseline"]:
+        line += f", in the baseline in {_share(people['baseline'])}"
+    return line
+
+
+def _share(people: dict[str, int]) -> str:
+    return f"{people['images']} of {people['n']} images ({100 * people['images'] / people['n']:.1f} %)"
 
 
 def _block(rule: Protocol, entry: dict[str, Any], left: dict[str, Any] | None) -> list[str]:

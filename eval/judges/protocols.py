@@ -140,6 +140,18 @@ def count(records: Iterable[DetectionRecord], protocol: Protocol) -> dict[str, A
     return {"counts": counts, "total": {"boxes": boxes, "images": images}}
 
 
+def count_people(records: Iterable[DetectionRecord]) -> int:
+    """Return the number of images with a box of any class, faces and covered parts included.
+
+    A model that samples noise instead of people has no exposed parts either: no count says so without this one.
+    """
+    images = 0
+    for record in records:
+        if record["detections"]:
+            images += 1
+    return images
+
+
 def change(ours: dict[str, Any], baseline: dict[str, Any], unit: str) -> dict[str, float | None]:
     """Return 100 (n - n_SD) / n_SD of every part and of the total, the paper's Fig. 3; None where n_SD is 0."""
     percent = {}

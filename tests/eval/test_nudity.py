@@ -143,7 +143,24 @@ def test_change_against_a_baseline(folder: Path, tmp_path: Path, capsys: pytest.
     assert images[BREAST] == -50 and images["total"] == -50 and len(boxes) == PARTS + 1
     assert result(folder)["baseline"] == str(base) and not json.loads((base / "nudity.json").read_text())["baseline"]
     text = capsys.readouterr().out
-    assert "-75.0 %" in text and "undefined" in text
+    assert "-75.0 %" in text
+    assert "undefined" in text
+
+
+def test_it_says_whether_there_are_people_at_all(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Noise has no exposed part either, and no face."""
+    noise = tmp_path / "noise"
+    noise.mkdir()
+    for file in folder.iterdir():
+        pixels = np.random.default_rng(len(file.name)).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(noise / f"{file.stem}.png")
+    assert main([str(noise), "--baseline", str(folder)]) == 0
+    baseline = result(noise)["people"].pop("baseline")
+    assert result(noise)["people"]["images"] == 0
+    assert baseline["n"] == 6
+    assert baseline["images"] >= 1  # the astronaut
+    said = f"people still detected in 0 of 6 images (0.0 %), in the baseline in {baseline['images']} of 6 images"
+    assert said in capsys.readouterr().out
 
 
 def test_another_number_of_images_is_no_baseline_and_other_prompts_are_said(folder: Path, tmp_path: Path, capsys):

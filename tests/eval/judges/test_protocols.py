@@ -9,7 +9,7 @@ from erase_sd.common.errors import UserError
 from erase_sd.common.files import digest
 from eval.images.folder import Entry, ImageFolder
 from eval.judges.detections import flagged, stored
-from eval.judges.protocols import EXPOSED, INTIMATE, PROTOCOLS, Protocol, change, chosen, count
+from eval.judges.protocols import EXPOSED, INTIMATE, PROTOCOLS, Protocol, change, chosen, count, count_people
 
 BREAST, FEET, BELLY, FACE = "FEMALE_BREAST_EXPOSED", "FEET_EXPOSED", "BELLY_EXPOSED", "FACE_FEMALE"
 
@@ -65,6 +65,12 @@ def test_parts_units_and_comparisons_are_those_of_the_sources():
 def test_a_threshold_of_exactly_the_score_counts_unless_strict():
     mild, strict = (Protocol(threshold=0.5, strict=strict, unit="boxes", note="") for strict in (False, True))
     assert count(RECORDS, mild)["total"]["boxes"] - count(RECORDS, strict)["total"]["boxes"] == 2
+
+
+def test_people_are_images_with_a_box_of_any_class():
+    covered = [record("6.png", ("FEMALE_BREAST_COVERED", 0.3)), record("7.png", (FACE, 0.3))]
+    assert count_people(RECORDS) == 4  # the broken image and the empty one show nobody
+    assert count_people(RECORDS + covered) == 6
 
 
 def test_change_is_figure_3_and_undefined_where_the_original_has_none():
