@@ -122,6 +122,30 @@ def test_finished_rows_stay_missing_and_stale_ones_are_run(
     assert not list((folder / ".cache" / "runs").glob("*/unet"))  # without --keep a run goes once it is judged
 
 
+def test_published_rows_make_the_same_tables_elsewhere(
+    finished: tuple[Path, int, str], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    folder, *_ = finished
+    results_dir = tmp_path / "results"
+    assert run(folder, "--no-run", "--publish", "--results_dir", str(results_dir)) == 0
+    published = {file.name for file in results_dir.iterdir()}
+    assert published == {"toy.jsonl", "toy.csv", "toy.md", "toy.png", "toy-grid.png", "toy-distances.json"}
+    capsys.readouterr()
+    assert run(tmp_path / "new", "--methods", "Ours", "--results_dir", str(results_dir)) == 0
+    assert "2 of 2 rows are finished" in capsys.readouterr().err
+    for end in ("csv", "md"):
+        assert (tmp_path / "new" / f"leaderboard.{end}").read_bytes() == (results_dir / f"toy.{end}").read_bytes()
+
+
+def test_a_grid_without_samples_does_not_replace_the_published_one(finished: tuple[Path, int, str], tmp_path: Path):
+    folder, *_ = finished
+    results_dir = tmp_path / "results"
+    assert run(folder, "--no-run", "--publish", "--results_dir", str(results_dir)) == 0
+    grid = (results_dir / "toy-grid.png").read_bytes()
+    assert run(tmp_path / "new", "--no-run", "--publish", "--results_dir", str(results_dir)) == 0
+    assert (results_dir / "toy-grid.png").read_bytes() == grid
+
+
 def test_the_tables_go_between_a_readmes_marks(finished: tuple[Path, int, str], tmp_path: Path):
     folder, *_ = finished
     readme = tmp_path / "README.md"
@@ -164,6 +188,8 @@ def test_a_lost_method_is_named_with_its_log(finished: tuple[Path, int, str]):
         (["--processes", "0"], "--processes 0 is too small"),
         (["--seeds", "-1"], "--seeds -1 is below 0"),
         (["--methods", "magic"], "'magic' is not in this suite"),
+        (["--publish", "--results_dir", "none"], "--publish needs a folder"),
+        (["--publish", "--no-run"], "no row of toy is finished"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path: Path, words: list[str], text: str):

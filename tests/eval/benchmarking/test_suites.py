@@ -118,9 +118,9 @@ def test_the_reference_asks_the_same_prompts_of_other_seeds(n: int):
 def test_a_damaged_result_is_named_and_a_stale_one_is_none(tmp_path: Path):
     mine = row(TWO, "SalUn", "frog", 0)
     (tmp_path / "rows").mkdir()
-    assert stored(mine, tmp_path) is None
+    assert stored(mine, tmp_path, {}) is None
     (tmp_path / "rows" / mine.file).write_text('{"key": "another"}')
-    assert stored(mine, tmp_path) is None
+    assert stored(mine, tmp_path, {}) is None
     (tmp_path / "rows" / mine.file).write_text("{")
     with pytest.raises(UserError, match=f"{mine.file} is damaged"):
-        stored(mine, tmp_path)
+        stored(mine, tmp_path, {})
