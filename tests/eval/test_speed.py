@@ -164,7 +164,7 @@ def test_fused_attention_counts_like_its_matrix_products():
 
 def test_every_benchmark_has_its_file_and_its_word():
     (words,) = typing.get_args(typing.get_type_hints(TimingSuite)["benchmarks"])[:1]
-    files = {path.stem for path in (ROOT / "eval" / "speeds").glob("*.py")}
+    files = {path.stem for path in (ROOT / "eval" / "timing").glob("*.py")}
     assert set(BENCHMARKS) == set(typing.get_args(words)) and set(BENCHMARKS) <= files
 
 
