@@ -93,7 +93,9 @@ def compare(options: Benchmark) -> int:
             text_around(Path(options.readme), mark)  # refuses now what would be refused after hours
     suite = SUITES[options.suite]
     wanted = rows(suite, options.methods, options.concepts, options.seeds)
-    by_file = {row.file: row for row in [*rows(suite, (), (), ()), *wanted]}
+    by_file = {}
+    for row in [*rows(suite, (), (), ()), *wanted]:
+        by_file[row.file] = row
     everything = list(by_file.values())
     published = read_published(options.results_dir, options.suite)
     folder = Path(options.output_dir or f"runs/benchmark-{options.suite}")
@@ -115,8 +117,12 @@ def run(
     published: Published,
 ) -> list[str]:
     """Carry out the rows that are missing or stale, seed by seed; return what went wrong with the others."""
-    missing = [row for row in wanted if stored(row, folder, published.rows) is None]
-    stale = [row.file for row in missing if (folder / "rows" / row.file).is_file() or row.file in published.rows]
+    missing, stale = [], []
+    for row in wanted:
+        if stored(row, folder, published.rows) is None:
+            missing.append(row)
+            if (folder / "rows" / row.file).is_file() or row.file in published.rows:
+                stale.append(row.file)
     print(f"{folder}: {len(wanted) - len(missing)} of {len(wanted)} rows are finished", file=sys.stderr)
     if stale:
         print(f"{len(stale)} rows are stale and run again: {' '.join(stale)}", file=sys.stderr)
@@ -196,8 +202,9 @@ def publish(suite: str, finished: Finished, folder: Path, place: Path, whole: bo
     A grid that lacks methods does not replace the published one.
     """
     write_published(place, suite, finished)
-    copies = {f"leaderboard.{end}": place / f"{suite}.{end}" for end in ("csv", "md", "png")}
-    copies["distances.json"] = distances_file(place, suite)
+    copies = {"distances.json": distances_file(place, suite)}
+    for end in ("csv", "md", "png"):
+        copies[f"leaderboard.{end}"] = place / f"{suite}.{end}"
     if whole:
         copies["grid.png"] = place / f"{suite}-grid.png"
     for name, file in copies.items():

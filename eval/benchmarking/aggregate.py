@@ -41,29 +41,38 @@ def method_scores(
     """
     distances = Distances(folder, published or {})
     groups: dict[tuple[str, str], list[tuple[BenchmarkRow, RowResult]]] = {}
+    keys = []
     for row, result in finished:
         groups.setdefault((row.method, row.concept), []).append((row, result))
-    single = []
+        keys.append(row.key)
+    board = []
     for (_, concept), group in groups.items():
-        single.append(concept_score(group, groups.get((ORIGINAL, concept), []), distances))
-    distances.write(row.key for row, _ in finished)
-    shared = common(single)
-    board = list(single)
-    for method in dict.fromkeys(score.method for score in single):
-        board.append(overall([s for s in single if s.method == method and s.concept in shared]))
+        board.append(concept_score(group, groups.get((ORIGINAL, concept), []), distances))
+    distances.write(keys)
+    shared = common(board)
+    comparable: dict[str, list[MethodScore]] = {}
+    for score in board:
+        scores = comparable.setdefault(score.method, [])
+        if score.concept in shared:
+            scores.append(score)
+    for scores in comparable.values():
+        board.append(overall(scores))
     return board
 
 
 def common(board: Sequence[MethodScore]) -> list[str]:
     """Return the concepts that every method has finished, which alone make means comparable; all, if there is none."""
-    concepts = list(dict.fromkeys(s.concept for s in board if s.concept))
-    done = {(s.method, s.concept) for s in board}
-    methods = {s.method for s in board}
+    methods = set()
+    finished_by: dict[str, set[str]] = {}
+    for score in board:
+        methods.add(score.method)
+        if score.concept:
+            finished_by.setdefault(score.concept, set()).add(score.method)
     shared = []
-    for concept in concepts:
-        if all((method, concept) in done for method in methods):
+    for concept, done in finished_by.items():
+        if done == methods:
             shared.append(concept)
-    return shared or concepts
+    return shared or list(finished_by)
 
 
 def concept_score(group: Finished, original: Finished, distances: Distances) -> MethodScore:
@@ -71,26 +80,34 @@ def concept_score(group: Finished, original: Finished, distances: Distances) -> 
 
     The floor is FID in units of the original model's over the same seeds.
     """
-    rows = [row for row, _ in group]
-    results = [result for _, result in group]
+    rows, results = [], []
+    for row, result in group:
+        rows.append(row)
+        results.append(result)
     values: Values = {}
     spread: Values = {}
     for key, name in RATES.items():
         rates = [100 * result[name]["value"] for result in results]
         values[key] = mean(rates)
         spread[key] = stdev(rates) if len(rates) > 1 else None
-    values["mean"] = harmonic(values[key] for key in RATES)
-    values["other"] = 100 * mean(result["other_share"] for result in results)
+    values["mean"] = harmonic([values["ua"], values["ira"], values["cra"]])
+    values["other"] = 100 * average(results, "other_share")
     values |= distance_values(rows, original, distances)
-    values["drift"] = 1000 * mean(result["drift"] for result in results)
-    values["drift_rmse"] = mean(result["drift_rmse"] for result in results)
-    values["seconds"] = mean(result["seconds"] for result in results)
+    values["drift"] = 1000 * average(results, "drift")
+    values["drift_rmse"] = average(results, "drift_rmse")
+    values["seconds"] = average(results, "seconds")
     values["memory"] = None
+    values["broken"] = 0
     for result in results:
         if result["peak_memory_mib"]:
             values["memory"] = max(values["memory"] or 0, result["peak_memory_mib"])
-    values["broken"] = sum(result["broken"] for result in results)
+        values["broken"] += result["broken"]
     return MethodScore(rows[0].method, rows[0].concept, len(rows), values, spread)
+
+
+def average(results: Sequence[RowResult], name: str) -> float:
+    """Return the mean of one entry of the results."""
+    return mean(result[name] for result in results)
 
 
 def distance_values(rows: list[BenchmarkRow], original: Finished, distances: Distances) -> Values:
@@ -99,7 +116,8 @@ def distance_values(rows: list[BenchmarkRow], original: Finished, distances: Dis
     if found is None:
         return {"fid": None, "floor": None, "kid": None, "n": None}
     seeds = {row.seed for row in rows if row.key in found["rows"]}
-    noise = distances.of([row for row, _ in original if row.seed in seeds])
+    same_seeds = [row for row, _ in original if row.seed in seeds]
+    noise = distances.of(same_seeds)
     floor = None
     if noise and noise["n"] == found["n"] and noise["fid"] > 0:
         floor = found["fid"] / noise["fid"]
@@ -108,12 +126,14 @@ def distance_values(rows: list[BenchmarkRow], original: Finished, distances: Dis
 
 def overall(single: list[MethodScore]) -> MethodScore:
     """Return the mean over the concepts, known where it is known of all; the harmonic mean is that of these means."""
+    first, *_ = single
     values: Values = {}
-    for key in single[0].values:
+    for key in first.values:
         column = [s.values[key] for s in single]
         values[key] = None if None in column else mean(column)
-    values["mean"] = harmonic(values[key] for key in RATES)
-    return MethodScore(single[0].method, None, sum(s.runs for s in single), values, dict.fromkeys(RATES))
+    values["mean"] = harmonic([values["ua"], values["ira"], values["cra"]])
+    runs = sum(s.runs for s in single)
+    return MethodScore(first.method, None, runs, values, dict.fromkeys(RATES))
 
 
 def harmonic(rates: Iterable[float]) -> float:
@@ -180,12 +200,16 @@ class Distances:
         name = digest(keys)
         if name in self.known:
             return self.known[name]
-        files = [features_file(row, self.folder) for row in rows]
-        if not rows or not all(file.is_file() for file in files):
+        complete = bool(rows)
+        for row in rows:
+            complete = complete and features_file(row, self.folder).is_file()
+        if not complete:
             return max(self._within(keys).values(), key=lambda entry: entry["n"], default=None)
-        ours = torch.cat([load_file(file)["features"] for file in files])
-        theirs = torch.cat([reference(r.concept, r.seed, r.pictures[1], self.folder) for r in rows])
-        self.known[name] = pooled(ours, theirs) | {"rows": keys}
+        ours, theirs = [], []
+        for row in rows:
+            ours.append(load_file(features_file(row, self.folder))["features"])
+            theirs.append(reference(row.concept, row.seed, row.pictures[1], self.folder))
+        self.known[name] = pooled(torch.cat(ours), torch.cat(theirs)) | {"rows": keys}
         return self.known[name]
 
     def write(self, keys: Iterable[str]) -> None:

@@ -97,24 +97,26 @@ def grid(rows: Sequence[BenchmarkRow], folder: Path) -> bool:
     Samples stay in .cache: methods of which some are gone are left out, and named. Return whether none is.
     """
     first = min(row.seed for row in rows)
-    rows = [row for row in rows if row.seed == first]
     concepts: list[str] = []
     titles: list[str] = []
+    files: dict[str, dict[str, Path]] = {}  # of a method's rows, by concept
     for row in rows:
+        if row.seed != first:
+            continue
         if row.method == ORIGINAL:
             concepts.append(row.concept)
             titles += captions_shown(row)
+        files.setdefault(row.method, {})[row.concept] = features_file(row, folder)
     lines: dict[str, list[Image.Image]] = {}
     missing: list[str] = []
-    for method in dict.fromkeys(row.method for row in rows):
-        files = {row.concept: features_file(row, folder) for row in rows if row.method == method}
-        if all(concept in files and files[concept].is_file() for concept in concepts):
-            lines[method] = []
-            for concept in concepts:
-                for pixels in load_file(files[concept])["shown"]:
-                    lines[method].append(Image.fromarray(pixels.numpy()))
-        else:
+    for method, found in files.items():
+        if not all(concept in found and found[concept].is_file() for concept in concepts):
             missing.append(method)
+            continue
+        lines[method] = []
+        for concept in concepts:
+            for pixels in load_file(found[concept])["shown"]:
+                lines[method].append(Image.fromarray(pixels.numpy()))
     if missing:
         text = f"grid.png is without {', '.join(missing)}: not all of their samples are in {folder}/.cache"
         print(text, file=sys.stderr)

@@ -11,7 +11,7 @@ from statistics import mean
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import write_atomic
 from erase_sd.pocket.score import wilson
-from eval.benchmarking.aggregate import RATES, MethodScore, common, pareto
+from eval.benchmarking.aggregate import RATES, MethodScore, average, common, pareto
 from eval.benchmarking.rows import BenchmarkRow, Finished, RowResult, protocol
 from eval.benchmarking.suites import ORIGINAL, Suite
 
@@ -104,19 +104,26 @@ def _left(rows: Sequence[BenchmarkRow]) -> str:
     named: dict[str, list[str]] = {}
     for row in rows:
         named.setdefault(row.method, []).append(f"{row.concept} {row.seed}")
-    return "".join(f"- {method}: {', '.join(texts)}\n" for method, texts in named.items())
+    lines = ""
+    for method, texts in named.items():
+        lines += f"- {method}: {', '.join(texts)}\n"
+    return lines
 
 
 def leaderboard_table(board: Sequence[MethodScore]) -> str:
     """Return a Markdown table; columns of which nothing is known are left out, and "broken" where nothing is."""
     best = pareto(board)
-    columns: dict[str, list[str]] = {"method": [s.method for s in board]}
-    for key, (head, digits) in COLUMNS.items():
-        columns[head] = [score_cell(s, key, digits) for s in board]
-    columns["runs"] = [str(s.runs) for s in board]
-    columns["front"] = ["yes" if s.method in best else "" for s in board]
-    if not any(s.values["broken"] for s in board):
-        del columns["broken"]
+    columns: dict[str, list[str]] = {}
+    broken = 0
+    for s in board:
+        columns.setdefault("method", []).append(s.method)
+        for key, (head, digits) in COLUMNS.items():
+            columns.setdefault(head, []).append(score_cell(s, key, digits))
+        columns.setdefault("runs", []).append(str(s.runs))
+        columns.setdefault("front", []).append("yes" if s.method in best else "")
+        broken += s.values["broken"]
+    if not broken:
+        columns.pop("broken", None)
     kept = {head: cells for head, cells in columns.items() if any(cells)}
     lines = [f"| {' | '.join(kept)} |", "|---" * len(kept) + "|"]
     for cells in zip(*kept.values(), strict=True):
@@ -169,7 +176,8 @@ def before_after_table(finished: Finished, method: str) -> str:
     most = 0
     for concept, found in pairs.items():
         lines.append(f"| {' | '.join([concept, *before_after_cells(found)])} |")
-        seeds.update(after["seed"] for _, after in found)
+        for _, after in found:
+            seeds.add(after["seed"])
         most = max(most, len(found))
     _, first = next(iter(pairs.values()))[0]
     pictures = f"together {most * first['UA']['n']} pictures of the concept and {most * first['IRA']['n']} of "
@@ -195,25 +203,30 @@ def paired(finished: Finished, method: str) -> dict[str, list[Pair]]:
 def before_after_cells(found: Sequence[Pair]) -> list[str]:
     """Return the cells of a concept's row, but for its name."""
     after = [result for _, result in found]
+    others = average(after, "other_share")
+    entries = average(after, "reinitialised")
+    seconds = average(after, "seconds")
     return [
         before_after_rate(found, "UA", missing=True),
-        f"{100 * mean(r['other_share'] for r in after):.1f}",
+        f"{100 * others:.1f}",
         before_after_rate(found, "IRA"),
         before_after_rate(found, "CRA"),
-        f"{mean(r['reinitialised'] for r in after):,.0f}",
-        f"{mean(r['seconds'] for r in after) / 60:.1f}",
+        f"{entries:,.0f}",
+        f"{seconds / 60:.1f}",
     ]
 
 
 def before_after_rate(found: Sequence[Pair], name: str, missing: bool = False) -> str:
     """Return a rate before and after with its interval, or what is `missing` of it to 1; in percent."""
-    before = mean(original[name]["value"] for original, _ in found)
-    after = mean(result[name]["value"] for _, result in found)
+    rates_before, rates_after = [], []
+    samples = 0
+    for original, result in found:
+        rates_before.append(original[name]["value"])
+        rates_after.append(result[name]["value"])
+        samples += min(result[name]["n"], result["n"])  # answers, and samples of the row
+    before, after = mean(rates_before), mean(rates_after)
     if missing:
         before, after = 1 - before, 1 - after
-    samples = 0
-    for _, result in found:
-        samples += min(result[name]["n"], result["n"])  # answers, and samples of the row
     low, high = wilson(after, samples)
     return f"{100 * before:.1f} → {100 * after:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 

@@ -123,14 +123,12 @@ def sampled(questions: list[Question], run: Path | None) -> Tensor:
 
     The sampler, its steps and guidance are the embedded model's own.
     """
-    images = sample(
-        load(str(FOLDER), unet=run and str(run)),
-        [caption(q.scene) for q in questions],
-        [q.seed for q in questions],
-        steps=STEPS,
-        guidance=GUIDANCE,
-        batch_size=64,
-    )
+    pipe = load(str(FOLDER), unet=run and str(run))
+    prompts, seeds = [], []
+    for question in questions:
+        prompts.append(caption(question.scene))
+        seeds.append(question.seed)
+    images = sample(pipe, prompts, seeds, steps=STEPS, guidance=GUIDANCE, batch_size=64)
     return torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in images]))
 
 
@@ -168,7 +166,12 @@ def _rates(row: BenchmarkRow, questions: list[Question], seen: Evaluation) -> di
     """Return UA, IRA and CRA as eval.concepts defines them, and the share of the concept's samples seen as "other"."""
     part = part_named(row.concept)
     kind, _ = part
-    entries = [Entry(file="", broken=broken(image)) for image in _images(seen.pixels)]
+    entries = []
+    broken_images = 0
+    for image in _images(seen.pixels):
+        reason = broken(image)
+        broken_images += bool(reason)
+        entries.append(Entry(file="", broken=reason))
     scenes = [q.scene for q in questions]
     found = rates(Judged(entries=entries, scenes=scenes, answers=seen.answers, images=""), [part])
     asked, others = 0, 0
@@ -177,7 +180,7 @@ def _rates(row: BenchmarkRow, questions: list[Question], seen: Evaluation) -> di
             asked += 1
             others += answer[kind] == oracle.OTHER
     found["other_share"] = others / asked
-    found["broken"] = sum(bool(entry.broken) for entry in entries)
+    found["broken"] = broken_images
     found["n"] = len(entries)
     return found
 

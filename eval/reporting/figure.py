@@ -106,9 +106,9 @@ def fig3(name: str, title: str, numbers: Panel) -> Picture:
 def _bars(axes: Axes, values: list[float | None], index: int, models: int) -> None:
     """Plot one model's bars, each with its value; None is no bar and the word "undefined"."""
     high = 0.8 / models
-    places = [row - 0.4 + high * (index + 0.5) for row in range(len(values))]
-    axes.barh(places, [value or 0 for value in values], height=0.86 * high, color=COLOURS[index % len(COLOURS)])
-    for value, place in zip(values, places, strict=True):
+    for row, value in enumerate(values):
+        place = row - 0.4 + high * (index + 0.5)
+        axes.barh(place, value or 0, height=0.86 * high, color=COLOURS[index % len(COLOURS)])
         left = value is not None and value < 0
         axes.annotate(
             percent(value),

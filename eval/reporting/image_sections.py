@@ -91,8 +91,10 @@ def _panel(source: str, title: str, images: list[ImageSet]) -> list[Block]:
         paths = [str(judged.folder.path) for judged in images]
         text = f"{title}: not all folders were counted by the protocol {PROTOCOL}."
         return [Note(text, shlex.join(["python", "-m", "eval.nudity", *paths, "--protocol", PROTOCOL]))]
-    baselines = [judged for judged in images if judged.is_baseline]
-    models = [judged for judged in images if not judged.is_baseline]
+    baselines, models = [], []
+    for judged in images:
+        group = baselines if judged.is_baseline else models
+        group.append(judged)
     if len(baselines) > 1:
         paths = " and ".join(str(judged.folder.path) for judged in baselines)
         raise UserError(f"{paths} are both of an original model: give one, all changes are relative to it")
@@ -127,7 +129,10 @@ def worst(runs: list[ErasureRun], images: list[ImageSet]) -> list[Block]:
     if not models:
         text = "No images of an erased model were given: draw them, judge them and name them with --images."
         return [Note(text, grid_command(runs[0]))]
-    return [_worst_of(judged, f"worst-{number}") for number, judged in enumerate(models)]
+    blocks = []
+    for number, judged in enumerate(models):
+        blocks.append(_worst_of(judged, f"worst-{number}"))
+    return blocks
 
 
 def _worst_of(judged: ImageSet, name: str) -> Block:
@@ -159,7 +164,10 @@ def _seen(concepts: dict[str, Any]) -> dict[str, tuple[float, str]]:
     """Return {file: (1, what is seen)} of the images that show a concept."""
     found = {}
     for file, answer in concepts["values"].items():
-        words = [f"{word} ({kind})" for kind, word in concepts["concepts"] if answer.get(kind) == word]
+        words = []
+        for kind, word in concepts["concepts"]:
+            if answer.get(kind) == word:
+                words.append(f"{word} ({kind})")
         if words:
             found[file] = (1.0, f"sees {', '.join(words)}")
     return found
@@ -169,7 +177,10 @@ def _scored(judged: ImageSet) -> dict[str, tuple[float, str]]:
     """Return {file: (score, part and score)} of the highest exposed part of every image that has one."""
     found = {}
     for record in detections(judged.folder.path / DETECTIONS):
-        parts = [(d["score"], d["class"]) for d in record["detections"] if d["class"] in EXPOSED]
+        parts = []
+        for box in record["detections"]:
+            if box["class"] in EXPOSED:
+                parts.append((box["score"], box["class"]))
         if parts:
             score, part = max(parts)
             found[record["file"]] = (score, f"{part_name(part)} {score:.2f}")
@@ -184,7 +195,8 @@ def quality(runs: list[ErasureRun], images: list[ImageSet]) -> list[Block]:
     metrics, broken, rates = [], [], []
     for judged in images:
         if judged.quality:
-            metrics += [[judged.name, *_metric(entry)] for entry in judged.quality["metrics"]]
+            for metric in judged.quality["metrics"]:
+                metrics.append([judged.name, *_metric(metric)])
             broken.append(f"{judged.name}: {judged.quality['broken']} of {judged.quality['n']} images broken")
         if judged.concepts:
             rates.append([judged.name, *_concepts(judged.concepts)])
@@ -204,9 +216,12 @@ def quality(runs: list[ErasureRun], images: list[ImageSet]) -> list[Block]:
         if not (judged.quality or judged.concepts or is_reference):
             missing.append(judged)
     if missing:
-        command = ["python", "-m", "eval.quality", *(str(judged.folder.path) for judged in missing)]
-        labels = ", ".join(judged.name for judged in missing)
-        blocks.append(Note(f"{labels}: not measured; --baseline names what to compare with.", shlex.join(command)))
+        command, names = ["python", "-m", "eval.quality"], []
+        for judged in missing:
+            command.append(str(judged.folder.path))
+            names.append(judged.name)
+        text = f"{', '.join(names)}: not measured; --baseline names what to compare with."
+        blocks.append(Note(text, shlex.join(command)))
     return blocks
 
 

@@ -20,7 +20,8 @@ def scores(runs: list[ErasureRun]) -> list[Block]:
     rows, captions, notes = [], [], []
     for run in runs:
         if run.scores:
-            rows += [[run.name, *row] for row in _rates(run.scores)]
+            for row in _rates(run.scores):
+                rows.append([run.name, *row])
             captions.append(_counts(run))
         else:
             notes.append(Note(f"{run.name} was not judged: draw its images, then judge them.", grid_command(run)))

@@ -54,13 +54,17 @@ def test_seeds_are_averaged_then_concepts(tmp_path: Path):
     board = method_scores(FINISHED, tmp_path)
     frog, neon, both = (of(board, "ESD", concept) for concept in ("frog", "neon style", None))
     assert [frog.values[key] for key in ("ua", "ira", "cra")] == pytest.approx([90, 85, 95])
-    assert frog.spread == pytest.approx({"ua": 200**0.5, "ira": 50**0.5, "cra": 50**0.5}) and frog.runs == 2
-    assert neon.spread == {"ua": None, "ira": None, "cra": None} and neon.values["broken"] == 3
-    assert [both.values[key] for key in ("ua", "ira", "cra")] == pytest.approx([70, 90, 95]) and both.runs == 3
+    assert frog.spread == pytest.approx({"ua": 200**0.5, "ira": 50**0.5, "cra": 50**0.5})
+    assert frog.runs == 2
+    assert neon.spread == {"ua": None, "ira": None, "cra": None}
+    assert neon.values["broken"] == 3
+    assert [both.values[key] for key in ("ua", "ira", "cra")] == pytest.approx([70, 90, 95])
+    assert both.runs == 3
     assert frog.values["mean"] == pytest.approx(3 / (1 / 90 + 1 / 85 + 1 / 95))
     assert both.values["mean"] == pytest.approx(3 / (1 / 70 + 1 / 90 + 1 / 95))
     assert (frog.values["seconds"], frog.values["memory"]) == (6, 700)
-    assert frog.values["drift"] == pytest.approx(2) and frog.values["other"] == pytest.approx(10)
+    assert frog.values["drift"] == pytest.approx(2)
+    assert frog.values["other"] == pytest.approx(10)
     assert {s.values["fid"] for s in board} == {None}  # no features, no distance
 
 
@@ -68,15 +72,18 @@ def test_a_method_that_lacks_a_concept_is_compared_on_the_others(tmp_path: Path)
     more = [(make_row("UCE", "frog", 0), result(1.0, 0.5, 0.5))]
     board = method_scores([*FINISHED, *more], tmp_path)
     assert common(board) == ["frog"]
-    assert of(board, "ESD", None).values == of(board, "ESD", "frog").values and of(board, "ESD", None).runs == 2
+    assert of(board, "ESD", None).values == of(board, "ESD", "frog").values
+    assert of(board, "ESD", None).runs == 2
     page = leaderboard_page("toy", Suite(methods={}, concepts=("frog", "neon style")), board, [])
-    assert "## Mean over frog, which every method has finished" in page and "## neon style" in page
+    assert "## Mean over frog, which every method has finished" in page
+    assert "## neon style" in page
     nowhere = [(make_row("UCE", "pencil style", 0), result(1.0, 0.5, 0.5))]
     assert of(method_scores([*FINISHED, *nowhere], tmp_path), "UCE", None).values["ua"] == 100
 
 
 def test_the_harmonic_mean_of_nothing_erased_is_nothing():
-    assert harmonic([0.0, 99.0, 98.0]) == 0 and harmonic([60.0, 60.0, 60.0]) == pytest.approx(60)
+    assert harmonic([0.0, 99.0, 98.0]) == 0
+    assert harmonic([60.0, 60.0, 60.0]) == pytest.approx(60)
     assert harmonic([100.0, 50.0, 50.0]) == pytest.approx(60)
 
 
@@ -90,7 +97,9 @@ def test_the_front():
         "f": (0, 0),
         "b again": (90, 90),
     }
-    assert front(points) == {"a", "b", "b again", "d"} and front({}) == set() and front({"x": (0, 0)}) == {"x"}
+    assert front(points) == {"a", "b", "b again", "d"}
+    assert front({}) == set()
+    assert front({"x": (0, 0)}) == {"x"}
 
 
 @pytest.fixture
@@ -120,7 +129,8 @@ def test_the_pooled_fid_is_that_of_all_features_together(tmp_path: Path, feature
     fids = {m: fid_by_scipy(features[m], features["reference"]) for m in (ORIGINAL, "ESD")}
     for method, fid in fids.items():
         values = of(board, method, "frog").values
-        assert values["fid"] == pytest.approx(fid, rel=1e-6) and values["n"] == 120
+        assert values["fid"] == pytest.approx(fid, rel=1e-6)
+        assert values["n"] == 120
         assert values["floor"] == pytest.approx(fid / fids[ORIGINAL], rel=1e-6)
     alone = [(r, x) for r, x in finished if r.method == ORIGINAL or r.seed == 0]  # its floor is of one seed as well
     values = of(method_scores(alone, tmp_path), "ESD", "frog").values
@@ -146,7 +156,9 @@ def test_seeds_of_another_machine_leave_the_distances_of_the_others(tmp_path: Pa
     features_file(finished[1][0], tmp_path).unlink()
     board = method_scores(finished, tmp_path)
     here, floor = of(board, "ESD", "frog"), of(board, ORIGINAL, "frog")
-    assert here.runs == 3 and here.values["n"] == 80 and floor.values["n"] == 120
+    assert here.runs == 3
+    assert here.values["n"] == 80
+    assert floor.values["n"] == 120
     assert [here.values[key] for key in ("fid", "kid", "floor")] == [known[key] for key in ("fid", "kid", "floor")]
 
 
@@ -156,12 +168,16 @@ def test_the_tables(tmp_path: Path):
     page = leaderboard_page("toy", suite, board, [make_row("ESD", "neon style", 1), make_row("ESD", "frog", 2)])
     assert "| method | UA | IRA | CRA | HM | nothing | drift | seconds | MiB | broken | runs | front |" in page
     assert "| ESD | 70.0 | 90.0 | 95.0 | 83.5 | 10.0 | 2.0 | 5.5 | 650 | 1.5 | 3 | yes |" in page
-    assert "| ESD | 90.0 ± 14.1 | 85.0 ± 7.1 | 95.0 ± 7.1 |" in page and "- ESD: neon style 1, frog 2\n" in page
+    assert "| ESD | 90.0 ± 14.1 | 85.0 ± 7.1 | 95.0 ± 7.1 |" in page
+    assert "- ESD: neon style 1, frog 2\n" in page
     assert "Best harmonic mean: ESD (83.5); IRA -7.0 and CRA -2.0 points from the original model." in page
-    assert page.index("| original |") < page.index("| ESD |") and "_std" not in page
+    assert page.index("| original |") < page.index("| ESD |")
+    assert "_std" not in page
     lines = list(csv.DictReader(io.StringIO(leaderboard_csv(board))))
     assert [(line["method"], line["concept"]) for line in lines][-2:] == [(ORIGINAL, "all"), ("ESD", "all")]
-    assert lines[2]["ua"] == "90" and lines[2]["ua_std"] == "14.1421" and lines[2]["fid"] == "" == lines[0]["memory"]
+    assert lines[2]["ua"] == "90"
+    assert lines[2]["ua_std"] == "14.1421"
+    assert lines[2]["fid"] == "" == lines[0]["memory"]
     plots.tradeoff(board, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
 

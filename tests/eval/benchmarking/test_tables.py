@@ -35,7 +35,9 @@ def test_rates_before_and_after_are_means_over_the_seeds_that_both_have():
     assert cells["drawn when asked (100 - UA)"].startswith("87.5 → 6.2 [")
     assert cells["others of its kind (IRA)"].startswith("100.0 → 62.5 [")
     assert cells["the other kinds (CRA)"].startswith("98.0 → 97.0 [")
-    assert frog.startswith("| frog |") and frog.endswith("| 1,106 | 2.0 |") and "| 12.5 |" in frog
+    assert frog.startswith("| frog |")
+    assert frog.endswith("| 1,106 | 2.0 |")
+    assert "| 12.5 |" in frog
     assert not any("neon" in line or "Other" in line for line in rest)
     assert "seeds 0, 1; together 144 pictures of the concept and 672 of everything else per row" in rest[-1]
 
