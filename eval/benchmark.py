@@ -33,6 +33,7 @@ from eval.benchmarking.rows import (
     BenchmarkRow,
     Finished,
     Published,
+    RowResult,
     distances_file,
     read_published,
     rows,
@@ -173,7 +174,7 @@ def write_tables(
 
     Return the Markdown page, the finished rows with their results, and whether the grid shows all their methods.
     """
-    finished: list = []
+    finished: list[tuple[BenchmarkRow, RowResult]] = []
     left: list[BenchmarkRow] = []
     for row in everything:
         result = stored(row, folder, published.rows)

@@ -210,19 +210,21 @@ def quality(runs: list[ErasureRun], images: list[ImageSet]) -> list[Block]:
         )
         caption += "CRA: of the other kinds on all prompts; in brackets the 95 % interval. Higher is better."
         blocks.append(Table(["images", "concept", "UA", "IRA", "CRA", "broken"], rates, 2, caption))
-    missing = []
+    return blocks + _unmeasured(images, bool(blocks))
+
+
+def _unmeasured(images: list[ImageSet], others: bool) -> list[Block]:
+    """Return the command that measures what was not; the original model is what the `others` were compared with."""
+    command, names = ["python", "-m", "eval.quality"], []
     for judged in images:
-        is_reference = judged.is_baseline and blocks  # the others were measured against it
+        is_reference = judged.is_baseline and others
         if not (judged.quality or judged.concepts or is_reference):
-            missing.append(judged)
-    if missing:
-        command, names = ["python", "-m", "eval.quality"], []
-        for judged in missing:
             command.append(str(judged.folder.path))
             names.append(judged.name)
-        text = f"{', '.join(names)}: not measured; --baseline names what to compare with."
-        blocks.append(Note(text, shlex.join(command)))
-    return blocks
+    if not names:
+        return []
+    text = f"{', '.join(names)}: not measured; --baseline names what to compare with."
+    return [Note(text, shlex.join(command))]
 
 
 def _metric(entry: dict[str, Any]) -> list[str]:
