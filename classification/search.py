@@ -66,7 +66,7 @@ class Search:
     budget: int = knob(12, "draws per method and kind of forget set")
     seeds: int = knob(3, "runs per draw, each with a forget set and a trained network of its own")
     output_dir: str = knob("runs/search", "folder of the runs")
-    table: str = knob("docs/search.csv", "file of every draw and its gap")
+    table: str = knob("docs/results/search.csv", "file of every draw and its gap")
     processes: int = knob(2, "runs at a time")
 
 
