@@ -6,10 +6,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-import diffusers
 import torch
-import transformers
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from erase_sd.denoising import concept as subject
@@ -59,6 +56,8 @@ def describe(plan: Plan, model: str) -> str:
 
 def outline(model: str, config: str | None) -> dict[str, nn.Module]:
     """Every part of the pipeline that has weights, on the meta device; the one to be erased is called "network"."""
+    from diffusers import DiffusionPipeline
+
     layout = check_single_file(model, config) if Path(model).is_file() else model
     check_place(layout, "--model" if layout == model else "--model_config")
     with explained("--model", model), torch.device("meta"):
@@ -71,6 +70,9 @@ def outline(model: str, config: str | None) -> dict[str, nn.Module]:
 
 def _part(layout: str, name: str, library: str, cls: str) -> nn.Module | None:
     """One part from its configuration, or None for what has no weights."""
+    import diffusers
+    import transformers
+
     of = getattr({"diffusers": diffusers, "transformers": transformers}[library], cls)
     if not issubclass(of, nn.Module):
         return None

@@ -16,11 +16,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from erase_sd.common.errors import UserError
@@ -31,6 +30,9 @@ from erase_sd.models.families import Cond, family, network
 from erase_sd.models.noise import ForwardProcess, forward_process
 from erase_sd.models.parameters import select, without_norms
 from erase_sd.settings import TaskSettings
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # What accelerate sets on a model to autocast it; with the last one left, it would not prepare the model again.
 WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
@@ -170,7 +172,7 @@ class DenoisingTask(Replicated):
     def redirect(self, batch: DenoisingBatch) -> Tensor:
         """Distance between the answer to the concept's caption and the answer to its anchor."""
         x_t = self.add_noise(batch.z_d, batch.noise_f, batch.t_d)
-        answer = self.old if self.knobs.anchor_model == "original" else self.predict
+        answer = self.predict_original if self.knobs.anchor_model == "original" else self.predict
         with torch.no_grad():
             wanted = answer(x_t, batch.t_d, batch.c_a)
         return nn.functional.mse_loss(self.predict(x_t, batch.t_d, batch.c_f), wanted)

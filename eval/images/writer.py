@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from erase_sd.common.files import RunLock, claim, file_digest, write_atomic
 from erase_sd.common.imaging import broken
 from erase_sd.common.signals import StopFlag
-from erase_sd.models.pipeline import draw
+from erase_sd.models.pipeline import sample_batch
 from eval.images.folder import GENERATION, MANIFEST, Entry, entries_of
 from eval.images.pipelines import load
 from eval.images.sources import ImageRequest
@@ -110,7 +110,7 @@ def fill(folder: Folder, options: Generation, todo: list[list[ImageRequest]]) ->
 def _draw(pipe: DiffusionPipeline, batch: list[ImageRequest], steps: int) -> list[tuple[Image.Image, str | None]]:
     """The images of a batch, each with why it is none: NaN is told from black, which it would be saved as."""
     row = batch[0].row  # guidance and size are alike in a batch
-    pixels = draw(
+    pixels = sample_batch(
         pipe,
         [job.row.prompt for job in batch],
         [torch.Generator("cpu").manual_seed(job.seed) for job in batch],
