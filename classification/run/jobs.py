@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from classification.data.dataset import Dataset
@@ -27,9 +28,9 @@ from erase_sd.common.errors import UserError
 from erase_sd.common.files import digest, file_digest, write_atomic
 from erase_sd.common.processes import accelerator, workers
 from erase_sd.methods.finetune import FineTune
-from erase_sd.run.folder import RunFolder
-from erase_sd.run.loop import run
-from erase_sd.run.record import run_record, write_run
+from erase_sd.run.folder import Progress, RunFolder
+from erase_sd.run.loop import execute
+from erase_sd.run.record import run_record
 
 WEIGHTS = "model.safetensors"
 
@@ -92,44 +93,46 @@ def unlearn(plan: ClassifierPlan, accel: Accelerator) -> dict[str, Any]:
 def carry_out(
     method: Any, task: ClassificationTask, folder: Path, config: dict, *, every: int, judge: Parts | None, **more: Any
 ) -> dict[str, Any]:
-    """Run a method in its folder, resuming it, and leave the weights and the record there."""
-    weights = task.model.state_dict()
-    main = task.accelerator.is_main_process
-    with RunFolder(folder, config, writes=main) as place:
-        task.accelerator.wait_for_everyone()  # all see the folder alike: before it, or after
-        if done := place.complete():
-            return done | more | {"folder": str(folder)}  # where it is now: runs may be moved
-        more["resumed"] = (folder / "checkpoints").is_dir()  # then `seconds` is not the whole time
-        place.status("running")
-        start = time.monotonic()
-        check = lambda step: check_finite(weights, step)  # noqa: E731
-        name = config.get("method", "train")
-        progress = run(method, task, weights, place, every=every, check=check, description=name)
-        more |= {"samples": task.samples, "reinitialised": sum(progress.changed.values()), "folder": str(folder)}
-        record = run_record(
+    """Run a method in its folder, resuming it, and leave the weights and the record there.
+
+    `judge` has the data by which the result is scored; `more` is added to the record.
+    """
+    start = time.monotonic()
+    weights, main = task.model.state_dict(), task.accelerator.is_main_process
+    resumed = (folder / "checkpoints").is_dir()  # then `seconds` is not the whole time
+    more["folder"] = str(folder)  # where it is now: runs may be moved
+
+    def finish(progress: Progress) -> dict[str, Any]:
+        measured = scores(task.model, judge, task.accelerator.device) if judge else None
+        if main:
+            tensors = {}
+            for name, x in weights.items():
+                tensors[name] = x.detach().cpu().contiguous()
+            write_atomic(folder / WEIGHTS, save(tensors))
+        return run_record(
             config,
             seed=task.seed,
             base=config.get("model", str(more.get("raw_folder"))),
             base_hash=str(config.get("raw")),
             seconds=time.monotonic() - start,
             trace=progress.trace,
-            scores=scores(task.model, judge, task.accelerator.device) if judge else None,
+            scores=measured,
+            resumed=resumed,
+            samples=task.samples,
+            reinitialised=sum(progress.changed.values()),
             **more,
         )
-        if main:
-            write_atomic(folder / WEIGHTS, save({k: x.detach().cpu().contiguous() for k, x in weights.items()}))
-            write_run(folder, record)
-        place.status("complete")
-        place.forget_checkpoints()
-        task.accelerator.wait_for_everyone()  # nobody goes on to use what is not written yet
-    return record
 
-
-def check_finite(weights: dict[str, Tensor], step: int) -> None:
-    """Raise FloatingPointError for weights that must not be saved."""
-    for name, x in weights.items():
-        if not x.isfinite().all():
-            raise FloatingPointError(f"after {step} steps {name} holds NaN or infinity")
+    record = execute(
+        method,
+        nullcontext((task, weights)),
+        RunFolder(folder, config, writes=main),
+        finish,
+        wait=task.accelerator.wait_for_everyone,
+        every=every,
+        description=config.get("method", "train"),
+    )
+    return record | more
 
 
 def restore(model: nn.Module, folder: Path) -> nn.Module:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from erase_sd.common.files import RunLock, claim, file_digest, write_atomic
 from erase_sd.common.imaging import broken
 from erase_sd.common.signals import StopFlag
-from erase_sd.models.pipeline import draw
+from erase_sd.models.pipeline import sample_batch
 from eval.images.folder import GENERATION, MANIFEST, Entry, entries_of
 from eval.images.sources import ImageRequest
 
@@ -113,7 +113,7 @@ def fill(folder: FolderWriter, pipe: DiffusionPipeline, batches: list[list[Image
 def _sample(pipe: DiffusionPipeline, batch: list[ImageRequest], steps: int) -> list[tuple[Image.Image, str | None]]:
     """Return the images of a batch, each with why it is none: NaN is told from black, which it would be saved as."""
     row = batch[0].row  # guidance and size are alike in a batch
-    arrays = draw(
+    arrays = sample_batch(
         pipe,
         [request.row.prompt for request in batch],
         [torch.Generator("cpu").manual_seed(request.seed) for request in batch],

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from erase_sd.common.errors import UserError
+from erase_sd.methods import PRESETS
 from erase_sd.models.parameters import select, without_norms
 from erase_sd.models.pipeline import load
 from erase_sd.pocket import FOLDER
-from erase_sd.methods import PRESETS
 from eval import selectivity
 from eval.selectivity import overlap
 

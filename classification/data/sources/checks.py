@@ -19,9 +19,7 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name} is not installed: pip install erase-sd[classification]"
-        ) from error
+        raise UserError(f"{error.name} is not installed: pip install erase-sd[classification]") from error
 
 
 def root(folder: str, inner: str, files: Iterable[str]) -> Path:

@@ -812,7 +812,5 @@ def test_sources_load_their_libraries_when_they_are_asked():
 
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(
-        UserError, match=r"datasets is not installed: pip install erase-sd\[classification\]"
-    ):
+    with pytest.raises(UserError, match=r"datasets is not installed: pip install erase-sd\[classification\]"):
         load("svhn")
