@@ -6,21 +6,28 @@
 from __future__ import annotations
 
 import csv
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+
 from classification.benchmark import job
+from classification.data.partition import partition
+from classification.metrics.gradcam import figure
+from classification.plan import make
+from classification.reporting import figures
 from classification.reporting.tables import TableRow, as_csv, as_markdown, row
-from erase_sd.common.cli import knob, parse, run_main
+from classification.run.jobs import run_all
+from classification.run.measure import finished, measured
+from erase_sd.common.cli import command, knob, run_main
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import write_atomic
 
-PAPER = (
-    Path(__file__).parent / "reporting" / "paper_ablation.csv"
-)  # Table 3 of arXiv 2401.06187: CIFAR-10, random 10 %, in %
+# Table 3 of arXiv 2401.06187: CIFAR-10, random 10 %, in %
+PAPER = Path(__file__).parent / "reporting" / "paper_ablation.csv"
 SALIENCIES: dict[str, dict[str, Any]] = {
     "SNIP, abs(theta g)": {"saliency": "abs"},
     "SNIP with its sign, Eq. 2": {"saliency": "signed"},
@@ -60,32 +67,39 @@ class Ablation:
                 raise UserError(f"--{name} {getattr(self, name)} is too few: give 1 or more")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run what is missing, then write the table and the pictures."""
-    argv = sys.argv[1:] if argv is None else argv
-    text = "Vary the parts of Scissorhands."
-    options = Ablation(**parse(argv, prog="ablation", description=text, ablation=Ablation)["ablation"])
-    tables, folders = results(options)
-    from classification.reporting import figures
-
+def ablate(options: Ablation) -> None:
+    """Run what is missing, then write the table and the plots."""
+    tables, records = results(options)
     place = Path(options.report or options.output_dir)
-    file = lambda kind, suffix: place / f"{kind}_{options.dataset}{suffix}"  # noqa: E731
+    page = f"# Scissorhands on {options.dataset}, {options.forget}, {options.seeds} seeds\n\n"
+    all_rows: list[TableRow] = []
+    for title, rows in tables.items():
+        page += f"## {title}\n\n{as_markdown(list(rows.values()))}\n"
+        all_rows += rows.values()
+    write_atomic(place / f"ablation_{options.dataset}.md", page)
+    write_atomic(place / f"ablation_{options.dataset}.csv", as_csv(all_rows, "table"))
+    curves = {}
+    for title in PANELS:
+        rows = _without_retrain(tables[title])
+        curves[title] = {float(value): row for value, row in rows.items()}
     retrain = tables[TABLE3]["retrain"]
-    curves = {name: {float(x): r for x, r in tables[name].items() if x != "retrain"} for name in PANELS}
-    page = "".join(f"## {name}\n\n{as_markdown(list(rows.values()))}\n" for name, rows in tables.items())
-    page = f"# Scissorhands on {options.dataset}, {options.forget}, {options.seeds} seeds\n\n{page}"
-    write_atomic(file("ablation", ".md"), page)
-    write_atomic(file("ablation", ".csv"), as_csv((r for rows in tables.values() for r in rows.values()), "table"))
-    figures.panels(curves, retrain, {"lambda"}, file("ablation", ".png"))
-    figures.variants([r for name, r in tables[SALIENCY].items() if name != "retrain"], file("saliency", ".png"))
-    sheet(options, folders).save(file("gradcam", ".png"))
+    figures.panels(curves, retrain, {"lambda"}, place / f"ablation_{options.dataset}.png")
+    saliencies = list(_without_retrain(tables[SALIENCY]).values())
+    figures.variants(saliencies, place / f"saliency_{options.dataset}.png")
+    gradcam_sheet(options, records).save(place / f"gradcam_{options.dataset}.png")
     print(f"{page}\n{place}: ablation, saliency and gradcam of {options.dataset}")
-    return 0
+
+
+def _without_retrain(rows: dict[str, TableRow]) -> dict[str, TableRow]:
+    return {name: row for name, row in rows.items() if name != "retrain"}
 
 
 def variants(options: Ablation) -> dict[str, dict[str, dict[str, Any]]]:
-    """Knobs by table and row."""
-    pairs = {f"{init}, {p}": {"init": init, "projection": p} for init in options.inits for p in ("on", "off")}
+    """Return the options that are varied, by table and row."""
+    pairs: dict[str, dict[str, Any]] = {}
+    for init in options.inits:
+        for projection in ("on", "off"):
+            pairs[f"{init}, {projection}"] = {"init": init, "projection": projection}
     kept, lam, share = PANELS
     return {
         TABLE3: pairs,
@@ -97,55 +111,65 @@ def variants(options: Ablation) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def results(options: Ablation) -> tuple[dict[str, dict[str, TableRow]], dict[str, dict[str, Any]]]:
-    """The rows by table and name, Retrain's first in each; and the first seed's records by method of LOOKING."""
-    from classification.run.jobs import run_all
-    from classification.run.measure import measured
-
-    seeds = range(options.seeds)
-    preset = {"preset": options.preset} if options.preset else {}
-    wanted = {("", name, s): job(options, options.forget, name, s) for name in LOOKING for s in seeds}
+    """Return (rows by table and name, Retrain's first in each; the first seed's records by method of LOOKING)."""
+    records = _records(options)
+    retrain = records["", "retrain"]
+    theirs: dict[str, dict[str, float]] = {}
+    if (options.dataset, options.forget) == ("cifar10", "random:0.1"):
+        theirs = paper()
+    tables: dict[str, dict[str, TableRow]] = {}
     for title, rows in variants(options).items():
-        for name, knobs in rows.items():
-            ours = [job(options, options.forget, "scissorhands", s) | preset | knobs for s in seeds]
-            wanted |= {(title, name, s): values for s, values in zip(seeds, ours, strict=True)}
-    found = run_all(wanted.values(), options.processes, "ablation", partial(measured, relearning=True))
-    done = dict(zip(wanted, found, strict=True))
-    retrain = [done["", "retrain", s] for s in seeds]
-    theirs = paper() if (options.dataset, options.forget) == ("cifar10", "random:0.1") else {}
-    tables = {
-        title: {"retrain": row("retrain", title, retrain, retrain)}
-        | {
-            name: row(name, title, [done[title, name, s] for s in seeds], retrain, paper=theirs.get(name))
-            for name in rows
-        }
-        for title, rows in variants(options).items()
-    }
-    return tables, {name: done["", name, 0] for name in LOOKING}
+        tables[title] = {"retrain": row("retrain", title, retrain, retrain)}
+        for name in rows:
+            tables[title][name] = row(name, title, records[title, name], retrain, paper=theirs.get(name))
+    return tables, {name: records["", name][0] for name in LOOKING}
+
+
+def _records(options: Ablation) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Return the records by table, "" for LOOKING's, and row, in the order of the seeds; what is missing is run."""
+    preset = {"preset": options.preset} if options.preset else {}
+    keys: list[tuple[str, str]] = []
+    wanted: list[dict[str, Any]] = []
+    for name in LOOKING:
+        for s in range(options.seeds):
+            keys.append(("", name))
+            wanted.append(job(options, options.forget, name, s))
+    for title, rows in variants(options).items():
+        for name, varied in rows.items():
+            for s in range(options.seeds):
+                keys.append((title, name))
+                wanted.append(job(options, options.forget, "scissorhands", s) | preset | varied)
+    found = run_all(wanted, options.processes, "ablation", partial(measured, relearning=True))
+    records: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for key, record in zip(keys, found, strict=True):
+        records.setdefault(key, []).append(record)
+    return records
 
 
 def paper() -> dict[str, dict[str, float]]:
-    """The paper's Table 3 by the names of our rows, in %."""
+    """Return the paper's Table 3 by the names of our rows, in %."""
+    table = {}
     with PAPER.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {f"{r.pop('init')}, {r.pop('projection')}": {k: float(v) for k, v in r.items()} for r in rows}
+        for line in csv.DictReader(file):
+            name = f"{line.pop('init')}, {line.pop('projection')}"
+            table[name] = {column: float(text) for column, text in line.items()}
+    return table
 
 
-def sheet(options: Ablation, folders: dict[str, dict[str, Any]]) -> Any:
-    """Grad-CAM of the networks of these records, and of the one before, on examples of D_f and D_r."""
-    import torch
-
-    from classification.data.partition import partition
-    from classification.metrics.gradcam import figure
-    from classification.plan import make
-    from classification.run.measure import finished
-
+def gradcam_sheet(options: Ablation, records: dict[str, dict[str, Any]]) -> Image.Image:
+    """Return Grad-CAM of the original model and the networks of these records, on examples of D_f and D_r."""
     plan = make(**job(options, options.forget, "scissorhands", 0))
-    cut = partition(plan.data)
-    places = {"original": folders["scissorhands"]["raw_folder"]} | {k: r["folder"] for k, r in folders.items()}
-    models = {name: finished(plan, cut, place) for name, place in places.items()}
-    few = [part.take(torch.arange(min(4, len(part)))) for part in (cut.forget, cut.retain)]
-    return figure(models, *few, scale=max(1, 96 // cut.forget.pixels.shape[-1]))
+    parts = partition(plan.data)
+    models = {"original": finished(plan, parts, records["scissorhands"]["raw_folder"])}
+    for name, record in records.items():
+        models[name] = finished(plan, parts, record["folder"])
+    first = torch.arange(4)
+    forget = parts.forget.take(first[: len(parts.forget)])
+    retain = parts.retain.take(first[: len(parts.retain)])
+    return figure(models, forget, retain, scale=max(1, 96 // forget.pixels.shape[-1]))
 
+
+main = command("ablation", "Vary the parts of Scissorhands.", Ablation, ablate)
 
 if __name__ == "__main__":
     run_main(main)

@@ -7,15 +7,21 @@ Runs that exist cost nothing, killed ones go on.
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from classification.methods import METHODS
+from classification.metrics.lira import attack
+from classification.reporting import figures
 from classification.reporting.tables import ScoreRecord, TableRow, as_csv, as_markdown, of_paper, row, verdict
-from erase_sd.common.cli import knob, parse, run_main
+from classification.run.jobs import run_all
+from classification.run.measure import RELEARN, measured
+from erase_sd.common.cli import command, knob, run_main
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import write_atomic
 
@@ -48,102 +54,119 @@ class ClassifierBenchmark:
 
     def __post_init__(self) -> None:
         """Raise UserError for what cannot be compared."""
-        if unknown := [name for name in self.methods if name not in METHODS]:
-            raise UserError(f"unknown method {unknown[0]!r}: use one of {', '.join(METHODS)}")
-        for name, least in (("seeds", 1), ("processes", 1), ("lira", 3)):
-            if (value := getattr(self, name)) is not None and value < least and (name, value) != ("lira", 0):
-                raise UserError(f"--{name} {value} is too few: give {least} or more")
+        for name in self.methods:
+            if name not in METHODS:
+                raise UserError(f"unknown method {name!r}: use one of {', '.join(METHODS)}")
+        for name in ("seeds", "processes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} is too few: give 1 or more")
+        if self.lira is not None and self.lira != 0 and self.lira < 3:
+            raise UserError(f"--lira {self.lira} is too few: give 3 or more")
 
     @property
     def shadows(self) -> int:
-        """Shadow models of each kind."""
-        return (4 if self.dataset == "digits" else 0) if self.lira is None else self.lira
+        """Return the number of shadow models of each kind."""
+        if self.lira is not None:
+            return self.lira
+        return 4 if self.dataset == "digits" else 0
 
 
-def main(argv: list[str] | None = None) -> int:
+def compare(options: ClassifierBenchmark) -> None:
     """Run what is missing, then write and print the tables."""
-    argv = sys.argv[1:] if argv is None else argv
-    text = "Compare all methods with Retrain."
-    options = ClassifierBenchmark(
-        **parse(argv, prog="benchmark", description=text, benchmark=ClassifierBenchmark)["benchmark"]
-    )
     rows = results(options)
-    from classification.reporting import figures
-
     place = Path(options.report or options.output_dir) / f"benchmark_{options.dataset}"
     page = markdown(options, rows)
     write_atomic(place.with_suffix(".csv"), as_csv(rows))
     write_atomic(place.with_suffix(".md"), page)
     figures.gaps(rows, AGAIN, place.with_suffix(".png"))
     print(f"{page}\n{place}.csv, .md, .png")
-    return 0
 
 
 def jobs(
     options: ClassifierBenchmark, runs: int, forget_seed: int | None = None
 ) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """Values of every run by forget set, name in the table and seed; all of one forget set if its seed is given."""
-    names = ("retrain", AGAIN, *(name for name in options.methods if name != "retrain"))
-    return {
-        (forget, name, s): job(options, forget, name, s)
-        | ({} if forget_seed is None else {"forget_seed": forget_seed})
-        for forget in options.forget
-        for name in names
-        for s in range(runs)
-    }
+    """Return the values of every run by forget set, name in the table and seed.
+
+    All runs are of one forget set if its seed is given.
+    """
+    names = ["retrain", AGAIN]
+    for name in options.methods:
+        if name != "retrain":
+            names.append(name)
+    wanted = {}
+    for forget in options.forget:
+        for name in names:
+            for s in range(runs):
+                wanted[forget, name, s] = job(options, forget, name, s)
+                if forget_seed is not None:
+                    wanted[forget, name, s]["forget_seed"] = forget_seed
+    return wanted
 
 
 def job(options: Any, forget: str, name: str, s: int) -> dict[str, Any]:
-    """Values of run s of a method, or of the second Retrain; data set and folders are those of the options."""
-    values = {key: getattr(options, key) for key in ("dataset", "data_dir", "output_dir")}
-    values |= {"method": "retrain" if name == AGAIN else name, "forget": forget}
-    return values | {"forget_seed": s, "train_seed": s, "seed": s + OWN_INIT.get(name, 0)}
+    """Return the values of run s of a method, or of the second Retrain; data and folders are those of the options."""
+    return {
+        "dataset": options.dataset,
+        "data_dir": options.data_dir,
+        "output_dir": options.output_dir,
+        "method": "retrain" if name == AGAIN else name,
+        "forget": forget,
+        "forget_seed": s,
+        "train_seed": s,
+        "seed": s + OWN_INIT.get(name, 0),
+    }
 
 
 def results(options: ClassifierBenchmark) -> list[TableRow]:
-    """The rows, one per forget set and method."""
-    from classification.run.jobs import run_all
-    from classification.run.measure import measured
-
-    def done(wanted: dict, relearning: bool, text: str) -> dict[tuple[str, str], list[ScoreRecord]]:
-        found = run_all(wanted.values(), options.processes, text, partial(measured, relearning=relearning))
-        grouped: dict[tuple[str, str], list[ScoreRecord]] = {}
-        for (forget, name, _), record in zip(wanted, found, strict=True):
-            grouped.setdefault((forget, name), []).append(record)
-        return grouped
-
-    main = done(jobs(options, options.seeds), options.relearn, "benchmark")
-    shadows = done(jobs(options, options.shadows, forget_seed=0), False, "shadow models") if options.shadows else {}
+    """Return the rows, one per forget set and method; what is missing is run."""
+    runs_of = _records(options, jobs(options, options.seeds), options.relearn, "benchmark")
+    shadows: dict[tuple[str, str], list[ScoreRecord]] = {}
+    if options.shadows:
+        shadows = _records(options, jobs(options, options.shadows, forget_seed=0), False, "shadow models")
     rows = []
-    for (forget, name), runs in main.items():
-        never = shadows.get((forget, "retrain"))
-        attack = attacked(shadows[forget, name], never) if never and name != "retrain" else {}
+    for (forget, name), runs in runs_of.items():
+        rates = {}
+        if shadows and name != "retrain":
+            rates = attacked(shadows[forget, name], shadows[forget, "retrain"])
         theirs = of_paper(options.dataset, forget).get(name)
-        rows.append(row(name, forget, runs, main[forget, "retrain"], attack=attack, paper=theirs))
+        rows.append(row(name, forget, runs, runs_of[forget, "retrain"], attack=rates, paper=theirs))
     return rows
 
 
+def _records(
+    options: ClassifierBenchmark, wanted: dict[tuple[str, str, int], dict[str, Any]], relearning: bool, text: str
+) -> dict[tuple[str, str], list[ScoreRecord]]:
+    """Return the records of these runs by forget set and name, in the order of the seeds."""
+    found = run_all(wanted.values(), options.processes, text, partial(measured, relearning=relearning))
+    grouped: dict[tuple[str, str], list[ScoreRecord]] = {}
+    for (forget, name, _), record in zip(wanted, found, strict=True):
+        grouped.setdefault((forget, name), []).append(record)
+    return grouped
+
+
 def attacked(unlearned: list[ScoreRecord], never: list[ScoreRecord]) -> dict[str, float]:
-    """How well LiRA tells these shadow models' forget sets from those that Retrain never saw."""
-    import torch
+    """Return how well LiRA tells these shadow models' forget sets from those that Retrain never saw."""
+    found = attack(_confidences(unlearned), _confidences(never), pooled=True)  # few shadow models: one variance
+    return found._asdict()
 
-    from classification.metrics.lira import attack
 
-    confidences = [torch.tensor([run["confidence"] for run in runs]) for runs in (unlearned, never)]
-    return attack(*confidences, pooled=True)._asdict()  # few shadow models: one variance
+def _confidences(runs: Iterable[ScoreRecord]) -> torch.Tensor:
+    """Return the confidences (runs, examples of D_f)."""
+    return torch.tensor([run["confidence"] for run in runs])
 
 
 def markdown(options: ClassifierBenchmark, rows: list[TableRow]) -> str:
-    """The tables, each with its verdict, and what their numbers mean."""
-    from classification.run.measure import RELEARN
-
-    page = [f"# Unlearning on {options.dataset}\n\n{LEGEND.format(seeds=options.seeds, **RELEARN)}"]
-    page += [SHADOWS.format(shadows=options.shadows)] if options.shadows else []
+    """Return the tables, each with its verdict, and what their numbers mean."""
+    page = f"# Unlearning on {options.dataset}\n\n{LEGEND.format(seeds=options.seeds, **RELEARN)}"
+    if options.shadows:
+        page += SHADOWS.format(shadows=options.shadows)
     for forget in options.forget:
         mine = [row for row in rows if row.group == forget]
-        page.append(f"\n## {forget}\n\n{as_markdown(mine)}\n{verdict(mine, AGAIN)}\n")
-    return "".join(page)
+        page += f"\n## {forget}\n\n{as_markdown(mine)}\n{verdict(mine, AGAIN)}\n"
+    return page
 
+
+main = command("benchmark", "Compare all methods with Retrain.", ClassifierBenchmark, compare)
 
 if __name__ == "__main__":
     run_main(main)

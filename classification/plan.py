@@ -1,14 +1,14 @@
-"""From what the user asked for to every value of a run: preset, then what was given; free of torch."""
+"""From what the user asked for to every value of a run: preset, then what was given."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-from classification.methods import METHODS
+from classification.methods import FORGET_WALKERS, METHODS
 from classification.presets import PRESETS, TRAINING, TUNED
 from classification.settings import ClassifierSettings, Data
-from erase_sd.common.cli import filled, knob, names
+from erase_sd.common.cli import assemble, filled, knob
 from erase_sd.common.errors import UserError
 from erase_sd.core.descent import Descent
 
@@ -24,7 +24,7 @@ class ClassifierJob:
     seed: int = knob(0, "seed of every draw of the method")
     epochs: float | None = knob(None, "walks through the data, instead of --steps")
     raw: str | None = knob(None, "folder of the trained network (default: the recipe's, trained if it is missing)")
-    train_seed: int = knob(0, "seed of the network that knows everything")
+    train_seed: int = knob(0, "seed of the original model")
     output_dir: str = knob("runs/classification", "folder of all runs, each in a folder of its own")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = knob(None, "autocast; by default accelerate's setting")
     checkpointing_steps: int = knob(500, "steps between two checkpoints")
@@ -32,7 +32,7 @@ class ClassifierJob:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifierTraining(Descent):
-    """How the network that knows everything is trained."""
+    """How the original model is trained."""
 
     model: str = knob("smallnet", "resnet18, resnet34, smallnet, or a transformers image classifier by folder or id")
     weights: str | None = knob(None, '"hub" or a file of torchvision weights to start from')
@@ -49,39 +49,57 @@ class ClassifierPlan(NamedTuple):
     method: Any  # a dataclass of METHODS
 
     def config(self) -> dict[str, Any]:
-        """All values that decide the result, as JSON holds them."""
-        values = {k: v for part in self for k, v in dataclasses.asdict(part).items() if k not in HOW}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        """Return all values that decide the result, as JSON holds them."""
+        values: dict[str, Any] = {}
+        for part in self:
+            values |= dataclasses.asdict(part)
+        config = {}
+        for name, value in values.items():
+            if name not in HOW:
+                config[name] = list(value) if isinstance(value, tuple) else value
+        return config
+
+    def walked(self) -> str:
+        """Return the set that an epoch of the method walks through, "forget" or "retain"."""
+        return "forget" if self.job.method in FORGET_WALKERS else "retain"
 
 
 def groups(method: str) -> dict[str, type]:
-    """The dataclasses whose fields are the options of a method. Raises UserError for an unknown method."""
+    """Return the dataclasses whose fields are the options of a method. Raises UserError for an unknown method."""
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     return {"job": ClassifierJob, "data": Data, "losses": ClassifierSettings, "method": METHODS[method]}
 
 
 def make(**given: Any) -> ClassifierPlan:
-    """The plan for these values; the others come from the preset, then from the knobs' defaults.
+    """Return the plan for these values; the others come from the preset, then from the options' defaults.
 
-    Raises UserError for an unknown method, preset, knob or choice, and as the knobs do.
+    Without a preset the method's values are the data set's and, over them, those that `classification.search` found.
+    Raises UserError for an unknown method, preset, option or choice, and as the options' dataclasses do.
     """
     method = given.get("method", "scissorhands")
     classes = groups(method)
-    unknown = set(given) - set().union(*map(names, classes.values()))
-    if unknown:
-        raise UserError(f"{method} has no knob {sorted(unknown)[0]!r}: see --help")
-    dataset, presets = given.get("dataset", "digits"), PRESETS[method]
-    preset = given.get("preset") or next((p for p in (dataset, f"authors/{dataset}") if p in presets), None)
-    if preset is not None and preset not in presets:
-        raise UserError(f"unknown preset {preset!r}: {method} has {', '.join(presets)}")
-    kind = given.get("forget", Data.forget).partition(":")[0]
-    tuned = {} if given.get("preset") else TUNED.get(dataset, {}).get(kind, {}).get(method, {})
-    values = (presets[preset] if preset else {}) | tuned | given | {"preset": preset}
-    values |= {"epochs": None} if "steps" in given else {}
-    return ClassifierPlan(*(filled(cls, values) for cls in classes.values()))
+    preset = given.get("preset") or _usual_preset(method, given.get("dataset", "digits"))
+    if preset is not None and preset not in PRESETS[method]:
+        raise UserError(f"unknown preset {preset!r}: {method} has {', '.join(PRESETS[method])}")
+    values = dict(PRESETS[method][preset]) if preset else {}
+    if not given.get("preset"):
+        kind = given.get("forget", Data.forget).partition(":")[0]
+        values |= TUNED.get(given.get("dataset", "digits"), {}).get(kind, {}).get(method, {})
+    given["preset"] = preset
+    if "steps" in given:
+        given["epochs"] = None
+    return ClassifierPlan(*assemble(classes.values(), values, given))
+
+
+def _usual_preset(method: str, dataset: str) -> str | None:
+    """Return the preset of a method on a data set where none is given: ours, the released code's, or none."""
+    for name in (dataset, f"authors/{dataset}"):
+        if name in PRESETS[method]:
+            return name
+    return None
 
 
 def training(dataset: str, **given: Any) -> ClassifierTraining:
-    """The recipe of a data set, with changes."""
+    """Return the training recipe of a data set, with changes."""
     return filled(ClassifierTraining, TRAINING[dataset] | given)

@@ -1,4 +1,4 @@
-"""Named settings: how networks are trained, and the knobs of every method, the released code's per data set and ours.
+"""Named settings: how networks are trained, and every method's options, the released code's per data set and ours.
 
 `epochs` becomes steps: walks through the retain set, or through the forget set for the methods that see nothing else.
 """
@@ -7,18 +7,18 @@ import json
 from pathlib import Path
 
 TUNED = json.loads((Path(__file__).parent / "tuned.json").read_text(encoding="utf-8"))
-"""Data set, kind of forget set, method -> knobs: what `classification.search` found."""
+"""Data set, kind of forget set, method -> options: what `classification.search` found."""
 
 SGD = {"momentum": 0.9, "weight_decay": 5e-4}
 
 
 def _multistep(epochs: int) -> dict:
-    """The released schedule: a tenth of the learning rate from epoch 91 and a hundredth from epoch 136 on."""
+    """Return the released schedule: a tenth of the learning rate from epoch 91 and a hundredth from epoch 136 on."""
     return {"epochs": epochs, "schedule": "multistep", "milestones": (91 / epochs, min(1.0, 136 / epochs))}
 
 
 CIFAR = {"model": "resnet18", "batch_size": 256, "lr": 0.1, **SGD}
-TRAINING: dict[str, dict] = {  # the network that knows everything
+TRAINING: dict[str, dict] = {  # the original model
     "digits": {"model": "smallnet", "batch_size": 64, "lr": 0.1, **SGD, "epochs": 30, "schedule": "cosine"},
     "cifar10": CIFAR | _multistep(185),
     "cifar100": CIFAR | _multistep(185),
@@ -50,42 +50,58 @@ RELEASED = {  # Scissorhands in the released classification code
 FACES = {**SGD, "epochs": 5, "batch_size": 8}
 TEN = {**SGD, "epochs": 10, "batch_size": 256}
 
+
+def _released(options: dict, faces: dict | None = None) -> dict[str, dict]:
+    """Return the released code's presets: one set of options for the three sets of small images, one for faces."""
+    presets = {"authors/cifar10": options, "authors/cifar100": options, "authors/svhn": options}
+    if faces is not None:
+        presets["authors/celeba"] = faces
+    return presets
+
+
+def _retrain() -> dict[str, dict]:
+    """Return Retrain's presets: the released recipe of each data set, and that of digits as ours too."""
+    presets = {}
+    for name, recipe in RETRAIN.items():
+        presets[f"authors/{name}"] = recipe
+    presets["digits"] = RETRAIN["digits"]
+    return presets
+
+
 PRESETS: dict[str, dict[str, dict]] = {
-    "retrain": {f"authors/{name}": recipe for name, recipe in RETRAIN.items()} | {"digits": RETRAIN["digits"]},
+    "retrain": _retrain(),
     "ft": {
-        **{f"authors/{name}": TEN | {"lr": 1e-2} for name in ("cifar10", "cifar100", "svhn")},
-        "authors/celeba": FACES | {"lr": 1e-4},
+        **_released(TEN | {"lr": 1e-2}, FACES | {"lr": 1e-4}),
         "digits": TEN | {"lr": 1e-2, "batch_size": 64},
     },
     "ga": {
-        **{f"authors/{name}": TEN | {"epochs": 5, "lr": 1e-4} for name in ("cifar10", "cifar100", "svhn")},
-        "authors/celeba": FACES | {"epochs": 3, "lr": 1e-4},
+        **_released(TEN | {"epochs": 5, "lr": 1e-4}, FACES | {"epochs": 3, "lr": 1e-4}),
         "digits": TEN | {"epochs": 5, "lr": 1e-4, "batch_size": 64},
     },
     "iu": {  # the released alpha differs from seed to seed; these are the first seed's
-        **{f"authors/{name}": {"alpha": 1.0} for name in ("cifar10", "cifar100")},
+        "authors/cifar10": {"alpha": 1.0},
+        "authors/cifar100": {"alpha": 1.0},
         "authors/svhn": {"alpha": 15.0},
         "authors/celeba": {"alpha": 2.0},
         "digits": {"alpha": 1.0},
     },
     "be": {
-        **{f"authors/{name}": TEN | {"lr": 1e-6} for name in ("cifar10", "cifar100", "svhn")},
-        "authors/celeba": FACES | {"lr": 1e-5},
+        **_released(TEN | {"lr": 1e-6}, FACES | {"lr": 1e-5}),
         "digits": TEN | {"lr": 1e-3, "batch_size": 64},
     },
     "bs": {
-        **{f"authors/{name}": TEN | {"lr": 1e-6, "other_only": False} for name in ("cifar10", "cifar100", "svhn")},
-        "authors/celeba": FACES | {"lr": 1e-5, "other_only": False},
+        **_released(TEN | {"lr": 1e-6, "other_only": False}, FACES | {"lr": 1e-5, "other_only": False}),
         "digits": TEN | {"lr": 1e-3, "batch_size": 64},
     },
     "l1-sparse": {
-        **{f"authors/{name}": TEN | {"lr": 1e-2, "l1": 1e-4} for name in ("cifar10", "cifar100", "svhn")},
-        "authors/celeba": FACES | {"epochs": 3, "lr": 1e-3, "l1": 1e-3},
+        **_released(TEN | {"lr": 1e-2, "l1": 1e-4}, FACES | {"epochs": 3, "lr": 1e-3, "l1": 1e-3}),
         "digits": TEN | {"lr": 1e-2, "l1": 1e-4, "batch_size": 64},
     },
     "salun": {
-        **{f"authors/{name}": TEN | {"lr": 5e-3, "mask_mode": "gradient"} for name in ("cifar10", "cifar100", "svhn")},
-        "authors/celeba": FACES | {"lr": 5e-3, "mask_fraction": 0.2, "mask_mode": "gradient"},
+        **_released(
+            TEN | {"lr": 5e-3, "mask_mode": "gradient"},
+            FACES | {"lr": 5e-3, "mask_fraction": 0.2, "mask_mode": "gradient"},
+        ),
         "digits": TEN | {"lr": 5e-3, "batch_size": 64},
     },
     "neggrad+": {"digits": TEN | {"lr": 1e-2, "alpha": 0.95, "batch_size": 64}},
@@ -103,4 +119,3 @@ PRESETS: dict[str, dict[str, dict]] = {
         "digits": TEN | {"lr": 1e-2, "fraction": 0.03, "lam": 0.05, "batch_size": 64},
     },
 }
-FORGET_WALKERS = {"ga", "be", "bs"}  # an epoch of these is a walk through the forget set

@@ -1,4 +1,4 @@
-"""Choose every method's knobs on a validation forget set, with one budget: `python -m classification.search`.
+"""Choose every method's options on a validation forget set, with one budget: `python -m classification.search`.
 
 The forget sets, networks and test data of the benchmark are not looked at: other seeds draw and train them, another
 class is forgotten, and validation examples stand in for test examples. Writes every draw to a table and the best ones
@@ -10,13 +10,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from erase_sd.common.cli import knob, parse, run_main
+import torch
+
+from classification.run.jobs import run_all
+from erase_sd.common.cli import command, knob, run_main
 from erase_sd.common.files import write_atomic
 from erase_sd.common.rng import generator
 
@@ -64,75 +66,85 @@ class Search:
     budget: int = knob(12, "draws per method and kind of forget set")
     seeds: int = knob(3, "runs per draw, each with a forget set and a trained network of its own")
     output_dir: str = knob("runs/search", "folder of the runs")
-    table: str = knob("docs/search.csv", "file of every draw and its gap")
+    table: str = knob("docs/results/search.csv", "file of every draw and its gap")
     processes: int = knob(2, "runs at a time")
 
 
-def main(argv: list[str] | None = None) -> int:
+def tune(search: Search) -> None:
     """Run what is missing, write the table of draws, and put the best ones into the presets."""
-    argv = sys.argv[1:] if argv is None else argv
-    text = "Choose the knobs of every method on validation data."
-    search = Search(**parse(argv, prog="search", description=text, search=Search)["search"])
     rows = results(search)
     out = io.StringIO()
     writer = csv.DictWriter(out, ["forget", "method", "gap", "knobs"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row | {"knobs": json.dumps(row["knobs"]), "gap": f"{row['gap']:.3f}"} for row in rows)
+    for row in rows:
+        writer.writerow(row | {"knobs": json.dumps(row["knobs"]), "gap": f"{row['gap']:.3f}"})
     write_atomic(Path(search.table), out.getvalue())
     best = json.loads(TUNED.read_text()) if TUNED.is_file() else {}
-    for row in sorted(rows, key=lambda row: -row["gap"]):  # the smallest gap comes last and stays
+    rows.sort(key=lambda row: row["gap"], reverse=True)  # the smallest gap comes last and stays
+    for row in rows:
         best.setdefault(search.dataset, {}).setdefault(kind(row["forget"]), {})[row["method"]] = row["knobs"]
     write_atomic(TUNED, json.dumps(best, indent=2, sort_keys=True) + "\n")
-    return 0
 
 
 def kind(forget: str) -> str:
-    """ "random" for "random:0.1": knobs are chosen by the kind of forget set."""
+    """Return "random" for "random:0.1": options are chosen by the kind of forget set."""
     return forget.partition(":")[0]
 
 
 def draws(space: dict[str, Log | tuple], method: str, budget: int) -> list[dict[str, Any]]:
-    """`budget` points of a space, the same for everybody."""
+    """Draw `budget` points of a space, the same for everybody."""
     points = []
     for i in range(budget):
         g = generator(0, "search", method, i)
-        import torch
-
         u = torch.rand(len(space), generator=g, dtype=torch.float64).tolist()
-        points.append({name: _value(where, x) for (name, where), x in zip(space.items(), u, strict=True)})
+        point = {}
+        for (name, where), x in zip(space.items(), u, strict=True):
+            point[name] = _value(where, x)
+        points.append(point)
     return points
 
 
 def _value(where: Log | tuple, x: float) -> Any:
+    """Return the value of an option at x in [0, 1) of its range."""
     if isinstance(where, Log):
         return float(f"{where.low * (where.high / where.low) ** x:.3g}")
     return where[int(x * len(where))]
 
 
 def results(search: Search) -> list[dict[str, Any]]:
-    """One row per draw: forget, method, knobs, and the gap in percent to Retrain on validation data."""
-    from classification.run.jobs import run_all
-
+    """Return one row per draw: forget, method, knobs, and the gap in percent to Retrain on validation data."""
     common = {"dataset": search.dataset, "data_dir": search.data_dir, "output_dir": search.output_dir}
-    seeds = range(FIRST, FIRST + search.seeds)
-    jobs, rows = [], []
+    jobs: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for forget in search.forget:
         for method in ("retrain", *search.methods):
             points = [{}] if method == "retrain" else draws(SPACES[method], method, search.budget)
-            for knobs in points:
-                rows.append({"forget": forget, "method": method, "knobs": knobs})
-                jobs += [
-                    common | {"forget": forget, "method": method, **dict.fromkeys(SEEDS, s), **knobs} for s in seeds
-                ]
+            for point in points:
+                rows.append({"forget": forget, "method": method, "knobs": point})
+                for s in range(FIRST, FIRST + search.seeds):
+                    jobs.append(common | {"forget": forget, "method": method, **dict.fromkeys(SEEDS, s), **point})
     done = run_all(jobs, search.processes, "search")
+    retrain: dict[str, dict[str, float]] = {}  # the scores that Retrain has, by forget set
+    found = []
     for i, row in enumerate(rows):
-        mine = done[i * search.seeds : (i + 1) * search.seeds]
-        row["mean"] = {axis: 100 * mean(r["scores"][axis] for r in mine) for axis in AXES}
-    retrain = {row["forget"]: row["mean"] for row in rows if row["method"] == "retrain"}
-    found = [row for row in rows if row["method"] != "retrain"]
-    gap = lambda row: mean(abs(row["mean"][a] - retrain[row["forget"]][a]) for a in AXES)  # noqa: E731
-    return [{"forget": r["forget"], "method": r["method"], "gap": gap(r), "knobs": r["knobs"]} for r in found]
+        scores = _mean_scores(done[i * search.seeds : (i + 1) * search.seeds])
+        if row["method"] == "retrain":  # the first of its forget set
+            retrain[row["forget"]] = scores
+            continue
+        gap = mean(abs(scores[axis] - retrain[row["forget"]][axis]) for axis in AXES)
+        found.append({"forget": row["forget"], "method": row["method"], "gap": gap, "knobs": row["knobs"]})
+    return found
 
+
+def _mean_scores(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the means over these runs of what a search may look at, in %."""
+    means = {}
+    for axis in AXES:
+        means[axis] = 100 * mean(record["scores"][axis] for record in records)
+    return means
+
+
+main = command("search", "Choose the options of every method on validation data.", Search, tune)
 
 if __name__ == "__main__":
     run_main(main)

@@ -1,4 +1,4 @@
-"""What a user can turn on the commands, besides a method's own knobs; free of torch, so that --help is instant."""
+"""The options of the commands that belong to no method: which examples, and how they are shown to the network."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):  # run as a file: its folder would hide real modules
@@ -13,8 +14,10 @@ elif not __package__:  # python -P puts nothing there
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from classification.plan import ClassifierTraining, training
+from classification.run.jobs import train
 from classification.settings import Data
 from erase_sd.common.cli import filled, knob, parse, quiet, run_main
+from erase_sd.common.processes import accelerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parse(argv, prog="train", description=text, run=TrainRun, data=Data, training=ClassifierTraining)
     data, place = filled(Data, given["data"]), filled(TrainRun, given["run"])
     recipe = replace(training(data.dataset), **given["training"])
-
-    from pathlib import Path
-
     quiet()
-
-    from classification.run.jobs import train
-    from erase_sd.common.processes import accelerator
-
     accel = accelerator(place.mixed_precision)
     folder = train(data, recipe, place.train_seed, Path(place.output_dir), accel)
     if accel.is_main_process:

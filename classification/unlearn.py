@@ -11,7 +11,9 @@ elif not __package__:  # python -P puts nothing there
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from classification.plan import groups, make
+from classification.run.jobs import unlearn
 from erase_sd.common.cli import parse, peek, quiet, run_main
+from erase_sd.common.processes import accelerator
 
 NAMES = {
     "acc_f": "accuracy on the forget set",
@@ -26,13 +28,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     classes = groups(peek(argv, "method", "scissorhands"))
     given = parse(argv, prog="unlearn", description="Make a classifier forget some of its training data.", **classes)
-    plan = make(**{name: value for values in given.values() for name, value in values.items()})
-
+    values = {}
+    for part in given.values():
+        values |= part
+    plan = make(**values)
     quiet()
-
-    from classification.run.jobs import unlearn
-    from erase_sd.common.processes import accelerator
-
     accel = accelerator(plan.job.mixed_precision)
     record = unlearn(plan, accel)
     if accel.is_main_process:

@@ -6,23 +6,11 @@
 Importing the package loads neither torch nor diffusers; the first use of `erase` does.
 """
 
-import sys
-from collections.abc import Callable
-from types import ModuleType
+from importlib import import_module
+from typing import Any
 
 
-class _Package(ModuleType):
-    """`erase_sd.api` is the verb, whether or not its namesake module `erase_sd/erase.py` was imported before."""
-
-    @property
-    def erase(self) -> Callable:
-        from erase_sd.api import erase
-
-        return erase
-
-    @erase.setter
-    def erase(self, module: ModuleType) -> None:
-        """Ignore the import system, which would put the module over the function."""
-
-
-sys.modules[__name__].__class__ = _Package
+def __getattr__(name: str) -> Any:
+    if name != "erase":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module("erase_sd.api").erase

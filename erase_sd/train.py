@@ -6,47 +6,53 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):  # run as a file: its folder would hide real modules
     sys.path[0] = os.path.dirname(sys.path[0])
 elif not __package__:  # python -P puts nothing there
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from erase_sd.api import carry_out
 from erase_sd.common.cli import parse, peek, quiet, run_main
+from erase_sd.common.files import slug
+from erase_sd.common.processes import accelerator
+from erase_sd.denoising.card import swap_in_snippet
+from erase_sd.dry_run import describe
 from erase_sd.methods import METHODS
+from erase_sd.models.pipeline import load
 from erase_sd.plan import Plan, groups, make
+from erase_sd.pocket import FOLDER as POCKET
+
+
+def program() -> NoReturn:
+    """Run the command `erase-sd`: exit with its code, a user's mistake being one sentence and code 2."""
+    run_main(main)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Carry out the job that the arguments describe; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     classes = groups(peek(argv, "method", "scissorhands"))
     text = f"Make a diffusers model unable to draw a concept. Methods: {', '.join(METHODS)}."
     given = parse(argv, prog="erase-sd", description=text, **classes)
-    plan = make(**{name: value for values in given.values() for name, value in values.items()})
-    return _run(_with_folder(plan))
+    values = {}
+    for group in given.values():
+        values |= group
+    quiet()
+    return _run(_with_folder(make(**values)))
 
 
 def _with_folder(plan: Plan) -> Plan:
-    """The plan with its default folder, runs/<concept>."""
-    from erase_sd.common.files import slug
-
+    """Return the plan with its default folder, runs/<concept>."""
     folder = plan.job.output_dir or str(Path("runs") / slug(" ".join(plan.job.concept)))
     return plan._replace(job=replace(plan.job, output_dir=folder))
 
 
 def _run(plan: Plan) -> int:
     """Load the model, erase, and print the scores and how to use the result."""
-    quiet()
-
-    from erase_sd.api import carry_out
-    from erase_sd.common.processes import accelerator
-    from erase_sd.denoising.card import swap_in_snippet
-    from erase_sd.dry_run import describe
-    from erase_sd.models.pipeline import load
-    from erase_sd.pocket import FOLDER
-
-    model = str(FOLDER) if plan.job.model == "pocket" else plan.job.model
+    model = str(POCKET) if plan.job.model == "pocket" else plan.job.model
     if plan.running.dry_run:
         if os.environ.get("RANK", "0") == "0":
             print(describe(plan, model))
@@ -62,19 +68,22 @@ def _run(plan: Plan) -> int:
 
 
 def summary(record: dict, folder: str) -> str:
-    """The scores and where everything is, as the last lines of the job."""
+    """Return the scores and where everything is, as the last lines of the job."""
     lines = [f"{folder}: unet/, run.json, README.md, before_after.png ({record['seconds']:.0f} s)"]
     for place, mib in record["peak_memory_mib"].items():
         share = mib * 2**20 / (4 * record["parameters"])  # of a small network the libraries' own memory tells nothing
         times = f", {share:.2f} x the network in fp32" if share < 20 else ""
         lines.append(f"{place + ' memory':<20} {mib / 1024:6.2f} GiB at its peak{times}")
     if scores := record["scores"]:
-        rows = [("concept", scores["concept"])]
-        rows += [(f"{group} {kind}", both) for group in ("retain", "spared") for kind, both in scores[group].items()]
-        lines += [f"{name:<20} {100 * both['before']:6.1f} % -> {100 * both['after']:6.1f} %" for name, both in rows]
+        rates = {"concept": scores["concept"]}
+        for group in ("retain", "spared"):
+            for kind, both in scores[group].items():
+                rates[f"{group} {kind}"] = both
+        for name, both in rates.items():
+            lines.append(f"{name:<20} {100 * both['before']:6.1f} % -> {100 * both['after']:6.1f} %")
         lines.append(f"concept pictures that show nothing of its kind: {100 * scores['concept']['other_share']:.1f} %")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    program()

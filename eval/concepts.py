@@ -1,37 +1,35 @@
-"""The pocket world's judge on folders: `python -m eval.concepts gen/erased --concept cat --baseline gen/pocket`.
+"""The pocket world's oracle on folders: `python -m eval.concepts gen/erased --concept cat --baseline gen/pocket`.
 
 The rates are UnlearnCanvas's (Zhang et al., arXiv:2402.11846), in [0, 1], higher is better:
 
     UA    1 - accuracy of the erased concept on the prompts that ask for it: is it forgotten?
-    IRA   accuracy of its kind on the prompts without it: are the other objects still drawn?
-    CRA   accuracy of the other kinds on all prompts, its own included: are styles and backgrounds still drawn?
+    IRA   accuracy of its kind on the prompts without it: are the other objects still there?
+    CRA   accuracy of the other kinds on all prompts, its own included: are styles and backgrounds still there?
 
 What a prompt asks for is read back from its sentence. A broken image shows nothing, which is wrong in IRA and CRA; it
-does not count as forgotten in UA either. The judge's "other", a picture of nothing it knows, does: see `other_share`.
+does not count as forgotten in UA either. The oracle's "other", an image of nothing it knows, does: see `other_share`.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from erase_sd.common.cli import argument, at_least, command, knob, run_main
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import file_digest, write_atomic
+from erase_sd.pocket.oracle import OTHER, WEIGHTS
 from erase_sd.pocket.world import Part, part_named
-
-if TYPE_CHECKING:
-    from eval.images.folder import ImageFolder
-    from eval.judges.oracle import Judged
+from eval.images.folder import count_broken, read, warn_if_broken
+from eval.judges.oracle import RATES, Judged, judged, rates, scenes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Concepts:
     """What to look at and what was erased."""
 
-    folder: tuple[str, ...] = argument("folders of images that eval.generate drew with the pocket model's prompts")
+    folder: tuple[str, ...] = argument("folders of images that eval.generate made of the pocket model's prompts")
     concept: tuple[str, ...] = knob((), 'what was erased, as the pocket model calls it: cat "neon style"')
     baseline: str | None = knob(None, "folder of the original model's images, to give the rates before")
     batch_size: int = knob(256, "images in a batch")
@@ -48,45 +46,51 @@ def judge(options: Concepts) -> int:
 
     Raises UserError for a concept or a prompt that the pocket world does not have, and where no prompt asks for it.
     """
-    from eval.images.folder import read
-    from eval.judges.oracle import judged, scenes
-
     parts = list(dict.fromkeys(part_named(text) for text in options.concept))
     folders = [read(path) for path in options.folder]
     baseline = read(options.baseline) if options.baseline else None
-    asked = [scenes(folder, parts) for folder in [*folders, *([baseline] if baseline else [])]]
-    before = judged(baseline, asked[-1], options.batch_size) if baseline else None
-    ruined = _ruined(baseline, before) if baseline else False
-    for folder, wanted in zip(folders, asked[: len(folders)], strict=True):
-        after = judged(folder, wanted, options.batch_size)
-        ruined |= _ruined(folder, after)
+    wanted = [scenes(folder, parts) for folder in folders]  # refuses bad prompts before anything is computed
+    before = None
+    any_broken = False
+    if baseline:
+        before = judged(baseline, scenes(baseline, parts), options.batch_size)
+        any_broken = warn_if_broken(before.entries, baseline.path)
+    for folder, asked in zip(folders, wanted, strict=True):
+        after = judged(folder, asked, options.batch_size)
+        any_broken |= warn_if_broken(after.entries, folder.path)
         result = _result(after, before, parts) | {"protocol": _protocol(options, after, before)}
         write_atomic(folder.path / "concepts.json", json.dumps(result, indent=2) + "\n")
         print(table(str(folder.path), result))
-    return int(ruined)
+    return int(any_broken)
 
 
 def _result(after: Judged, before: Judged | None, parts: list[Part]) -> dict[str, Any]:
-    """concepts.json, but for its protocol."""
-    from erase_sd.pocket.oracle import OTHER
-    from eval.judges.oracle import rates
-
-    images = list(zip(after.scenes, after.answers, strict=True))
-    shown = [a[kind] for kind, word in parts for s, a in images if getattr(s, kind) == word]
+    """Return concepts.json without its protocol."""
+    values = {}
+    for entry, answer in zip(after.entries, after.answers, strict=True):
+        values[entry.file] = answer
     return {
         "concepts": [list(part) for part in parts],
         **rates(after, parts),
-        "other_share": sum(word == OTHER for word in shown) / len(shown),
+        "other_share": _other_share(after, parts),
         "n": len(after.entries),
-        "broken": sum(bool(entry.broken) for entry in after.entries),
-        "values": {entry.file: answer for entry, answer in zip(after.entries, after.answers, strict=True)},
+        "broken": count_broken(after.entries),
+        "values": values,
         "before": rates(before, parts) if before else None,
     }
 
 
-def _protocol(options: Concepts, after: Judged, before: Judged | None) -> dict[str, Any]:
-    from erase_sd.pocket.oracle import WEIGHTS
+def _other_share(after: Judged, parts: list[Part]) -> float:
+    """Return the share of "other" among the answers of a concept's kind on the prompts that ask for it."""
+    shown = []
+    for kind, word in parts:
+        for scene, answer in zip(after.scenes, after.answers, strict=True):
+            if getattr(scene, kind) == word:
+                shown.append(answer[kind])
+    return shown.count(OTHER) / len(shown)
 
+
+def _protocol(options: Concepts, after: Judged, before: Judged | None) -> dict[str, Any]:
     return {
         "judge": "erase_sd/pocket/oracle.safetensors",
         "judge_sha256": file_digest(WEIGHTS),
@@ -95,32 +99,26 @@ def _protocol(options: Concepts, after: Judged, before: Judged | None) -> dict[s
         "broken": "counted against UA, IRA and CRA",
         "baseline": options.baseline,
         "images": after.images,
-        "baseline_images": before and before.images,
+        "baseline_images": before.images if before else None,
     }
 
 
-def _ruined(folder: ImageFolder, seen: Judged) -> bool:
-    """Whether so many images are broken that the rates must not look like a success; then it is said."""
-    from eval.images.folder import too_many_broken
-
-    if ruined := too_many_broken(seen.entries):
-        count = sum(bool(entry.broken) for entry in seen.entries)
-        print(
-            f"{count} of {len(seen.entries)} images of {folder.path} are broken: do not trust these rates",
-            file=sys.stderr,
-        )
-    return ruined
-
-
 def table(title: str, result: dict[str, Any]) -> str:
-    """The rates as text, with those before."""
-    names = ", ".join(f"{kind} {word}" for kind, word in result["concepts"])
-    lines = [f"{title}: {names}; {result['n']} images, {result['broken']} of them broken"]
-    for name in ("UA", "IRA", "CRA"):
-        now, then = result[name], result["before"] and result["before"][name]["value"]
-        value = "not measured" if now["value"] is None else f"{now['value']:.3f}  95 % {now['ci95'][0]:.3f} to "
-        value += "" if now["value"] is None else f"{now['ci95'][1]:.3f}, n {now['n']}"
-        lines.append(f"{name:6}{value}" + (f", before {then:.3f}" if then is not None else ""))
+    """Return the rates as text, with those before."""
+    concepts = ", ".join(f"{kind} {word}" for kind, word in result["concepts"])
+    lines = [f"{title}: {concepts}; {result['n']} images, {result['broken']} of them broken"]
+    for name in RATES:
+        rate = result[name]
+        line = f"{name:6}"
+        if rate["value"] is None:
+            line += "not measured"
+        else:
+            low, high = rate["ci95"]
+            line += f"{rate['value']:.3f}  95 % {low:.3f} to {high:.3f}, n {rate['n']}"
+        before = result["before"][name]["value"] if result["before"] else None
+        if before is not None:
+            line += f", before {before:.3f}"
+        lines.append(line)
     lines.append(
         f"other {result['other_share']:.3f} of the answers on the concept's prompts are nothing the judge knows"
     )

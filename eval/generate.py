@@ -11,19 +11,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from erase_sd.common.cli import at_least, knob, parse, quiet, run_main
+import torch
+from accelerate import PartialState
+
+from erase_sd.common.cli import at_least, command, knob, run_main
 from erase_sd.common.errors import UserError, asked_by_the_user
 from erase_sd.settings import SD_V1
+from eval.images.folder import ImageFolder, count_broken, read, too_many_broken
+from eval.images.pipelines import load, weights_digest
+from eval.images.sources import Source, batches, pictures, resolve, settled
+from eval.images.writer import FolderWriter, fill
+from prompts.tables import PromptRow, chosen
 
 if TYPE_CHECKING:
-    from eval.images.folder import ImageFolder
+    from diffusers import DiffusionPipeline
 
 HOW = {"output_dir", "batch_size", "rows"}  # how a folder is filled, or how far: not what its images are
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What to draw, with what, and where to."""
+    """What to sample, with what, and where to."""
 
     prompts: str = knob("i2p", '"i2p", "pocket", a .csv or .txt file, or a concept such as "nudity"')
     model: str = knob(SD_V1, "diffusers folder or Hub id, or 'pocket'", ("pretrained_model_name_or_path",))
@@ -43,7 +51,7 @@ class Generation:
     size: int | None = knob(None, "side in pixels (default: the model's own)", ("resolution",))
     per_row: bool = knob(False, "take guidance and size from the row where it has them (SPM's protocol)")
     dtype: Literal["float32", "float16", "bfloat16"] = knob("float32", "number format of the weights")
-    batch_size: int = knob(8, "images drawn at a time")
+    batch_size: int = knob(8, "images sampled at a time")
     seed: int = knob(0, "seed of rows that have none")
 
     def __post_init__(self) -> None:
@@ -59,62 +67,44 @@ class Generation:
             raise UserError(f"--size {self.size} is no multiple of 8, as VAEs need: give {self.size // 8 * 8 or 8}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Fill the folder; returns 1 where too many of its images are broken."""
-    argv = sys.argv[1:] if argv is None else argv
-    text = "Draw the images that a model is judged by."
-    options = Generation(**parse(argv, prog="eval.generate", description=text, generation=Generation)["generation"])
-    quiet()
-    folder = draw(options)
-
-    from accelerate import PartialState
-
-    from eval.images.folder import too_many_broken
-
+def run(options: Generation) -> int:
+    """Fill the folder and say what it holds; returns 1 where too many of its images are broken."""
+    folder = generate(options)
     if PartialState().is_main_process:
-        count = sum(bool(entry.broken) for entry in folder.entries)
-        print(f"{folder.path}: {len(folder.entries)} images, {count} of them broken")
+        print(f"{folder.path}: {len(folder.entries)} images, {count_broken(folder.entries)} of them broken")
     return int(too_many_broken(folder.entries))
 
 
-def draw(options: Generation) -> ImageFolder:
-    """Draw what the folder lacks and read it; a complete folder costs no model. Raises UserError for bad input, and
-    SystemExit with 128 + signal when stopped: the same call goes on."""
-    import torch
-    from accelerate import PartialState
+def generate(options: Generation) -> ImageFolder:
+    """Sample what the folder lacks and read it; a complete folder costs no model.
 
-    from eval.images.folder import read
-    from eval.images.sources import batches, pictures, settled
-    from eval.images.writer import Folder, fill
-
+    Raises UserError for bad input, and SystemExit with 128 + signal when stopped: the same call goes on.
+    """
     source, rows = _rows(options)
     rows = [settled(row, options.guidance, options.size, options.per_row) for row in rows]
-    jobs = list(pictures(rows, options.images_per_prompt, options.seed))
+    requests = list(pictures(rows, options.images_per_prompt, options.seed))
     state = PartialState(cpu=not torch.accelerator.is_available())  # else several CPU processes would be strangers
-    folder = Folder(Path(options.output_dir), _protocol(options, source), state)
-    with folder:
-        if missing := folder.missing(jobs):
-            print_once(state, f"{options.output_dir}: {len(missing)} of {len(jobs)} images to draw")
-            fill(
-                folder,
-                options,
-                [b for b in batches(jobs, options.batch_size) if any(job.file in missing for job in b)],
-            )
-        folder.finish(jobs)
+    with FolderWriter(Path(options.output_dir), _protocol(options, source), state) as folder:
+        missing = folder.missing(requests)
+        if missing:
+            print_once(state, f"{options.output_dir}: {len(missing)} of {len(requests)} images to sample")
+            todo = []
+            for batch in batches(requests, options.batch_size):
+                if any(request.file in missing for request in batch):
+                    todo.append(batch)
+            fill(folder, _pipeline(options), todo, options.steps)
+        folder.finish(requests)
     return read(options.output_dir)
 
 
-def print_once(state: Any, text: str) -> None:
-    """One line, by the first process, on stderr: stdout is for results."""
+def print_once(state: PartialState, text: str) -> None:
+    """Print one line, by the first process, on stderr: stdout is for results."""
     if state.is_main_process:
         print(text, file=sys.stderr)
 
 
-def _rows(options: Generation) -> tuple[Any, list]:
-    """The source and the rows that the filters leave."""
-    from eval.images.sources import resolve
-    from prompts.tables import chosen
-
+def _rows(options: Generation) -> tuple[Source, list[PromptRow]]:
+    """Return the source and the rows that the filters leave."""
     source = resolve(options.prompts)
     filters = {"category": options.category, "nudity_above": options.nudity_above, "hard": options.hard}
     with asked_by_the_user():
@@ -122,10 +112,18 @@ def _rows(options: Generation) -> tuple[Any, list]:
     return source, rows[: options.rows]
 
 
-def _protocol(options: Generation, source: Any) -> dict[str, Any]:
-    """generation.json: everything the images depend on, so that another question cannot land in the same folder."""
-    from eval.images.pipelines import weights_digest
+def _pipeline(options: Generation) -> DiffusionPipeline:
+    return load(
+        options.model,
+        unet=options.unet,
+        transformer=options.transformer,
+        dtype=options.dtype,
+        scheduler=options.scheduler,
+    )
 
+
+def _protocol(options: Generation, source: Source) -> dict[str, Any]:
+    """generation.json: everything the images depend on, so that another question cannot land in the same folder."""
     network = options.unet or options.transformer
     asked = {name: value for name, value in asdict(options).items() if name not in HOW}
     return asked | {
@@ -138,6 +136,8 @@ def _protocol(options: Generation, source: Any) -> dict[str, Any]:
         "noise": "torch.Generator('cpu').manual_seed(seed) for each image",
     }
 
+
+main = command("eval.generate", "Sample the images that a model is judged by.", Generation, run)
 
 if __name__ == "__main__":
     run_main(main)

@@ -10,16 +10,16 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from erase_sd.common.cli import argument, at_least, knob, parse, run_main
+from erase_sd.common.cli import argument, at_least, command, knob, run_main
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import write_atomic
-from eval.judges.protocols import EXPOSED, PROTOCOLS, DetectionRecord, Protocol, change, chosen, count
-
-if TYPE_CHECKING:
-    from eval.images.folder import ImageFolder
-    from eval.judges.nudenet import Detector
+from eval.images.folder import Entry, ImageFolder, count_broken, read, warn_if_broken
+from eval.judges import review
+from eval.judges.detections import DETECTIONS, detected
+from eval.judges.nudenet import Detector, load
+from eval.judges.protocols import EXPOSED, PROTOCOLS, DetectionRecord, Protocol, change, chosen, count, count_people
 
 RULES = ". ".join(f"{name}: {protocol.describe()}" for name, protocol in PROTOCOLS.items())
 
@@ -49,76 +49,81 @@ class Nudity:
             raise UserError(f"--detector {self.detector} is no file: give the path of an ONNX file, or leave it out")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Detect, count, print; returns 1 where too many images are broken."""
-    argv = sys.argv[1:] if argv is None else argv
-    text = "Count nudity in folders of images with NudeNet (AGPL-3.0)."
-    return judge(Nudity(**parse(argv, prog="eval.nudity", description=text, nudity=Nudity)["nudity"]))
-
-
 def judge(options: Nudity) -> int:
-    """Write the results of every folder; returns 1 where too many images are broken. Raises UserError for bad input,
-    before anything is detected, and SystemExit when stopped: the same call goes on."""
-    rules = chosen(options.protocol, options.threshold, options.detector is not None)
-    from eval.images.folder import read
-    from eval.judges.nudenet import load
+    """Write the results of every folder; returns 1 where too many images are broken, the baseline's included.
 
+    Raises UserError for bad input, before anything is detected, and SystemExit when stopped: the same call goes on.
+    """
+    rules = chosen(options.protocol, options.threshold, options.detector is not None)
     folders = [read(path) for path in options.folder]
     baseline = read(options.baseline) if options.baseline else None
-    _distinct(options, [*folders, *([baseline] if baseline else [])])
-    for folder in folders if baseline else []:
-        _comparable(folder, baseline)
+    _distinct(options, folders, baseline)
+    if baseline:
+        for folder in folders:
+            _comparable(folder, baseline)
     file = Path(options.detector) if options.detector else None
     detector = load(file, next(iter(rules.values())).recipe, options.resolution, options.threads)
-    before = _detected(options, baseline, detector) if baseline else None
-    ruined = _ruined(before or [])
+    before = None
+    any_broken = False
+    if baseline:
+        before = _detected(options, baseline, detector)
+        any_broken = warn_if_broken(_entries(before), baseline.path)
     for folder in folders:
         records = _detected(options, folder, detector)
         result = {
             "n": len(records),
-            "broken": sum(bool(record["broken"]) for record in records),
+            "broken": count_broken(_entries(records)),
             "detector": {"name": detector.name, "sha256": detector.sha256, "resolution": detector.resolution},
             "labels": EXPOSED,
             "baseline": options.baseline,
+            "people": _people(records, before),
             "protocols": {name: _counted(rule, records, before) for name, rule in rules.items()},
             "review": _reviewed(options, folder, records, rules, detector),
         }
         write_atomic(_file(options, folder, detector, "nudity.json"), json.dumps(result, indent=2) + "\n")
         print(table(str(folder.path), result, rules))
-        ruined |= _ruined(records)
-    return int(ruined)
+        any_broken |= warn_if_broken(_entries(records), folder.path)
+    return int(any_broken)
 
 
-def _ruined(records: list[DetectionRecord]) -> bool:
-    """Whether so many images are broken that their counts must not look like a success; then it is said."""
-    from eval.images.folder import MOST_BROKEN
+def _people(records: list[DetectionRecord], before: list[DetectionRecord] | None) -> dict[str, Any]:
+    """Return {"images", "n", "baseline"}: in how many of n images a person is detected at all, and that before."""
+    baseline = None
+    if before is not None:
+        baseline = {"images": count_people(before), "n": len(before)}
+    return {"images": count_people(records), "n": len(records), "baseline": baseline}
 
-    broken = [record["file"] for record in records if record["broken"]]
-    if ruined := len(broken) > MOST_BROKEN * len(records):
-        text = f"{len(broken)} of {len(records)} images are broken ({broken[0]} ...): do not trust these counts"
-        print(text, file=sys.stderr)
-    return ruined
+
+def _entries(records: list[DetectionRecord]) -> list[Entry]:
+    """Return the images of the records, with what the detector's reader found broken."""
+    return [Entry(file=record["file"], broken=record["broken"]) for record in records]
 
 
 def _comparable(folder: ImageFolder, baseline: ImageFolder) -> None:
-    """Raise UserError unless both hold as many images; say so if they were drawn from other prompts or seeds."""
+    """Raise UserError unless both hold as many images; say so if their prompts or seeds differ."""
     ours, theirs = folder.entries, baseline.entries
     if len(ours) != len(theirs):
         text = f"{folder.path} holds {len(ours)} images and the baseline {baseline.path} {len(theirs)}"
         raise UserError(f"{text}: a change of counts needs the same prompts and seeds, generate what is missing")
-    if [(e.prompt, e.seed) for e in ours] != [(e.prompt, e.seed) for e in theirs]:
-        print(f"{folder.path} and the baseline were not drawn from the same prompts and seeds", file=sys.stderr)
+    for one, other in zip(ours, theirs, strict=True):
+        if (one.prompt, one.seed) != (other.prompt, other.seed):
+            text = f"{folder.path} and the baseline were not sampled from the same prompts and seeds"
+            print(text, file=sys.stderr)
+            return
 
 
-def _distinct(options: Nudity, folders: list[ImageFolder]) -> None:
+def _distinct(options: Nudity, folders: list[ImageFolder], baseline: ImageFolder | None) -> None:
     """Raise UserError where two folders of the same name would write into one place of --output_dir."""
     paths = {folder.path.resolve() for folder in folders}
-    if options.output_dir and len({path.name for path in paths}) < len(paths):
+    if baseline:
+        paths.add(baseline.path.resolve())
+    names = {path.name for path in paths}
+    if options.output_dir and len(names) < len(paths):
         raise UserError(f"two folders have the same name in --output_dir {options.output_dir}: judge one at a time")
 
 
 def _file(options: Nudity, folder: ImageFolder, detector: Detector, name: str) -> Path:
-    """Where a result goes; another network than the packaged one has its key in the name."""
+    """Return where a result goes; another network than the packaged one has its key in the name."""
     root = Path(options.output_dir) / folder.path.resolve().name if options.output_dir else folder.path
     if options.detector is None and options.resolution == 320:
         return root / name
@@ -126,14 +131,12 @@ def _file(options: Nudity, folder: ImageFolder, detector: Detector, name: str) -
 
 
 def _detected(options: Nudity, folder: ImageFolder, detector: Detector) -> list[DetectionRecord]:
-    from eval.judges.detections import DETECTIONS, detected
-
     file = _file(options, folder, detector, DETECTIONS)
     return detected(folder, detector, file, options.workers, options.batch_size)
 
 
 def _counted(rule: Protocol, records: list[DetectionRecord], before: list[DetectionRecord] | None) -> dict[str, Any]:
-    """One protocol's entry of nudity.json."""
+    """Return one protocol's entry of nudity.json."""
     counts = count(records, rule)
     percent = None if before is None else change(counts, count(before, rule), rule.unit)
     rules = {"threshold": rule.threshold, "unit": rule.unit, "note": rule.describe()}
@@ -147,9 +150,7 @@ def _reviewed(
     rules: dict[str, Protocol],
     detector: Detector,
 ) -> dict[str, Any] | None:
-    """The counts that verdicts leave; with --review, the sheets and the table for them are written first."""
-    from eval.judges import review
-
+    """Return the counts that verdicts leave; with --review, the sheets and the table for them are written first."""
     place = _file(options, folder, detector, "review")
     if options.review:
         boxes = review.write(folder, records, rules, place, options.censor)
@@ -158,31 +159,59 @@ def _reviewed(
 
 
 def table(title: str, result: dict[str, Any], rules: dict[str, Protocol]) -> str:
-    """What was counted, as text: a block for every protocol, with what the review left and the change."""
-    network, review = result["detector"], result["review"]
+    """Return what was counted as text: a block for every protocol, with what the review left and the change."""
+    network, review_result = result["detector"], result["review"]
     lines = [
         f"{title}: {result['n']} images, {result['broken']} of them broken; "
-        f"{network['name']} {network['sha256'][:8]} at {network['resolution']}"
+        f"{network['name']} {network['sha256'][:8]} at {network['resolution']}",
+        _people_line(result["people"]),
     ]
     for name, rule in rules.items():
-        entry = result["protocols"][name]
-        left = review and review["protocols"][name]
-        lines += ["", f"{name}: {rule.describe()}", f"{'':26}{'boxes':>8}{'images':>8}"]
-        lines[-1] += f"{'reviewed':>12}" if left else ""
-        lines[-1] += f"{'change':>12}" if entry["change"] else ""
-        for part in (*rule.labels, "total"):
-            now = entry["total"] if part == "total" else entry["counts"][part]
-            lines.append(f"{part:26}{now['boxes']:8}{now['images']:8}")
-            if left:
-                then = left["total"] if part == "total" else left["counts"][part]
-                lines[-1] += f"{then[rule.unit]:12}"
-            if entry["change"]:
-                percent = entry["change"][part]
-                lines[-1] += f"{'undefined':>12}" if percent is None else f"{percent:+10.1f} %"
-    if review:
-        lines += ["", "reviewed: {boxes} boxes, {true} true, {false} false, {open} open".format(**review)]
+        left = review_result["protocols"][name] if review_result else None
+        lines += ["", f"{name}: {rule.describe()}", *_block(rule, result["protocols"][name], left)]
+    if review_result:
+        lines += ["", "reviewed: {boxes} boxes, {true} true, {false} false, {open} open".format(**review_result)]
     return "\n".join(lines) + "\n"
 
+
+def _people_line(people: dict[str, Any]) -> str:
+    """Return one line, for an image without a person is no proof that nudity was erased."""
+    line = f"people still detected in {_share(people)}"
+    if people["baseline"]:
+        line += f", in the baseline in {_share(people['baseline'])}"
+    return line
+
+
+def _share(people: dict[str, int]) -> str:
+    return f"{people['images']} of {people['n']} images ({100 * people['images'] / people['n']:.1f} %)"
+
+
+def _block(rule: Protocol, entry: dict[str, Any], left: dict[str, Any] | None) -> list[str]:
+    """Return the lines of one protocol: a heading, then every part and the total."""
+    heading = f"{'':26}{'boxes':>8}{'images':>8}"
+    if left:
+        heading += f"{'reviewed':>12}"
+    if entry["change"]:
+        heading += f"{'change':>12}"
+    lines = [heading]
+    for part in (*rule.labels, "total"):
+        now = _of(entry, part)
+        line = f"{part:26}{now['boxes']:8}{now['images']:8}"
+        if left:
+            line += f"{_of(left, part)[rule.unit]:12}"
+        if entry["change"]:
+            percent = entry["change"][part]
+            line += f"{'undefined':>12}" if percent is None else f"{percent:+10.1f} %"
+        lines.append(line)
+    return lines
+
+
+def _of(entry: dict[str, Any], part: str) -> dict[str, int]:
+    """Return the boxes and images of a part, or of the total."""
+    return entry["total"] if part == "total" else entry["counts"][part]
+
+
+main = command("eval.nudity", "Count nudity in folders of images with NudeNet (AGPL-3.0).", Nudity, judge)
 
 if __name__ == "__main__":
     run_main(main)

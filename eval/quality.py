@@ -11,23 +11,22 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from erase_sd.common.cli import argument, at_least, command, knob, run_main
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import write_atomic
+from eval.features.cache import Features, of_folder, read_statistics, statistics_of
+from eval.features.extractors import Extractor, load
+from eval.features.metrics import METRICS, Metric, Setting
+from eval.images.folder import ImageFolder, read, warn_if_broken
 
-if TYPE_CHECKING:
-    from eval.features.cache import Features
-    from eval.features.metrics import Metric, Setting
-    from eval.images.folder import ImageFolder
-
-NAMES = ("fid", "kid", "cmmd", "clip", "drift")
+NAMES = tuple(METRICS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """What to look at, with which eyes, and what to compare it with."""
+    """What to look at, by which features, and what to compare it with."""
 
     folder: tuple[str, ...] = argument("folders of images, of eval.generate or any others")
     baseline: str | None = knob(None, "folder to compare with: the original model's images, or real ones")
@@ -57,37 +56,33 @@ def judge(options: Quality) -> int:
 
     Raises UserError for bad input, and for a metric that was asked for and cannot be computed.
     """
-    from eval.features import cache as features
-    from eval.features.extractors import load
-    from eval.features.metrics import METRICS
-    from eval.images.folder import read
-
     folders = [read(path) for path in options.folder]
     baseline = read(options.baseline) if options.baseline else None
     chosen = [_chosen(options, folder, baseline) for folder in folders]
     setting = _setting(options, load(options.features), baseline)
-    ruined = _ruined(setting.theirs) if setting.theirs else False
+    any_broken = False
+    if setting.theirs:
+        any_broken = warn_if_broken(setting.theirs.entries, setting.theirs.path)
     for folder, names in zip(folders, chosen, strict=True):
-        ours = features.of_folder(folder, setting.extractor, options.batch_size)
-        ruined |= _ruined(ours)
+        ours = of_folder(folder, setting.extractor, options.batch_size)
+        any_broken |= warn_if_broken(ours.entries, ours.path)
         if options.save_statistics:
-            features.statistics_of(ours, setting.extractor, Path(options.save_statistics))
-        fresh = [entry for name in names for entry in METRICS[name](ours, setting)]
+            statistics_of(ours, setting.extractor, Path(options.save_statistics))
+        measured: list[Metric] = []
+        for name in names:
+            measured += METRICS[name](ours, setting)
         result = {
-            "metrics": [*_kept(folder.path / "quality.json", fresh, ours, setting), *fresh],
+            "metrics": [*_kept(folder.path / "quality.json", measured, ours, setting), *measured],
             "n": len(ours.entries),
             "broken": len(ours.entries) - len(ours.sound),
         }
         write_atomic(folder.path / "quality.json", json.dumps(result, indent=2) + "\n")
         print(table(str(folder.path), result))
-    return int(ruined)
+    return int(any_broken)
 
 
-def _setting(options: Quality, extractor: Any, baseline: ImageFolder | None) -> Setting:
-    """What to compare with, computed or read."""
-    from eval.features.cache import of_folder, read_statistics, statistics_of
-    from eval.features.metrics import Setting
-
+def _setting(options: Quality, extractor: Extractor, baseline: ImageFolder | None) -> Setting:
+    """Return what to compare with, computed or read."""
     setting = Setting(extractor=extractor, seed=options.seed, batch_size=options.batch_size)
     if options.statistics:
         statistics, images = read_statistics(Path(options.statistics), extractor)
@@ -100,64 +95,77 @@ def _setting(options: Quality, extractor: Any, baseline: ImageFolder | None) -> 
 
 
 def _chosen(options: Quality, folder: ImageFolder, baseline: ImageFolder | None) -> list[str]:
-    """The metrics to compute. Raises UserError where one that was asked for lacks something, or none is left."""
-    lacks = {name: _lack(name, options, folder, baseline) for name in options.metrics or NAMES}
-    possible = [name for name, lack in lacks.items() if not lack]
-    for lack in dict.fromkeys(filter(None, lacks.values())):
-        names = ", ".join(name for name in lacks if lacks[name] == lack)
+    """Return the metrics to compute, and say which others cannot be.
+
+    Raises UserError where one that was asked for lacks something, or none is left.
+    """
+    possible: list[str] = []
+    impossible: dict[str, list[str]] = {}  # what is missing -> the metrics that need it
+    for name in dict.fromkeys(options.metrics or NAMES):
+        lack = _lack(name, options, folder, baseline)
+        if lack is None:
+            possible.append(name)
+        else:
+            impossible.setdefault(lack, []).append(name)
+    for lack, names in impossible.items():
         if options.metrics:
-            raise UserError(f"{names} of {folder.path} cannot be computed: {lack}")
+            raise UserError(f"{', '.join(names)} of {folder.path} cannot be computed: {lack}")
         if possible:
-            print(f"{folder.path}: without {names}: {lack}", file=sys.stderr)
+            print(f"{folder.path}: without {', '.join(names)}: {lack}", file=sys.stderr)
     if not possible and not options.save_statistics:
         raise UserError(f"no metric of {folder.path} can be computed: give --baseline, --statistics or CLIP features")
     return possible
 
 
 def _lack(name: str, options: Quality, folder: ImageFolder, baseline: ImageFolder | None) -> str | None:
-    """What is missing to compute a metric, as the next step to take."""
+    """Return what is missing to compute a metric, as the next step to take; None where nothing is."""
     if name != "clip" and baseline is None and not (name == "fid" and options.statistics):
         return "give --baseline FOLDER (--statistics FILE is enough for FID)"
     if name in ("cmmd", "clip") and not options.features.startswith("clip:"):
         return f"defined on CLIP, not on --features {options.features}: give clip:ID_OR_FOLDER"
-    if name == "clip" and any(entry.prompt is None for entry in folder.entries):
+    if name == "clip" and not _has_prompts(folder):
         return "its images have no prompts: give a folder with the manifest.jsonl of eval.generate"
-    if name == "drift" and any(e.row is None or e.seed is None for f in (folder, baseline) for e in f.entries):
+    if name == "drift" and not (_has_seeds(folder) and _has_seeds(baseline)):
         return "rows and seeds are unknown: give two folders with the manifest.jsonl of eval.generate"
     return None
 
 
-def _kept(file: Path, fresh: list[Metric], ours: Features, setting: Setting) -> list[Metric]:
-    """Earlier metrics that are still true: of the same images, against the same, and not measured again."""
+def _has_prompts(folder: ImageFolder) -> bool:
+    return all(entry.prompt is not None for entry in folder.entries)
+
+
+def _has_seeds(folder: ImageFolder) -> bool:
+    return not any(entry.row is None or entry.seed is None for entry in folder.entries)
+
+
+def _kept(file: Path, measured: list[Metric], ours: Features, setting: Setting) -> list[Metric]:
+    """Return the earlier metrics that are still true: of the same images, against the same, not measured again."""
     if not file.is_file():
         return []
+    kept = []
     try:
-        old = json.loads(file.read_text(encoding="utf-8"))["metrics"]
-        measured = {(e["name"], e["features"], e["against"]) for e in fresh}
-        return [
-            e
-            for e in old
-            if (e["name"], e["features"], e["against"]) not in measured
-            and e["protocol"]["images"] == ours.images
-            and (e["against"] != setting.against or e["protocol"]["against_images"] == setting.images)
-        ]
+        replaced = {_identity(metric) for metric in measured}
+        for metric in json.loads(file.read_text(encoding="utf-8"))["metrics"]:
+            if _identity(metric) in replaced:
+                continue
+            protocol = metric["protocol"]
+            if protocol["images"] != ours.images:
+                continue
+            if metric["against"] == setting.against and protocol["against_images"] != setting.images:
+                continue
+            kept.append(metric)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error!r}): remove it and run the same command again") from error
+    return kept
 
 
-def _ruined(ours: Features) -> bool:
-    """Whether so many images are broken that the numbers must not look like a success; then it is said."""
-    from eval.images.folder import too_many_broken
-
-    if ruined := too_many_broken(ours.entries):
-        broken = [entry.file for entry in ours.entries if entry.broken]
-        text = f"{len(broken)} of {len(ours.entries)} images of {ours.path} are broken ({broken[0]} ...)"
-        print(f"{text}: no metric sees them, do not trust these numbers", file=sys.stderr)
-    return ruined
+def _identity(metric: Metric) -> tuple[str, str, str | None]:
+    """Return what a later measurement of the same replaces."""
+    return metric["name"], metric["features"], metric["against"]
 
 
 def table(title: str, result: dict[str, Any]) -> str:
-    """What was measured, as text."""
+    """Return what was measured as text."""
     lines = [f"{title}: {result['n']} images, {result['broken']} of them broken and left out"]
     for entry in result["metrics"]:
         n = " and ".join(map(str, entry["n"])) if isinstance(entry["n"], list) else entry["n"]

@@ -9,7 +9,8 @@ For every saliency, concept and seed, the top k of the pocket model's default ar
     cos        of g_r to g_f, and of g_r to g_f - g_a, after the trim: where it is above 0, the projection on it takes
                its square out of |g_r|^2, which is repair
 
-g_a and L_a belong to the forget set's noisy latents under the anchor's caption. Pictures are drawn once, into .cache.
+g_a and L_a belong to the forget set's noisy latents under the anchor's caption. Training images are sampled once, into
+.cache.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import sys
 from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import product
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from erase_sd.common.cli import at_least, knob, parse, quiet, run_main
+from erase_sd.common.cli import at_least, command, knob, run_main
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import write_atomic
 from erase_sd.common.processes import accelerator
@@ -47,7 +47,7 @@ from erase_sd.plan import Plan, make
 from erase_sd.pocket import FOLDER
 from eval.images.pipelines import weights_digest
 
-COLUMNS = {  # of a Cut: head in the table, factor, digits
+COLUMNS = {  # of a TrimResult: head in the table, factor, digits
     "others": ("others, %", 100, 1),
     "retained": ("retained, %", 100, 1),
     "forget": ("L_f, x", 1, 2),
@@ -56,6 +56,7 @@ COLUMNS = {  # of a Cut: head in the table, factor, digits
     "cos_forget": ("cos g_r, g_f", 1, 2),
     "cos_contrast": ("cos g_r, g_f - g_a", 1, 2),
 }
+Masks = dict[str, Tensor]  # {parameter: bool of its shape, the selected entries}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,61 +83,6 @@ class Selectivity:
             )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, write and print the table."""
-    argv = sys.argv[1:] if argv is None else argv
-    text = "Measure what saliencies select on the pocket model."
-    options = Selectivity(
-        **parse(argv, prog="eval.selectivity", description=text, selectivity=Selectivity)["selectivity"]
-    )
-    quiet()
-    from eval.selectivity import trim_results
-
-    found = trim_results(
-        options.concepts, options.saliencies, options.scopes, options.seeds, options.batches, options.output_dir
-    )
-    folder = Path(options.output_dir)
-    write_atomic(folder / "selectivity.csv", as_csv(found))
-    write_atomic(folder / "selectivity.md", page := markdown(found, options))
-    print(f"{page}\n{folder}: selectivity.csv, .md")
-    return 0
-
-
-def as_csv(found: list[TrimResult]) -> str:
-    """A line per scope, saliency, concept and seed; shares in [0, 1]."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(found[0]._fields)
-    writer.writerows([f"{x:.6g}" if isinstance(x, float) else x for x in cut] for cut in found)
-    return out.getvalue()
-
-
-def markdown(found: list[TrimResult], options: Selectivity) -> str:
-    """Mean and standard deviation over concepts and seeds, a line per scope and saliency."""
-    heads = ["scope", "saliency", "k", *(head for head, *_ in COLUMNS.values())]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for scope, saliency in dict.fromkeys((cut.scope, cut.saliency) for cut in found):
-        group = [cut for cut in found if (cut.scope, cut.saliency) == (scope, saliency)]
-        cells = [_cell([getattr(cut, key) for cut in group], *how) for key, (_, *how) in COLUMNS.items()]
-        lines.append(f"| {' | '.join([scope, saliency, f'{group[0].k:,}', *cells])} |")
-    runs = (
-        f"{len(options.concepts)} concepts ({', '.join(options.concepts)}), seeds {', '.join(map(str, options.seeds))}"
-    )
-    text = f"Mean ± standard deviation over {runs}; the terms are explained in `eval/selectivity.py`."
-    return f"# What each saliency selects on the pocket model\n\n{text}\n\n" + "\n".join(lines) + "\n"
-
-
-def _cell(values: list[float], factor: float, digits: int) -> str:
-    spread = f" ± {factor * stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{factor * mean(values):.{digits}f}{spread}"
-
-
-if __name__ == "__main__":
-    run_main(main)
-
-Masks = dict[str, Tensor]
-
-
 class TrimResult(NamedTuple):
     """One saliency's selection for one concept; losses in units of those before the trim."""
 
@@ -154,36 +100,79 @@ class TrimResult(NamedTuple):
     cos_contrast: float
 
 
-def trim_results(
-    concepts: tuple[str, ...],
-    saliencies: tuple[str, ...],
-    scopes: tuple[str, ...],
-    seeds: tuple[int, ...],
-    batches: int,
-    folder: str,
-) -> list[TrimResult]:
-    """Every combination, scope by scope. Raises UserError for an unknown concept, saliency or scope."""
-    plans = {key: _plan(*key, saliencies) for key in product(scopes, seeds, concepts)}
+def compare(options: Selectivity) -> None:
+    """Measure, write and print the table. Raises UserError for an unknown concept, saliency or scope."""
+    found = trim_results(options)
+    folder = Path(options.output_dir)
+    page = markdown(found, options)
+    write_atomic(folder / "selectivity.csv", as_csv(found))
+    write_atomic(folder / "selectivity.md", page)
+    print(f"{page}\n{folder}: selectivity.csv, .md")
+
+
+def as_csv(found: list[TrimResult]) -> str:
+    """Return a line per scope, saliency, concept and seed; shares in [0, 1]."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(TrimResult._fields)
+    for result in found:
+        writer.writerow([f"{x:.6g}" if isinstance(x, float) else x for x in result])
+    return out.getvalue()
+
+
+def markdown(found: list[TrimResult], options: Selectivity) -> str:
+    """Return mean and standard deviation over concepts and seeds, a line per scope and saliency."""
+    groups: dict[tuple[str, str], list[TrimResult]] = {}
+    for result in found:
+        groups.setdefault((result.scope, result.saliency), []).append(result)
+    heads = ["scope", "saliency", "k", *(head for head, *_ in COLUMNS.values())]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for (scope, saliency), group in groups.items():
+        cells = [scope, saliency, f"{group[0].k:,}"]
+        for key, (_, factor, digits) in COLUMNS.items():
+            cells.append(_cell([getattr(result, key) for result in group], factor, digits))
+        lines.append(f"| {' | '.join(cells)} |")
+    runs = (
+        f"{len(options.concepts)} concepts ({', '.join(options.concepts)}), seeds {', '.join(map(str, options.seeds))}"
+    )
+    text = f"Mean ± standard deviation over {runs}; the terms are explained in `eval/selectivity.py`."
+    return f"# What each saliency selects on the pocket model\n\n{text}\n\n" + "\n".join(lines) + "\n"
+
+
+def _cell(values: list[float], factor: float, digits: int) -> str:
+    text = f"{factor * mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {factor * stdev(values):.{digits}f}"
+    return text
+
+
+def trim_results(options: Selectivity) -> list[TrimResult]:
+    """Return every combination, scope by scope. Raises UserError for an unknown concept, saliency or scope."""
+    scopes, saliencies, concepts = options.scopes, options.saliencies, options.concepts
+    plans: dict[tuple[str, int, str], Plan] = {}
+    for scope, seed, concept in product(scopes, options.seeds, concepts):
+        plans[scope, seed, concept] = _plan(scope, seed, concept, saliencies)
     found: list[TrimResult] = []
     bar = tqdm(total=len(plans) * len(saliencies), desc="selectivity", unit="trim")
-    for scope, seed in product(scopes, seeds):
+    for scope, seed in product(scopes, options.seeds):
         selected: dict[tuple[str, str], Masks] = {}
         measured: dict[tuple[str, str], dict[str, Any]] = {}
         for concept in concepts:
             plan = plans[scope, seed, concept]
-            task = DenoisingTask(*_taught(plan, Path(folder)), plan.used_losses(), seed, accelerator("no"))
-            for saliency, masks, values in trims(task, plan, saliencies, batches):
-                selected[saliency, concept], measured[saliency, concept] = masks, values
+            pipe, samples = _training_data(plan, Path(options.output_dir))
+            task = DenoisingTask(pipe, samples, plan.used_losses(), seed, accelerator("no"))
+            for saliency, masks, values in trims(task, plan, saliencies, options.batches):
+                selected[saliency, concept] = masks
+                measured[saliency, concept] = values
                 bar.update()
-        found += [
-            TrimResult(scope, saliency, concept, seed, others=_others(selected, saliency, concept), **values)
-            for (saliency, concept), values in measured.items()
-        ]
-    return sorted(found, key=lambda cut: (scopes.index(cut.scope), saliencies.index(cut.saliency)))
+        for (saliency, concept), values in measured.items():
+            others = _others(selected, saliency, concept)
+            found.append(TrimResult(scope, saliency, concept, seed, others=others, **values))
+    return sorted(found, key=lambda result: (scopes.index(result.scope), saliencies.index(result.saliency)))
 
 
 def _plan(scope: str, seed: int, concept: str, saliencies: tuple[str, ...]) -> Plan:
-    """The default's plan in another scope; refuses now what it would refuse after an hour."""
+    """Return the default's plan in another scope; refuse now what it would refuse after an hour."""
     given = {"model": "pocket", "concept": concept, "seed": seed, "trim_scope": scope, "anchor_pictures": False}
     for saliency in saliencies:
         make(**given, saliency=saliency)
@@ -192,38 +181,47 @@ def _plan(scope: str, seed: int, concept: str, saliencies: tuple[str, ...]) -> P
     return plan
 
 
-def _taught(plan: Plan, folder: Path) -> tuple[Any, Samples]:
-    """The pocket model and what it is taught from."""
-    pipe, asked = load(str(FOLDER)), resolve(plan.job)
-    return pipe, collect(
-        pipe, asked.sources, plan.sampling, plan.job.seed, weights_digest("pocket"), folder / ".cache"
-    )
+def _training_data(plan: Plan, folder: Path) -> tuple[Any, Samples]:
+    """Return the pocket model, and its own samples of the forget and retain prompts."""
+    pipe = load(str(FOLDER))
+    target = resolve(plan.job)
+    model_hash = weights_digest("pocket")
+    return pipe, collect(pipe, target.sources, plan.sampling, plan.job.seed, model_hash, folder / ".cache")
 
 
-def trims(task: DenoisingTask, plan: Plan, saliencies: tuple[str, ...], batches: int) -> Generator[Any]:
-    """(saliency, what it selects, the numbers of its trim); the task's weights are as before after each."""
-    theta, knobs = task.ranked(), plan.method
+def trims(
+    task: DenoisingTask, plan: Plan, saliencies: tuple[str, ...], batches: int
+) -> Generator[tuple[str, Masks, dict[str, Any]]]:
+    """Yield (saliency, what it selects, the numbers of its trim); the task's weights are as before after each."""
+    theta = task.ranked()
+    method = plan.method
     whole = {name: p.detach().clone() for name, p in theta.items()}
     before = _losses(task, batches)
     passes = {"g_r": (task.retain, lambda g: g)}
-    g_r = _last(averages(task, passes, theta, knobs.sensitivity_batches))["g_r"]
-    k = round(knobs.fraction * entries(g_r, task.shards))
-    common = top_k(connection_sensitivity(theta, g_r), k, shards=task.shards)
+    g_r = _last(averages(task, passes, theta, method.sensitivity_batches))["g_r"]
+    k = round(method.fraction * entries(g_r, task.shards))
+    shared = top_k(connection_sensitivity(theta, g_r), k, shards=task.shards)
     for saliency in saliencies:
-        scores = _last(dataclasses.replace(knobs, saliency=saliency).sensitivity(task))
+        scores = _last(dataclasses.replace(method, saliency=saliency).sensitivity(task))
         masks = top_k(scores, k, shards=task.shards)
-        reinitialise_(task.trimmable(), masks, knobs.init, task.seed, task.shards)
+        reinitialise_(task.trimmable(), masks, method.init, task.seed, task.shards)
         after = _losses(task, batches)
-        values = {name: after[name] / before[name] for name in ("forget", "retain")}
-        values |= {"gap": -after["contrast"] / after["forget"]} | _cosines(task, batches)
+        values = {
+            "k": k,
+            "retained": overlap(masks, shared),
+            "forget": after["forget"] / before["forget"],
+            "retain": after["retain"] / before["retain"],
+            "gap": -after["contrast"] / after["forget"],
+        }
+        values |= _cosines(task, batches)
         with torch.no_grad():
             for name, p in theta.items():
                 p.copy_(whole[name])
-        yield saliency, masks, {"k": k, "retained": overlap(masks, common)} | values
+        yield saliency, masks, values
 
 
 def _last(steps: Generator[Any, None, Any]) -> Any:
-    """What a generator returns at its end."""
+    """Return what a generator returns at its end."""
     while True:
         try:
             next(steps)
@@ -232,17 +230,21 @@ def _last(steps: Generator[Any, None, Any]) -> Any:
 
 
 def _losses(task: DenoisingTask, batches: int) -> dict[str, float]:
-    """Means over the first `batches` batches that no saliency has seen."""
+    """Return the means over the first `batches` batches that no saliency has seen."""
     losses = {"forget": task.forget, "retain": task.retain, "contrast": task.contrast}
-    drawn = [task.batch("selectivity", b) for b in range(batches)]
-    return {name: sum(measure(task, L, batch, name) for batch in drawn) / batches for name, L in losses.items()}
+    fixed = [task.batch("selectivity", step) for step in range(batches)]
+    means = {}
+    for name, loss in losses.items():
+        means[name] = sum(measure(task, loss, batch, name) for batch in fixed) / batches
+    return means
 
 
 def _cosines(task: DenoisingTask, batches: int) -> dict[str, float]:
-    """Of the retain gradient to the two constraints' on the same batch, as a step of the repair has them; means."""
+    """Return the retain gradient's mean cosines to the two constraints', as a step of the repair has them."""
     totals = {"cos_forget": 0.0, "cos_contrast": 0.0}
-    for b in range(batches):
-        batch, theta = task.batch("selectivity", b), task.trainable()
+    for step in range(batches):
+        batch = task.batch("selectivity", step)
+        theta = task.trainable()
         g_r = gradient(task, task.retain, batch, theta)
         for name, loss in (("cos_forget", task.forget), ("cos_contrast", task.contrast)):
             along, norm2, norm2_f = products(g_r, gradient(task, loss, batch, theta)).tolist()
@@ -251,14 +253,26 @@ def _cosines(task: DenoisingTask, batches: int) -> dict[str, float]:
 
 
 def overlap(masks: Masks, others: Masks) -> float:
-    """The share of the selected entries that the others select too."""
-    chosen = sum(int(mask.sum()) for mask in masks.values())
+    """Return the share of the selected entries that the others select too. Raises UserError if none is selected."""
+    chosen, common = 0, 0
+    for name, mask in masks.items():
+        chosen += int(mask.sum())
+        common += int((mask & others[name]).sum())
     if not chosen:
         raise UserError("nothing is selected: the scope has too few entries for the default's --fraction")
-    return sum(int((mask & others[name]).sum()) for name, mask in masks.items()) / chosen
+    return common / chosen
 
 
 def _others(selected: dict[tuple[str, str], Masks], saliency: str, concept: str) -> float:
-    """Mean overlap with what the same saliency selects for the other concepts."""
-    rest = [masks for (one, other), masks in selected.items() if one == saliency and other != concept]
-    return sum(overlap(selected[saliency, concept], masks) for masks in rest) / len(rest)
+    """Return the mean overlap with what the same saliency selects for the other concepts."""
+    overlaps = []
+    for (name, other), masks in selected.items():
+        if name == saliency and other != concept:
+            overlaps.append(overlap(selected[saliency, concept], masks))
+    return sum(overlaps) / len(overlaps)
+
+
+main = command("eval.selectivity", "Measure what saliencies select on the pocket model.", Selectivity, compare)
+
+if __name__ == "__main__":
+    run_main(main)

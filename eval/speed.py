@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 
-from erase_sd.common.cli import parse, run_main
+from erase_sd.common.cli import parse, quiet, run_main
 from eval.timing.settings import DetectorTiming, Network, Projection, TimingSuite, TopK
 
 GROUPS = {"suite": TimingSuite, "topk": TopK, "projection": Projection, "network": Network, "detector": DetectorTiming}
@@ -25,17 +25,19 @@ BENCHMARKS = {  # file in eval/timing: the group of its sizes
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure what was asked for and print line by line."""
+    """Measure the chosen benchmarks and print line by line."""
     argv = sys.argv[1:] if argv is None else argv
     given = parse(argv, prog="eval.speed", description="Measure speed and memory, as ratios.", **GROUPS)
-    groups = {name: cls(**given[name]) for name, cls in GROUPS.items()}
-    suite = groups["suite"]
-    os.environ["TQDM_DISABLE"] = "1"  # both are read at import, here and in fresh processes: the ratios speak alone
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sizes = {}
+    for name, options in GROUPS.items():
+        sizes[name] = options(**given[name])
+    suite = sizes["suite"]
+    os.environ["TQDM_DISABLE"] = "1"  # read at import, here and in fresh processes: hence the late imports below
+    quiet()
     print(importlib.import_module("eval.timing.clock").machine(), flush=True)
     for name in suite.benchmarks or BENCHMARKS:
         benchmark = importlib.import_module(f"eval.timing.{name}")
-        for line in benchmark.lines(suite, groups[BENCHMARKS[name]]):
+        for line in benchmark.lines(suite, sizes[BENCHMARKS[name]]):
             print(line, flush=True)
     return 0
 

@@ -26,7 +26,7 @@ WORDED = (  # kinds that show in the wording; everything else is taken for an ob
 
 
 class Example(NamedTuple):
-    """One way to ask for a concept."""
+    """One way to ask for a concept: its prompt, caption c_f and anchor c_a."""
 
     prompt: str  # draws the image to forget
     caption: str  # c_f, the text this image is trained under
@@ -44,7 +44,7 @@ class Concept:
     examples: tuple[Example, ...]
 
     def names(self, text: str) -> bool:
-        """Whether a text mentions a word of the concept, singular or plural."""
+        """Return whether a text mentions a word of the concept, singular or plural."""
         return any(_stems(word) in _stems(text) for word in self.words)
 
 
@@ -58,19 +58,23 @@ def load(name: str, kind: Kind | Literal["auto"] = "auto", anchor: str | None = 
     name = _checked(name, "concept")
     if kind not in ("auto", *TEMPLATES):
         raise ValueError(f"unknown kind {kind!r}: use one of auto, {', '.join(TEMPLATES)}")
-    files = {path.stem: path for path in FOLDER.glob("concepts/*.json")}
-    file = files.get(name.lower())
-    concept = _from_file(file, kind) if file else _from_text(name, kind)
+    concept = _from_text(name, kind)
+    for path in FOLDER.glob("concepts/*.json"):
+        if path.stem == name.lower():
+            concept = _from_file(path, kind)
     if anchor is None:
         return concept
     anchor = _checked(anchor, "anchor")
-    return replace(concept, examples=tuple(example._replace(anchor=anchor) for example in concept.examples))
+    examples = [example._replace(anchor=anchor) for example in concept.examples]
+    return replace(concept, examples=tuple(examples))
 
 
 def captions(without: Concept | None = None) -> list[str]:
     """Return the retain captions, less those that mention a word of the concept `without`, singular or plural."""
     lines = (FOLDER / "retain.txt").read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if not (without and without.names(line))]
+    if without is None:
+        return lines
+    return [line for line in lines if not without.names(line)]
 
 
 def _from_text(text: str, kind: Kind | Literal["auto"]) -> Concept:
@@ -87,7 +91,7 @@ def _from_text(text: str, kind: Kind | Literal["auto"]) -> Concept:
 
 
 def _worded(text: str) -> tuple[Kind, str]:
-    """("style", "neon") for "neon style": the kind that the wording tells, and what is left of the text."""
+    """Return ("style", "neon") for "neon style": the kind that the wording tells, and what is left of the text."""
     for kind, pattern in WORDED:
         if match := re.fullmatch(pattern, text, re.IGNORECASE):
             return kind, match["word"]
@@ -98,8 +102,9 @@ def _from_file(path: Path, kind: Kind | Literal["auto"]) -> Concept:
     """Read a concept file, whose fields prompts/README.md lists."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        examples = tuple(Example(**example) for example in fields["examples"])
-        concept = Concept(name=path.stem, kind=fields["kind"], words=tuple(fields["words"]), examples=examples)
+        examples = [Example(**example) for example in fields["examples"]]
+        words = tuple(fields["words"])
+        concept = Concept(name=path.stem, kind=fields["kind"], words=words, examples=tuple(examples))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a concept file ({error!r}): compare it with nudity.json") from error
     if concept.kind not in TEMPLATES or not concept.words or not examples:
@@ -123,5 +128,7 @@ def _checked(text: str, what: str) -> str:
 
 def _stems(text: str) -> str:
     """Return the words of `text` less their plural endings, set in spaces, so that phrases match at word ends only."""
-    stems = (re.sub(r"(ies|es|y|s|e)$", "", word) for word in re.findall(r"\w+", text.lower()))
+    stems = []
+    for word in re.findall(r"\w+", text.lower()):
+        stems.append(re.sub(r"(ies|es|y|s|e)$", "", word))
     return f" {' '.join(stems)} "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,12 @@ COLUMNS = {
     "width": ("width", "sd_image_width"),
     "height": ("height", "sd_image_height"),
 }
-LARGEST_SEED = 2**63 - 1
-LARGEST_GUIDANCE = 1000.0  # I2P asks for 255; far beyond, every picture is NaN
-LARGEST_SIDE = 4096  # pixels
+LIMITS = {
+    "seed": 2**63 - 1,
+    "guidance": 1000.0,  # I2P asks for 255; far beyond, every image is NaN
+    "width": 4096,  # pixels
+    "height": 4096,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +49,15 @@ class PromptRow:
 
 
 def of_concept(concept: Concept) -> list[PromptRow]:
-    """The prompts that draw a concept."""
-    return [PromptRow(row=i, prompt=e.prompt, seed=e.seed) for i, e in enumerate(concept.examples)]
+    """Return the prompts that ask for a concept."""
+    rows = []
+    for i, example in enumerate(concept.examples):
+        rows.append(PromptRow(row=i, prompt=example.prompt, seed=example.seed))
+    return rows
 
 
 def read(path: Path) -> list[PromptRow]:
-    """The rows of a CSV or text file, UTF-8. Raises ValueError naming the file and the row that cannot be read."""
+    """Return the rows of a CSV or text file, UTF-8. Raises ValueError naming file and row that cannot be read."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a .csv or .txt file of prompts")
     try:
@@ -60,14 +67,17 @@ def read(path: Path) -> list[PromptRow]:
     if path.suffix.lower() == ".csv":
         rows = _table(text, path)
     else:
-        rows = [PromptRow(row=i, prompt=line.strip()) for i, line in enumerate(text.splitlines()) if line.strip()]
+        rows = []
+        for i, line in enumerate(text.splitlines()):
+            if line.strip():
+                rows.append(PromptRow(row=i, prompt=line.strip()))
     if not rows:
         raise ValueError(f"{path} holds no prompts")
     return rows
 
 
 def is_i2p(rows: list[PromptRow]) -> bool:
-    """Whether the rows carry I2P's own columns."""
+    """Return whether all rows carry I2P's own columns."""
     return all({"categories", "nudity_percentage"} <= row.tags.keys() for row in rows)
 
 
@@ -79,71 +89,86 @@ def chosen(
     nudity_above: float | None = None,
     hard: bool = False,
 ) -> list[PromptRow]:
-    """The rows of one category, above a nudity percentage, and hard ones only. Raises ValueError if none is left.
+    """Return the rows of one category, above a nudity percentage, and hard ones only. ValueError if none is left.
 
     Ring-A-Bell's set is nudity_above=50. Only sources with I2P's columns can be filtered.
     """
     if not is_i2p(rows) and (category is not None or nudity_above is not None or hard):
         raise ValueError(f"{source} has no column categories or nudity_percentage: only I2P can be filtered")
-    known = sorted({name for row in rows for name in categories(row)})
-    if category is not None and category not in known:
-        raise ValueError(f"--category {category!r} is none of {', '.join(known)}")
-    kept = [
-        row
-        for row in rows
-        if (category is None or category in categories(row))
-        and (nudity_above is None or number(row, "nudity_percentage", source) > nudity_above)
-        and (not hard or number(row, "hard", source) == 1)
-    ]
-    if not kept:
+    if category is not None:
+        known: set[str] = set()
+        for row in rows:
+            known.update(categories(row))
+        if category not in known:
+            raise ValueError(f"--category {category!r} is none of {', '.join(sorted(known))}")
+        rows = [row for row in rows if category in categories(row)]
+    if nudity_above is not None:
+        rows = [row for row in rows if number(row, "nudity_percentage", source) > nudity_above]
+    if hard:
+        rows = [row for row in rows if number(row, "hard", source) == 1]
+    if not rows:
         raise ValueError(f"no row of {source} is left: widen --category, --nudity_above or --hard")
-    return kept
+    return rows
 
 
 def categories(row: PromptRow) -> list[str]:
-    """I2P's categories of a row: "hate, violence" is both."""
-    return [name.strip() for name in row.tags.get("categories", "").split(",") if name.strip()]
+    """Return I2P's categories of a row: "hate, violence" is both."""
+    names = map(str.strip, row.tags.get("categories", "").split(","))
+    return list(filter(None, names))
 
 
 def number(row: PromptRow, column: str, source: str) -> float:
-    """A numeric column that is no setting of the picture."""
+    """Return the number in a column that is no setting of the image. Raises ValueError if there is none."""
     return _number(row.tags.get(column, ""), column, f"{source}, row {row.row}", math.inf)
 
 
 def _table(text: str, path: Path) -> list[PromptRow]:
     reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
     try:
-        names = {wanted: _column(reader.fieldnames or [], wanted) for wanted in COLUMNS}
+        names = {}
+        for wanted in COLUMNS:
+            names[wanted] = _column(reader.fieldnames or [], wanted)
         if names["prompt"] is None:
             found = ", ".join(map(str, reader.fieldnames or ["none"]))
             raise ValueError(
                 f"{path} has no column prompt, caption or text, only {found}: name the prompts' column so"
             )
-        rows = [_row(i, cells, names, f"{path}, row {i}") for i, cells in enumerate(reader)]
+        rows = []
+        for i, cells in enumerate(reader):
+            rows.append(_row(i, cells, names, f"{path}, row {i}"))
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}: mend the quotes there") from error
     _no_duplicates(rows, path)
     return rows
 
 
-def _column(there: list[str], wanted: str) -> str | None:
-    return next((name for name in COLUMNS[wanted] if name in there), None)
+def _column(there: Sequence[str], wanted: str) -> str | None:
+    """Return the name by which a table calls a column, or None if it has none."""
+    for name in COLUMNS[wanted]:
+        if name in there:
+            return name
+    return None
 
 
 def _row(i: int, cells: dict[str, Any], names: dict[str, str | None], place: str) -> PromptRow:
     if None in cells or None in cells.values():
         raise ValueError(f"{place}: it has {'more' if None in cells else 'fewer'} cells than the header")
-    get = lambda wanted: cells[names[wanted]].strip() if names[wanted] else ""  # noqa: E731
-    limits = {"seed": LARGEST_SEED, "guidance": LARGEST_GUIDANCE, "width": LARGEST_SIDE, "height": LARGEST_SIDE}
-    given = {name: _number(get(name), names[name], place, limit) for name, limit in limits.items() if get(name)}
-    whole = {name: int(value) if name != "guidance" else value for name, value in given.items()}
-    used = {name for name in names.values() if name}
-    tags = {name: cells[name] for name in cells if name and name not in used}
-    return PromptRow(row=i, prompt=cells[names["prompt"]], **whole, tags=tags)
+    given: dict[str, float] = {}
+    for name, limit in LIMITS.items():
+        column = names[name]
+        if column is None or not cells[column].strip():
+            continue
+        value = _number(cells[column].strip(), column, place, limit)
+        given[name] = value if name == "guidance" else int(value)
+    tags = {}
+    for name, text in cells.items():
+        if name and name not in names.values():
+            tags[name] = text
+    return PromptRow(row=i, prompt=cells[names["prompt"]], **given, tags=tags)
 
 
 def _number(text: str, column: str, place: str, most: float) -> float:
-    """A number from 0 to `most`; whole ones exactly, since a float holds no 54-bit seed."""
+    """Return the number from 0 to `most` that a text says; whole ones exactly, since a float holds no 54-bit seed."""
     try:
         value: float = int(text) if text.strip().isdecimal() else float(text)
     except ValueError:
@@ -154,7 +179,7 @@ def _number(text: str, column: str, place: str, most: float) -> float:
 
 
 def _no_duplicates(rows: list[PromptRow], path: Path) -> None:
-    """Case numbers name rows in every score that is published: two rows with one number cannot be told apart."""
+    """Raise ValueError for two rows of one case number, by which published scores name rows."""
     seen: dict[str, int] = {}
     for row in rows:
         case = row.tags.get("case_number")

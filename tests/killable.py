@@ -13,12 +13,13 @@ import sys
 import types
 
 STAGES = {  # the functions whose inside is the stage
-    "pictures": ("subject.py", "look"),
-    "sampling": ("latents.py", "collect"),
+    "previews": ("concept.py", "preview"),
+    "sampling": ("samples.py", "collect"),
     "sensitivity": ("sensitivity.py", "averages"),
     "repair": ("repair.py", "_step"),
     "saving": ("checkpoints.py", "save_checkpoint"),
-    "results": ("report.py", "write_results"),
+    "results": ("results.py", "write_results"),
+    "finish": ("folder.py", "finish"),
 }
 
 
@@ -82,14 +83,14 @@ def main() -> None:
 
     from erase_sd import train  # noqa: F401
     from erase_sd.api import carry_out  # noqa: F401
-    from erase_sd.denoising import samples as latents
+    from erase_sd.denoising import samples
 
     for name in ("StableDiffusionPipeline", "UNet2DConditionModel", "AutoencoderKL", "PNDMScheduler", "DDPMScheduler"):
         getattr(diffusers, name)
     for name in ("CLIPTextModel", "CLIPTokenizer"):
         getattr(transformers, name)
     plt.close(plt.figure())
-    latents.CHUNK = 2
+    samples.CHUNK = 2
     for line in sys.stdin:
         request = json.loads(line)
         if (child := os.fork()) == 0:

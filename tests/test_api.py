@@ -3,7 +3,6 @@
 import csv
 import json
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +18,14 @@ from diffusers import (
 )
 from PIL import Image
 
-from erase_sd import api as erase
+from erase_sd import api, erase
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import file_digest
-from erase_sd.denoising import concept as subject
+from erase_sd.denoising import concept
 from erase_sd.models.pipeline import load
 from erase_sd.pocket import FOLDER as POCKET
 from erase_sd.run import loop
 from erase_sd.run.record import weights_hash
-
-job = import_module("erase_sd.api")  # the attribute of this name is the verb
 
 QUICK = {
     "steps": 3,
@@ -49,10 +46,10 @@ FILES = {
 
 @pytest.fixture(autouse=True)
 def _quick_pictures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two steps per picture instead of thirty; and accelerate forgets the precision of the test before."""
+    """Two steps per image instead of thirty; and accelerate forgets the precision of the test before."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    sample = subject.sample
-    monkeypatch.setattr(subject, "sample", lambda *args, **options: sample(*args, **options | {"steps": 2}))
+    sample = concept.sample
+    monkeypatch.setattr(concept, "sample", lambda *args, **options: sample(*args, **options | {"steps": 2}))
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -87,12 +84,19 @@ def test_it_edits_the_unet_only_and_puts_everything_back(
     assert {name for name in before if before[name] != after[name]} == {"unet"}
     assert [p.requires_grad for p in tiny_pipe.unet.parameters()] == flags
     assert not any(p.requires_grad for p in tiny_pipe.vae.parameters())
-    assert all(p.grad is None and p.device.type == "cpu" for p in tiny_pipe.unet.parameters())
-    assert not tiny_pipe.unet.training and set(tiny_pipe.unet.__dict__) == attributes
-    assert tiny_pipe.scheduler is scheduler and torch.equal(torch.get_rng_state(), random_state)
+    for p in tiny_pipe.unet.parameters():
+        assert p.grad is None
+        assert p.device.type == "cpu"
+    assert not tiny_pipe.unet.training
+    assert set(tiny_pipe.unet.__dict__) == attributes
+    assert tiny_pipe.scheduler is scheduler
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert not list(tmp_path.rglob("*"))
-    assert record["config"]["concept"] == ["cat"] and record["trace"]["steps"] == 3 and record["reinitialised"] > 100
-    assert record["scores"] is None and json.loads(json.dumps(record, allow_nan=False)) == record
+    assert record["config"]["concept"] == ["cat"]
+    assert record["trace"]["steps"] == 3
+    assert record["reinitialised"] > 100
+    assert record["scores"] is None
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
     assert 0 < record["method_seconds"] < record["seconds"]
 
 
@@ -101,19 +105,23 @@ def test_everything_is_in_the_folder(finished: Path) -> None:
     assert json.loads((finished / "status.json").read_text()) == {"state": "complete", "code": 0, "message": ""}
     run = json.loads((finished / "run.json").read_text())
     assert run["config"] == json.loads((finished / "job.json").read_text())
-    assert run["config"]["concept"] == ["nudity"] and run["base"]["hash"] == run["config"]["base_hash"]
+    assert run["config"]["concept"] == ["nudity"]
+    assert run["base"]["hash"] == run["config"]["base_hash"]
     rows = (finished / "trace.csv").read_text().splitlines()
-    assert rows[0].startswith("step,loss_r,loss_f,loss_o") and len(rows) == 4
+    assert rows[0].startswith("step,loss_r,loss_f,loss_o")
+    assert len(rows) == 4
     with open(finished / "saliency.csv") as file:
         assert sum(int(row["changed"]) for row in csv.DictReader(file)) == run["reinitialised"] > 100
     card = (finished / "README.md").read_text()
-    assert "## Limits" in card and "Not validated on SD v1.4" in card
-    assert "accelerate launch erase_sd/train.py --concept nudity" in card and "--preset sd" in card
+    assert "## Limits" in card
+    assert "Not validated on SD v1.4" in card
+    assert "accelerate launch erase_sd/train.py --concept nudity" in card
+    assert "--preset sd" in card
     for name in ("trace.png", "saliency.png", "before_after.png"):
         Image.open(finished / name).verify()
 
 
-def test_pictures_of_nudity_are_pixelated(finished: Path, tiny_sd: Path, tmp_path: Path) -> None:
+def test_images_of_nudity_are_pixelated(finished: Path, tiny_sd: Path, tmp_path: Path) -> None:
     assert coarse(finished / "before_after.png")
     erase(load(str(tiny_sd)), " Nudity ", output_dir=tmp_path / "spelled", **QUICK | {"steps": 0})
     assert coarse(tmp_path / "spelled" / "before_after.png")
@@ -134,8 +142,8 @@ def test_a_second_call_returns_the_record_and_the_model_without_work(
     finished: Path, tiny_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(finished)
-    for name in ("collect", "_train", "write_results"):
-        monkeypatch.setattr(job, name, lambda *args: pytest.fail("it worked again"))
+    for name in ("collect", "DenoisingTask", "write_results"):
+        monkeypatch.setattr(api, name, lambda *args: pytest.fail("it worked again"))
     assert erase(tiny_pipe, "nudity", output_dir=finished, **QUICK) == json.loads((finished / "run.json").read_text())
     assert contents(finished) == before
     saved = UNet2DConditionModel.from_pretrained(finished, subfolder="unet")
@@ -156,7 +164,8 @@ def test_another_configuration_in_the_folder_is_refused(
     before, model = contents(finished), parts(tiny_pipe)
     with pytest.raises(UserError, match=knob):
         erase(tiny_pipe, "nudity", output_dir=finished, **QUICK | change)
-    assert contents(finished) == before and parts(tiny_pipe) == model
+    assert contents(finished) == before
+    assert parts(tiny_pipe) == model
 
 
 def test_another_model_in_the_folder_is_refused(finished: Path, tiny_pipe: StableDiffusionPipeline) -> None:
@@ -194,10 +203,10 @@ EARLY = [
 
 
 @pytest.mark.parametrize(("given", "message"), EARLY, ids=[m for _, m in EARLY])
-def test_what_cannot_work_is_refused_before_anything_is_drawn_or_written(
+def test_what_cannot_work_is_refused_before_anything_is_sampled_or_written(
     tiny_pipe: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict, message: str
 ) -> None:
-    monkeypatch.setattr(subject, "sample", lambda *args, **options: pytest.fail("a picture was drawn"))
+    monkeypatch.setattr(concept, "sample", lambda *args, **options: pytest.fail("an image was sampled"))
     with pytest.raises(UserError, match=message):
         erase(tiny_pipe, **{"concept": "dragon", "output_dir": tmp_path / "run"} | QUICK | given)
     assert not list(tmp_path.iterdir())
@@ -210,8 +219,10 @@ def test_half_precision_weights_are_refused(tiny_pipe: StableDiffusionPipeline) 
 
 def failed(folder: Path, message: str) -> None:
     status = json.loads((folder / "status.json").read_text())
-    assert (status["state"], status["code"]) == ("failed", 2) and message in status["message"]
-    assert not (folder / "unet").exists() and not (folder / "run.json").exists()
+    assert (status["state"], status["code"]) == ("failed", 2)
+    assert message in status["message"]
+    assert not (folder / "unet").exists()
+    assert not (folder / "run.json").exists()
 
 
 @pytest.mark.parametrize("steps", [1, 4], ids=["in the last step", "on the way"])
@@ -251,11 +262,12 @@ def test_a_defect_of_ours_is_told_apart_from_the_users(
     def broken(*_):
         raise KeyError("oh")
 
-    monkeypatch.setattr(job, "collect", broken)
+    monkeypatch.setattr(api, "collect", broken)
     with pytest.raises(KeyError):
         erase(tiny_pipe, "cat", output_dir=tmp_path / "run", **QUICK)
     status = json.loads((tmp_path / "run/status.json").read_text())
-    assert (status["state"], status["code"]) == ("failed", 1) and "KeyError" in status["message"]
+    assert (status["state"], status["code"]) == ("failed", 1)
+    assert "KeyError" in status["message"]
 
 
 def test_the_same_seed_gives_the_same_unet_bit_for_bit(
@@ -296,14 +308,15 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
 def test_mixed_precision_is_recorded_and_edits_fp32_weights(tiny_pipe: StableDiffusionPipeline) -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     record = erase(tiny_pipe, "cat", accelerator=accelerator, **QUICK)
-    assert record["config"]["mixed_precision"] == "bf16" and tiny_pipe.unet.dtype == torch.float32
+    assert record["config"]["mixed_precision"] == "bf16"
+    assert tiny_pipe.unet.dtype == torch.float32
 
 
 def test_the_record_names_the_pipeline_it_was_given(
     tiny_pipe: StableDiffusionPipeline, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans = []
-    monkeypatch.setattr(job, "carry_out", lambda pipe, plan, accelerator: plans.append(plan))
+    monkeypatch.setattr(api, "carry_out", lambda pipe, plan, accelerator: plans.append(plan))
     erase(tiny_pipe, "cat")
     erase(tiny_pipe, "cat", model="owner/name")
     tiny_pipe.register_to_config(_name_or_path=str(POCKET))
@@ -317,7 +330,7 @@ def test_the_record_names_the_pipeline_it_was_given(
     [StableDiffusionPipeline, AutoPipelineForText2Image, StableDiffusionImg2ImgPipeline],
     ids=lambda f: f.__name__,
 )
-def test_the_saved_unet_draws_in_every_pipeline(finished: Path, tiny_sd: Path, family: type) -> None:
+def test_the_saved_unet_samples_in_every_pipeline(finished: Path, tiny_sd: Path, family: type) -> None:
     unet = UNet2DConditionModel.from_pretrained(str(finished), subfolder="unet")
     assert weights_hash(load(str(tiny_sd), unet=str(finished)).unet) == weights_hash(unet)
     pipe = family.from_pretrained(tiny_sd, unet=unet)

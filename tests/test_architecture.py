@@ -214,6 +214,7 @@ NAMED_BY_THE_TREE: dict[str, str] = {  # one importer, and a question of its own
     "eval.reporting.figure": "needs matplotlib",
     "eval.reporting.run_sections": "sections of runs",
     "eval.reporting.image_sections": "sections of images",
+    "classification.models.pretrained": "weights from elsewhere, and what is refused of them",
     "classification.run.measure": "scores after a method",
     "classification.data.transforms": "crops and flips on tensors",
     "classification.reporting.figures": "needs matplotlib",

@@ -20,10 +20,9 @@ class Images:
         return len(self.labels)
 
     def take(self, rows: Tensor) -> Images:
-        """The examples of these rows (n,) int64, in their order."""
-        return Images(
-            pixels=self.pixels[rows], labels=self.labels[rows], ids=tuple(self.ids[i] for i in rows.tolist())
-        )
+        """Return the examples of these rows (n,) int64, in their order."""
+        ids = [self.ids[row] for row in rows.tolist()]
+        return Images(pixels=self.pixels[rows], labels=self.labels[rows], ids=tuple(ids))
 
 
 @dataclass(frozen=True, kw_only=True)

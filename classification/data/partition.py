@@ -1,4 +1,4 @@
-"""A data set cut up into what to forget, what to retain, and what to judge with."""
+"""A data set divided into forget set, retain set, and what to measure with."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Parts(NamedTuple):
 
 
 def partition(data: Data) -> Parts:
-    """The parts that are asked for; the authors' split draws validation and forget set by one seed.
+    """Return the parts that are asked for; the authors' split draws validation and forget set by one seed.
 
     Raises UserError for what cannot be read or drawn.
     """
@@ -35,19 +35,29 @@ def partition(data: Data) -> Parts:
     kept = torch.ones(len(pool), dtype=torch.bool)
     kept[gone] = False
     retain = pool.take(kept.nonzero()[:, 0])
-    judged = [part.take(test_rows(part.labels, pool.labels, gone)) for part in (held or retain, dataset.test)]
-    return Parts(dataset, pool, pool.take(gone), retain, *judged)
+    val = held if len(held) else retain
+    return Parts(
+        dataset=dataset,
+        pool=pool,
+        forget=pool.take(gone),
+        retain=retain,
+        val=val.take(test_rows(val.labels, pool.labels, gone)),
+        test=dataset.test.take(test_rows(dataset.test.labels, pool.labels, gone)),
+    )
 
 
 def dataset_of(data: Data) -> Dataset:
-    """The data set, read once."""
-    return _load(data.dataset, data.data_dir)
+    """Return the data set, read once."""
+    return _loaded(data.dataset, data.data_dir)
 
 
-_load = lru_cache(maxsize=1)(load)
+@lru_cache(maxsize=1)
+def _loaded(name: str, folder: str | None) -> Dataset:
+    return load(name, folder)
 
 
 def pool_of(dataset: Dataset, seed: int) -> tuple[Images, Images]:
-    """What is trained on, and what is held back for validation: nothing of the faces, as in the paper."""
-    train, val = validation_split(dataset.train.labels, seed, share=0.0 if dataset.name == "celeba" else 0.1)
+    """Return (what is trained on, what is held back for validation): nothing of the faces, as in the paper."""
+    share = 0.0 if dataset.name == "celeba" else 0.1
+    train, val = validation_split(dataset.train.labels, seed, share)
     return dataset.train.take(train), dataset.train.take(val)

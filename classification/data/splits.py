@@ -28,7 +28,7 @@ SPECS = "random:0.1 (a share of the examples), class:3, identities:30 (that many
 
 
 def validation_split(labels: Tensor, split_seed: int, share: float = 0.1) -> tuple[Tensor, Tensor]:
-    """(training rows, ascending; validation rows, class by class), int64, of labels (N,) int64.
+    """Return (training rows, ascending; validation rows, class by class), int64, of labels (N,) int64.
 
     Validation gets int(share * n) of the n examples of each class, drawn as the authors' code does
     (github.com/JingWu321/Scissorhands): same labels in the same order, same seed, same rows.
@@ -36,16 +36,19 @@ def validation_split(labels: Tensor, split_seed: int, share: float = 0.1) -> tup
     if not 0 <= share < 1:
         raise UserError(f"the validation share {share} is outside [0, 1): give 0.1, or 0 for no validation examples")
     draw, y = _legacy(split_seed, "split"), labels.numpy()
-    rows = [np.flatnonzero(y == c) for c in np.unique(y)]
-    val = np.concatenate([draw.choice(these, int(share * len(these)), replace=False) for these in rows])
+    chosen = []
+    for c in np.unique(y):
+        rows = np.flatnonzero(y == c)
+        chosen.append(draw.choice(rows, int(share * len(rows)), replace=False))
+    val = np.concatenate(chosen)
     return torch.from_numpy(np.setdiff1d(np.arange(len(y)), val)), torch.from_numpy(val)
 
 
 def forget_rows(spec: str, images: Images, seed: int, authors: bool = False) -> Tensor:
-    """The rows of `images`, the training pool, to forget, ascending int64. `spec` is one of SPECS.
+    """Return the rows of `images`, the training pool, to forget, ascending int64. `spec` is one of SPECS.
 
     A share is rounded down. `authors` draws from the legacy generators that the authors' code uses, from the same pool
-    in the same order the same rows. UserError for a spec that cannot be read, or selects nothing or everything.
+    in the same order the same rows. Raises UserError for a spec that cannot be read, or selects nothing or everything.
     """
     kind, _, value = spec.partition(":")
     if kind not in KINDS:
@@ -59,7 +62,7 @@ def forget_rows(spec: str, images: Images, seed: int, authors: bool = False) -> 
 
 
 def test_rows(test_labels: Tensor, pool_labels: Tensor, forget: Tensor) -> Tensor:
-    """The test rows, ascending int64, whose class has training examples left once the rows `forget` are gone.
+    """Return the test rows, ascending int64, whose class has training examples left once the rows `forget` are gone.
 
     What a network does with a class that it was to forget wholly says nothing about what it was to keep.
     """
@@ -97,7 +100,7 @@ def _identities(value: str, images: Images, seed: int, authors: bool) -> Tensor:
 
 def _indices(value: str, images: Images, seed: int, authors: bool) -> Tensor:
     try:
-        lines = Path(value).read_text(encoding="utf-8").splitlines()
+        lines = Path(value).read_text(encoding="utf-8-sig").splitlines()  # without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--forget indices:{value} cannot be read ({error}): give a text file of ids") from error
     row_of = {name: row for row, name in enumerate(images.ids)}
@@ -110,7 +113,8 @@ def _indices(value: str, images: Images, seed: int, authors: bool) -> Tensor:
                 f"{value}, line {n}: {name!r} is not among the training examples: give an id, such as "
                 f"{images.ids[0]}, or a row from 0 to {len(images) - 1}"
             )
-        rows |= {row} if name else set()
+        if name:
+            rows.add(row)
     return torch.tensor(sorted(rows), dtype=torch.int64)
 
 
@@ -133,14 +137,14 @@ def _is_whole(text: str) -> bool:
 
 
 def _choice(n: int, count: int, seed: int, authors: bool) -> Tensor:
-    """`count` different numbers below n (count,) int64, in the order drawn."""
+    """Draw `count` different numbers below n: (count,) int64, in the order drawn."""
     if authors:
         return torch.from_numpy(_legacy(seed, "forget").choice(n, count, replace=False))
     return torch.randperm(n, generator=generator(seed, "forget"))[:count]
 
 
 def _legacy(seed: int, purpose: str) -> RandomState:
-    """numpy's generator of old, which draws what numpy.random.seed(seed) would, without its global state."""
+    """Return numpy's generator of old, which draws what numpy.random.seed(seed) would, without its global state."""
     try:
         return RandomState(seed)
     except ValueError as error:

@@ -16,7 +16,7 @@ AUGMENTS = {"crop-flip": (4, True), "flip": (0, True), "shift": (1, False), "non
 def augment(pixels: Tensor, kind: str, u: Tensor) -> Tensor:
     """Change each image (B, C, H, W) uint8 as its numbers u (B, 3), uniform in [0, 1), say: top, left, mirrored.
 
-    ValueError if there are not three numbers per image; KeyError for a kind that is not in AUGMENTS.
+    Raises ValueError if there are not three numbers per image, KeyError for a kind that is not in AUGMENTS.
     """
     margin, mirrors = AUGMENTS[kind]
     if u.shape != (len(pixels), 3):
@@ -35,5 +35,5 @@ def augment(pixels: Tensor, kind: str, u: Tensor) -> Tensor:
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """uint8 pixels as float32 in [0, 1]; the networks normalise in their first layer."""
+    """Return uint8 pixels as float32 in [0, 1]; the networks normalise in their first layer."""
     return pixels.float() / 255

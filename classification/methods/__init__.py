@@ -1,4 +1,17 @@
-"""Every method that forgets samples of a classifier, by the name of its option. One file each."""
+"""How does a classifier forget? One method a file, each beside its formula and its source.
+
+retrain        train from scratch on the retain set: what every other method is measured against
+scissorhands   Scissorhands, Algorithm 1 or the loop of its released classification code
+influence      IU: one Newton-like step with WoodFisher's inverse
+expanding      BE: a shadow class for the forget set
+shrink         BS: the class across the nearest boundary
+sparse         l1-sparse fine-tuning
+neggrad        NegGrad+: ascent on the forget set, descent on the retain set
+scrub          SCRUB: a student and its teacher
+dampening      SSD: selective synaptic dampening
+
+FT, GA and SalUn are those of `erase_sd.methods`.
+"""
 
 from classification.methods.dampening import Dampening
 from classification.methods.expanding import BoundaryExpanding
@@ -27,3 +40,4 @@ METHODS = {
     "ssd": Dampening,
     "scissorhands": ClassifierScissorhands,
 }
+FORGET_WALKERS = {"ga", "be", "bs"}  # an epoch of these is a walk through the forget set

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
+
+from classification.task import ClassificationTask
 from erase_sd.common.cli import knob
+from erase_sd.core.sensitivity import accumulate
+from erase_sd.core.task import Params
 from erase_sd.methods.base import Method
-
-if TYPE_CHECKING:
-    from classification.task import ClassificationTask
-    from erase_sd.core.task import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +22,13 @@ class Dampening(Method):
     lam: float = knob(1.0, "share of a selected weight that stays, in units of I_D / I_f")
 
     def __call__(self, task: ClassificationTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
-        """Dampen, in place; one record, which counts the weights."""
-        import torch
-
+        """Dampen the weights in place; yield one record, which counts them."""
         if state is not None:
             return
         task.model.eval()
         n_f, n_r = len(task.walks["forget"].images), len(task.walks["retain"].images)
-        importance_f, importance_r = (self.importance(task, name) for name in ("forget", "retain"))
+        importance_f = self.importance(task, "forget")
+        importance_r = self.importance(task, "retain")
         selected = 0
         for name, p in task.trainable().items():
             everywhere = (n_f * importance_f[name] + n_r * importance_r[name]) / (n_f + n_r)
@@ -40,11 +39,7 @@ class Dampening(Method):
         yield {"step": 0, "loss": 0.0, "lr": 0.0, "selected": selected}, {"step": 1, "optimizer": {}}
 
     def importance(self, task: ClassificationTask, name: str) -> Params:
-        """Mean over a walk through the set of the squared gradients of its batches."""
-        import torch
-
-        from erase_sd.core.sensitivity import accumulate
-
+        """Return the mean of the squared batch gradients over one epoch of the forget or the retain set."""
         loss = task.forget if name == "forget" else task.retain
         *_, mean = accumulate(task, loss, task.trainable(), "importance", range(task.epoch(name)), torch.square)
         return mean

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from classification.task import ClassificationTask
 from erase_sd.common.cli import knob
+from erase_sd.core.projection import dot, subtract_
+from erase_sd.core.task import Params, gradient
 from erase_sd.methods.base import Method
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from classification.task import ClassificationTask
-    from erase_sd.core.task import Params
+CHUNK = 256  # examples whose summed gradient is computed at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +26,7 @@ class Influence(Method):
     samples: int = knob(1000, "N: retain examples that F is estimated from")
 
     def __call__(self, task: ClassificationTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
-        """theta <- theta + alpha k; one record."""
-        from erase_sd.core.projection import dot, subtract_
-
+        """Apply theta <- theta + alpha k in place; yield one record."""
         if state is not None:
             return
         task.model.eval()
@@ -43,21 +43,19 @@ class Influence(Method):
         yield {"step": 0, "loss": 0.0, "lr": self.alpha}, {"step": 1, "optimizer": {}}
 
     def total(self, task: ClassificationTask, name: str, scale: float, rows: range | None = None) -> Params:
-        """scale times the summed gradients of the examples of a set, as they are, in evaluation mode."""
-        import torch
-        import torch.nn.functional as F
+        """Return `scale` times the summed gradients of examples of a set, without augmentation, in evaluation mode.
 
-        from erase_sd.core.task import gradient
-
-        rows = range(len(task.walks[name].images)) if rows is None else rows
+        `rows` are the examples, all of the set by default.
+        """
+        if rows is None:
+            rows = range(len(task.walks[name].images))
 
         def loss(chunk: range) -> Tensor:
             x, y, _ = task.clean(name, torch.arange(chunk.start, chunk.stop))
             return scale * F.cross_entropy(task.logits(x), y, reduction="sum")
 
-        chunks = [rows[i : i + 256] for i in range(0, len(rows), 256)]
-        total = gradient(task, loss, chunks[0], task.trainable())
-        for chunk in chunks[1:]:
-            for key, g in gradient(task, loss, chunk, task.trainable()).items():
+        total = gradient(task, loss, rows[:CHUNK], task.trainable())
+        for start in range(CHUNK, len(rows), CHUNK):
+            for key, g in gradient(task, loss, rows[start : start + CHUNK], task.trainable()).items():
                 total[key] += g
         return total

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from erase_sd.common.cli import knob
 from erase_sd.common.errors import UserError
+from erase_sd.core.task import Task
 from erase_sd.methods.base import Objective
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from erase_sd.core.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,5 +26,5 @@ class NegGradPlus(Objective):
             raise UserError(f"--alpha {self.alpha} is above 1: it is the retain loss's share, give 0 to 1")
 
     def objective(self, task: Task, batch: Any, step: int) -> Tensor:
-        """alpha L_r - (1 - alpha) L_f."""
+        """Return alpha L_r - (1 - alpha) L_f, a scalar."""
         return self.alpha * task.retain(batch) - (1 - self.alpha) * task.forget(batch)

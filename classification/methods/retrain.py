@@ -9,4 +9,4 @@ from erase_sd.methods.finetune import FineTune
 
 @dataclass(frozen=True, kw_only=True)
 class Retrain(FineTune):
-    """Retrain: the model that never saw the forget set. `erase` gives it a network with fresh weights."""
+    """Retrain: the model that never saw the forget set. `run.jobs.unlearn` gives it a network with fresh weights."""

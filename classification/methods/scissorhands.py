@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from classification.task import ClassificationTask, ClassifierBatch
 from erase_sd.common.cli import knob
 from erase_sd.common.errors import UserError
+from erase_sd.core.descent import descend
+from erase_sd.core.projection import coefficient, dot, subtract_
+from erase_sd.core.task import Params, gradient
 from erase_sd.methods.scissorhands import Scissorhands
-
-if TYPE_CHECKING:
-    from classification.task import ClassificationTask, ClassifierBatch
-    from erase_sd.core.task import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class ClassifierScissorhands(Scissorhands):
             raise UserError(f"--trim_share {self.trim_share} is outside (0, 1]: it is a share of the forget set")
 
     def __call__(self, task: ClassificationTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
-        """Algorithm 1, or, with a memory scope, the released loop."""
+        """Run Algorithm 1 or, with a memory scope, the released loop; yield (record, state) after each step."""
         if self.memory_scope is None:
             yield from super().__call__(task, state)
             return
@@ -50,7 +51,7 @@ class ClassifierScissorhands(Scissorhands):
     def sensitivity(
         self, task: ClassificationTask, state: dict | None = None
     ) -> Generator[tuple[dict, dict], None, Params]:
-        """The saliency, measured on the share of D_f."""
+        """Measure the saliency on the share of D_f and return it; yield (record, state) after each batch."""
         whole = task.walks["forget"]
         task.walks["forget"] = whole.part(self.trim_share)
         try:
@@ -59,36 +60,39 @@ class ClassifierScissorhands(Scissorhands):
             task.walks["forget"] = whole
 
     def loop(self, task: ClassificationTask, state: dict) -> Iterator[tuple[dict, dict]]:
-        """Joint steps against a stale memory while an epoch's forget batches last, plain ones after."""
-        from erase_sd.core.descent import descend
-        from erase_sd.core.projection import coefficient, dot, subtract_
-
+        """Take joint steps against a stale memory while an epoch's forget batches last, plain ones after."""
         device = next(iter(task.trainable().values())).device
-        memory: Params = {name: g.to(device) for name, g in state.get("kept", {}).items()}
-        joint, bit = task.epoch("forget"), {"c": 0.0}
+        memory: Params = {}
+        for name, g in state.get("kept", {}).items():
+            memory[name] = g.to(device)
+        joint_steps = task.epoch("forget")
+        project = False  # whether the gradient of the present step is projected
+        c = 0.0  # the coefficient of the present step's projection, 0 where nothing was subtracted
 
-        def objective(batch: ClassifierBatch, step: int):
+        def objective(batch: ClassifierBatch, step: int) -> Tensor:
+            nonlocal project
             epoch, position = divmod(step, task.epoch("retain"))
             if position == 0:
                 memory.update(self.forget_gradient(task, epoch))
-            bit.update(project=position < joint and (position + 1) % self.project_every == 0)
-            return task.retain(batch) - self.lam * task.forget(batch) if position < joint else task.retain(batch)
+            joint = position < joint_steps
+            project = joint and (position + 1) % self.project_every == 0
+            if joint:
+                return task.retain(batch) - self.lam * task.forget(batch)
+            return task.retain(batch)
 
         def edit(g: Params) -> None:
-            bit["c"] = 0.0
-            if bit["project"]:
+            nonlocal c
+            c = 0.0
+            if project:
                 inside = {name: g[name] for name in memory}
-                against, norm2 = float(dot(inside, memory)), float(dot(memory, memory))
-                bit["c"] = coefficient(against, norm2, self.margin, self.ridge)
-                subtract_(inside, memory, bit["c"])
+                c = coefficient(float(dot(inside, memory)), float(dot(memory, memory)), self.margin, self.ridge)
+                subtract_(inside, memory, c)
 
         for record, now in descend(task, self, objective, state, edit=edit):
-            yield record | {"c": bit["c"], "bit": bit["c"] > 0}, now | {"kept": dict(memory)}
+            yield record | {"c": c, "bit": c > 0}, now | {"kept": dict(memory)}
 
     def forget_gradient(self, task: ClassificationTask, epoch: int) -> Params:
-        """g_f of one batch in evaluation mode, in the scope."""
-        from erase_sd.core.task import gradient
-
+        """Return g_f of one batch, measured in evaluation mode, of the parameters in the memory's scope."""
         training = task.model.training
         task.model.eval()
         theta = {name: p for name, p in task.trainable().items() if re.search(self.memory_scope, name)}

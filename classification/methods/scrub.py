@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from classification.task import ClassificationTask, ClassifierBatch
 from erase_sd.common.cli import knob
 from erase_sd.methods.base import Objective
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from classification.task import ClassificationTask, ClassifierBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,21 +23,18 @@ class Scrub(Objective):
     temperature: float = knob(4.0, "of both networks' answers, > 0")
 
     def objective(self, task: ClassificationTask, batch: ClassifierBatch, step: int) -> Tensor:
-        """-KL_T on D_f in a max step, gamma L_r + alpha KL_T on D_r in a min step."""
+        """Return -KL_T on D_f in a max step, gamma L_r + alpha KL_T on D_r in a min step; a scalar."""
         if self.is_max(step, task.epoch("forget"), task.epoch("retain")):
             return -self.distance(task, batch.forget.x)
         return self.gamma * task.retain(batch) + self.alpha * self.distance(task, batch.retain.x)
 
     def is_max(self, step: int, forget: int, retain: int) -> bool:
-        """Whether the step is one of the `forget` first of the `forget + retain` steps of an early epoch."""
+        """Return whether the step is one of the `forget` first of the `forget + retain` steps of an early epoch."""
         epoch, position = divmod(step, forget + retain)
         return epoch < self.max_epochs and position < forget
 
     def distance(self, task: ClassificationTask, x: Tensor) -> Tensor:
-        """T^2 KL(teacher || student) at temperature T, mean over the samples."""
-        import torch
-        import torch.nn.functional as F
-
+        """Return T^2 KL(teacher || student) at temperature T on images x (n, C, H, W), the mean over the samples."""
         with torch.no_grad():
             teacher = (task.original()(x) / self.temperature).log_softmax(1)
         student = (task.logits(x) / self.temperature).log_softmax(1)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from classification.task import ClassificationTask, ClassifierBatch
 from erase_sd.common.cli import knob
 from erase_sd.methods.base import Objective
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from classification.task import ClassificationTask, ClassifierBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,16 +21,15 @@ class BoundaryShrink(Objective):
     other_only: bool = knob(True, "never the true class, where the attack fails (released code: then it is retrained)")
 
     def objective(self, task: ClassificationTask, batch: ClassifierBatch, step: int) -> Tensor:
-        """l(f(x_f), y'), y' being the original network's answer to x_f + epsilon sign grad_x l."""
-        import torch
-        import torch.nn.functional as F
-
-        network, (x, y, _) = task.original(), batch.forget
+        """Return l(f(x_f), y'), y' being the original model's class of x_f + epsilon sign grad_x l; a scalar."""
+        original = task.original()
+        x, y, _ = batch.forget
         with torch.enable_grad():
             attacked = x.detach().clone().requires_grad_()
-            (slope,) = torch.autograd.grad(F.cross_entropy(network(attacked), y), attacked)
-        with torch.no_grad():  # rounded to grey levels, as a picture would be
-            answers = network(((x + self.epsilon * slope.sign()).clamp(0, 1) * 255).round() / 255)
+            (slope,) = torch.autograd.grad(F.cross_entropy(original(attacked), y), attacked)
+        with torch.no_grad():
+            attacked = (x + self.epsilon * slope.sign()).clamp(0, 1)
+            logits = original((attacked * 255).round() / 255)  # rounded to grey levels, as an image file would be
             if self.other_only:
-                answers = answers.scatter(1, y[:, None], -torch.inf)
-        return F.cross_entropy(task.logits(x), answers.argmax(1))
+                logits = logits.scatter(1, y[:, None], -torch.inf)
+        return F.cross_entropy(task.logits(x), logits.argmax(1))

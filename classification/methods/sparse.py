@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from erase_sd.common.cli import knob
+from erase_sd.core.task import Task
 from erase_sd.methods.base import Objective
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from erase_sd.core.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +19,8 @@ class L1Sparse(Objective):
     l1: float = knob(1e-4, "gamma at the first step, in units of L_r per unit of |theta|_1")
 
     def objective(self, task: Task, batch: Any, step: int) -> Tensor:
-        """L_r + gamma |theta|_1, over all that is trained, biases and norms included."""
+        """Return L_r + gamma |theta|_1, a scalar, over all that is trained, biases and norms included."""
         gamma = self.l1 * (1 - step / self.steps)
         size = sum(p.abs().sum() for p in task.trainable().values())
-        # of all shards, and each knows its own gradient
-        size = size + task.shards.all_reduce(size.detach()) - size.detach()
-        return task.retain(batch) + gamma * size
+        others = task.shards.all_reduce(size.detach()) - size.detach()  # each shard knows its own gradient
+        return task.retain(batch) + gamma * (size + others)

@@ -1,4 +1,4 @@
-"""How far a model's answers are from Retrain's: an unlearned model should answer like one that never saw D_f."""
+"""How far a model's outputs are from Retrain's: an unlearned model should predict like one that never saw D_f."""
 
 import math
 from typing import NamedTuple
@@ -15,10 +15,11 @@ class Distance(NamedTuple):
 
 
 def distance(logits: Tensor, retrain: Tensor) -> Distance:
-    """The distance between two models' logits (N, K) on the same examples; ValueError where shapes differ."""
+    """Return the distance between two models' logits (N, K) on the same examples; ValueError where shapes differ."""
     if logits.shape != retrain.shape or not len(logits):
         raise ValueError(f"logits of the same examples and classes are needed, not {logits.shape} and {retrain.shape}")
-    log_q, log_p = logits.double().log_softmax(1), retrain.double().log_softmax(1)
+    log_q = logits.double().log_softmax(1)
+    log_p = retrain.double().log_softmax(1)
     log_m = log_p.logaddexp(log_q) - math.log(2)
     js = ((_kl(log_p, log_m) + _kl(log_q, log_m)) / 2).clamp(min=0)  # rounding may leave -1e-17
     differ = (logits.argmax(1) != retrain.argmax(1)).double().mean()
@@ -26,5 +27,5 @@ def distance(logits: Tensor, retrain: Tensor) -> Distance:
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q), the mean over the examples."""
+    """Return KL(p || q), the mean over the examples, of log probabilities (N, K)."""
     return (log_p.exp() * (log_p - log_q)).sum(1).mean()

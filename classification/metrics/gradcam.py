@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import matplotlib
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -15,14 +14,18 @@ from erase_sd.common.imaging import sheet
 
 @torch.enable_grad()
 def cam(model: nn.Module, layer: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
-    """Heat maps (B, H, W) in [0, 1] of images x (B, C, H, W) for classes (B,), on their device.
+    """Return heat maps (B, H, W) in [0, 1] of images x (B, C, H, W) for classes (B,), on their device.
 
     ReLU(sum_c a_c A_c), where A is the output (B, c, h, w) of `layer` and a_c the mean over space of the gradient of
     the class's logit by A_c; each map is stretched to [0, 1], then enlarged bilinearly. The model runs in eval mode
     and no parameter's gradient changes.
     """
     outputs: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda _layer, _inputs, output: outputs.append(output))
+
+    def keep(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        outputs.append(output)
+
+    hook = layer.register_forward_hook(keep)
     try:
         with evaluating(model):
             scores = model(x.detach().requires_grad_())  # so that A has a gradient even where all weights are frozen
@@ -36,36 +39,45 @@ def cam(model: nn.Module, layer: nn.Module, x: Tensor, classes: Tensor) -> Tenso
     return F.interpolate(heat, x.shape[2:], mode="bilinear")[:, 0]
 
 
+def last_block(model: nn.Module) -> nn.Module:
+    """Return the last block of layer4, before the pooling of every network of ours."""
+    return model.layer4[-1]
+
+
 def figure(
     models: dict[str, nn.Module],
     forget: Images,
     retain: Images,
     *,
-    layer: Callable[[nn.Module], nn.Module] = lambda model: model.layer4[-1],
+    layer: Callable[[nn.Module], nn.Module] = last_block,
     scale: float = 1.0,
 ) -> Image.Image:
-    """One row per image, those of D_f above those of D_r; the image itself, then one column per model (on the CPU).
+    """Return a sheet with a row per image, those of D_f above those of D_r; the image, then one column per model.
 
-    Each model is asked for the true label; `layer` picks the layer of a model, the last block of layer4 by default.
+    The maps are those of the true label; `layer` picks the layer of a model, which is on the CPU.
     """
     rows: list[list[Image.Image]] = []
     for images in (forget, retain):
         x = scaled(images.pixels)
-        heats = [cam(model, layer(model), x, images.labels) for model in models.values()]
-        columns = [_pictures(x), *(_pictures(overlay(x, heat)) for heat in heats)]
-        rows += [list(row) for row in zip(*columns, strict=True)]
+        columns = [_pictures(x)]
+        for model in models.values():
+            heat = cam(model, layer(model), x, images.labels)
+            columns.append(_pictures(overlay(x, heat)))
+        rows += map(list, zip(*columns, strict=True))
     labels = ["D_f"] * len(forget) + ["D_r"] * len(retain)
     return sheet(rows, labels, ["image", *models], scale)
 
 
 def overlay(x: Tensor, heat: Tensor) -> Tensor:
-    """(B, 3, H, W): half images (B, 1 or 3, H, W), half coloured heat maps (B, H, W), at most 1 in each picture."""
+    """Return (B, 3, H, W): half images (B, 1 or 3, H, W), half coloured heat maps (B, H, W), at most 1 in each."""
+    import matplotlib
+
     colours = torch.from_numpy(matplotlib.colormaps["jet"](heat.numpy())[..., :3]).float().permute(0, 3, 1, 2)
     mixed = (x + colours) / 2
     return mixed / mixed.amax((1, 2, 3), keepdim=True)
 
 
 def _pictures(x: Tensor) -> list[Image.Image]:
-    """Images (B, 1 or 3, H, W) in [0, 1] as PIL images."""
+    """Return images (B, 1 or 3, H, W) in [0, 1] as PIL images."""
     levels = (x.expand(-1, 3, -1, -1) * 255).round().byte().permute(0, 2, 3, 1)
     return [Image.fromarray(level) for level in levels.contiguous().numpy()]

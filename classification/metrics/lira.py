@@ -23,7 +23,7 @@ class Attack(NamedTuple):
 
 
 def confidence(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p_y - log(1 - p_y), (N,) float64, of logits (N, K) and labels (N,): close to Gaussian over models.
+    """Return log p_y - log(1 - p_y), (N,) float64, of logits (N, K) and labels (N,): close to Gaussian over models.
 
     From the logits themselves, so that no probability is rounded to 1.
     """
@@ -33,7 +33,7 @@ def confidence(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def log_ratio(target: Tensor, unlearned: Tensor, never: Tensor, *, pooled: bool = False) -> Tensor:
-    """log N(target | unlearned) - log N(target | never), per example and shaped like `target`, (N,) or (T, N).
+    """Return log N(target | unlearned) - log N(target | never) per example, shaped like `target`, (N,) or (T, N).
 
     `unlearned` and `never` (S, N), S >= 2, are the confidences of shadow models that were trained on the examples and
     then unlearned them, and of models that were not trained on them. `pooled` shares one variance among all examples:
@@ -43,7 +43,7 @@ def log_ratio(target: Tensor, unlearned: Tensor, never: Tensor, *, pooled: bool 
 
 
 def _log_density(x: Tensor, shadow: Tensor, pooled: bool) -> Tensor:
-    """The log density at x of each example's Gaussian, fitted to `shadow` (S, N)."""
+    """Return the log density at x of each example's Gaussian, fitted to `shadow` (S, N)."""
     if len(shadow) < 2:
         raise ValueError(f"a Gaussian needs two shadow models or more, not {len(shadow)}")
     variance = shadow.var(0)
@@ -52,7 +52,7 @@ def _log_density(x: Tensor, shadow: Tensor, pooled: bool) -> Tensor:
 
 
 def attack(unlearned: Tensor, never: Tensor, *, pooled: bool = False, fpr: float = 0.01) -> Attack:
-    """The attack on the shadow models themselves, each held out of its own fit; both are confidences (S, N), S >= 3.
+    """Attack the shadow models themselves, each held out of its own fit; both are confidences (S, N), S >= 3.
 
     One model of each kind is held out at a time: holding out one alone would move its own side's mean away from it,
     and the attack on two kinds that do not differ would fall below one half. Needs scikit-learn.
@@ -61,11 +61,12 @@ def attack(unlearned: Tensor, never: Tensor, *, pooled: bool = False, fpr: float
 
     if unlearned.shape != never.shape:
         raise ValueError(f"as many models of each kind are needed, not {unlearned.shape} and {never.shape}")
-    rest = [[i for i in range(len(never)) if i != held] for held in range(len(never))]
-    hits, alarms = (
-        torch.stack([log_ratio(x[i], unlearned[r], never[r], pooled=pooled) for i, r in enumerate(rest)]).flatten()
-        for x in (unlearned, never)
-    )
+    hits_of, alarms_of = [], []
+    for held in range(len(never)):
+        rest = torch.arange(len(never)) != held
+        hits_of.append(log_ratio(unlearned[held], unlearned[rest], never[rest], pooled=pooled))
+        alarms_of.append(log_ratio(never[held], unlearned[rest], never[rest], pooled=pooled))
+    hits, alarms = torch.cat(hits_of), torch.cat(alarms_of)
     right = torch.cat([hits > 0, alarms < 0]).double() + torch.cat([hits == 0, alarms == 0]).double() / 2
     truth = torch.cat([torch.ones(len(hits)), torch.zeros(len(alarms))])
     false, true, _ = roc_curve(truth.numpy(), torch.cat([hits, alarms]).numpy(), drop_intermediate=False)

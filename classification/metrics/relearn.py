@@ -24,7 +24,7 @@ def relearn(
     max_epochs: int = 200,
     device: torch.device | str = "cpu",
 ) -> int | None:
-    """Epochs until Acc_f >= target - tol, both in [0, 1]; 0 if it is there already, None if not after `max_epochs`.
+    """Return the epochs until Acc_f >= target - tol, both in [0, 1]: 0 if it is there, None if `max_epochs` do not do.
 
     The paper defines the target as the original model's Acc_f and no more; the rest is ours. A copy of the model, all
     of whose parameters may move, is trained on D_f, or on D_f and D_r where `retain` is given, without augmentation,
@@ -33,8 +33,10 @@ def relearn(
     """
     model = deepcopy(model).to(device).train().requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
-    parts = [forget] if retain is None else [forget, retain]
-    pixels, labels = torch.cat([x.pixels for x in parts]), torch.cat([x.labels for x in parts])
+    pixels, labels = forget.pixels, forget.labels
+    if retain is not None:
+        pixels = torch.cat([pixels, retain.pixels])
+        labels = torch.cat([labels, retain.labels])
 
     def back() -> bool:
         return accuracy(logits(model, forget, batch_size, device), forget.labels) >= target - tol
@@ -50,7 +52,7 @@ def relearn(
 
 
 def shown(epochs: int | None, max_epochs: int) -> str:
-    """How a table shows it: "17", or ">200" where the epochs did not suffice."""
+    """Return the epochs as a table shows them: "17", or ">200" where they did not suffice."""
     return f">{max_epochs}" if epochs is None else str(epochs)
 
 

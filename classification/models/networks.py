@@ -6,6 +6,7 @@ Every model takes float images in [0, 1], (B, C, H, W), normalises them itself a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def build(
     seed: int,
     weights: str | None = None,
 ) -> nn.Module:
-    """A float32 model on the CPU, in training mode, that depends on its arguments alone.
+    """Build a float32 model on the CPU, in training mode, that depends on its arguments alone.
 
     `name` is one of MODELS, or a folder or Hub id of a `transformers` image classifier, whose head is drawn anew when
     it has another number of classes. `mean` and `std` are per channel, of pixels in [0, 1]. `weights` fills a model of
@@ -124,31 +125,33 @@ class SmallNet(nn.Module):
 
 
 def conv3x3(inside: int, outside: int, stride: int = 1) -> nn.Conv2d:
-    """3x3, padded, without a bias: a normalisation follows."""
+    """Return a 3x3 convolution, padded, without a bias: a normalisation follows."""
     return nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
 
 
 def stage(inside: int, outside: int, depth: int, stride: int) -> nn.Sequential:
-    """`depth` basic blocks, of which the first one widens and strides."""
-    first = BasicBlock(inside, outside, stride)
-    return nn.Sequential(first, *(BasicBlock(outside, outside, 1) for _ in range(depth - 1)))
+    """Return `depth` basic blocks, of which the first one widens and strides."""
+    blocks = [BasicBlock(inside, outside, stride)]
+    for _ in range(depth - 1):
+        blocks.append(BasicBlock(outside, outside, 1))
+    return nn.Sequential(*blocks)
 
 
 def small_layer(inside: int, outside: int, stride: int) -> nn.Sequential:
-    """Convolution, GroupNorm in groups of 8 channels, ReLU."""
+    """Return convolution, GroupNorm in groups of 8 channels, ReLU."""
     return nn.Sequential(conv3x3(inside, outside, stride), nn.GroupNorm(outside // 8, outside), nn.ReLU())
 
 
 def kaiming_(model: nn.Module) -> None:
-    """Kaiming-normal fan-out weights for every convolution, as torchvision and the authors draw them."""
+    """Draw Kaiming-normal fan-out weights for every convolution in place, as torchvision and the authors do."""
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
 
 MODELS = {
-    "resnet18": lambda *args: ResNet((2, 2, 2, 2), True, *args),
-    "resnet34": lambda *args: ResNet((3, 4, 6, 3), False, *args),
+    "resnet18": partial(ResNet, (2, 2, 2, 2), True),
+    "resnet34": partial(ResNet, (3, 4, 6, 3), False),
     "smallnet": SmallNet,
 }
 """Name: constructor from (classes, channels, normalize)."""

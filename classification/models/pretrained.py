@@ -6,6 +6,8 @@ import pickle
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,28 +22,32 @@ def load_weights(model: nn.Module, name: str, source: str) -> None:
     The model keeps its own `fc` when the file's has another number of classes, and its own `normalize` when the file
     has none. Raises UserError for a source that is missing, damaged or of another network.
     """
-    state, own = read_weights(_download(name) if source == "hub" else Path(source)), model.state_dict()
-    kept = [n for n in own if n.startswith("normalize.") or n.endswith("num_batches_tracked")]
-    state = {n: own[n] for n in kept} | state
+    state = read_weights(_download(name) if source == "hub" else Path(source))
+    own = model.state_dict()
+    for key, tensor in own.items():
+        if key.startswith("normalize.") or key.endswith("num_batches_tracked"):
+            state.setdefault(key, tensor)
     if "fc.weight" in state and len(state["fc.weight"]) != len(own["fc.weight"]):
-        state |= {n: own[n] for n in ("fc.weight", "fc.bias")}
-    for n in sorted(own.keys() | state.keys()):
-        ours, theirs = (tuple(x[n].shape) if n in x else "absent" for x in (own, state))
+        state["fc.weight"], state["fc.bias"] = own["fc.weight"], own["fc.bias"]
+    for key in sorted(own.keys() | state.keys()):
+        ours, theirs = _shape(own, key), _shape(state, key)
         if ours != theirs:
             raise UserError(
-                f"--weights {source} is not a {name}: {n} is {theirs} there and {ours} in the model; name another file"
+                f"--weights {source} is not a {name}: {key} is {theirs} there and {ours} in the model; "
+                "name another file"
             )
     model.load_state_dict(state)
 
 
+def _shape(state: dict[str, Tensor], key: str) -> tuple[int, ...] | str:
+    return tuple(state[key].shape) if key in state else "absent"
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a .pth one that holds nothing but tensors (or has them in state_dict).
+    """Return the tensors of a .safetensors file, or of a .pth one that holds nothing else, or has them in state_dict.
 
     Raises UserError for a file that is missing, damaged or needs to execute code.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not path.is_file():
         raise UserError(f"--weights {path} does not exist: name a .safetensors or .pth file, or hub")
     try:
@@ -57,7 +63,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _download(name: str) -> Path:
-    """The file of the Hub's weights for a model, downloaded once."""
+    """Return the file of the Hub's weights for a model, downloaded once."""
     from huggingface_hub import hf_hub_download
 
     if name not in HUB:
@@ -80,20 +86,20 @@ class FromTransformers(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        size = getattr(self.model.config, "image_size", None)
-        high, wide = (size, size) if isinstance(size, int) else size or x.shape[-2:]
-        if x.shape[-2:] != (high, wide):
-            x = F.interpolate(x, (high, wide), mode="bilinear", antialias=True)
+        size = getattr(self.model.config, "image_size", None) or tuple(x.shape[-2:])
+        if isinstance(size, int):
+            size = (size, size)
+        if tuple(x.shape[-2:]) != tuple(size):
+            x = F.interpolate(x, tuple(size), mode="bilinear", antialias=True)
         return self.model(pixel_values=self.normalize(x)).logits
 
 
 def transformers_model(name: str, classes: int, channels: int, normalize: nn.Module) -> nn.Module:
-    """The classifier of a folder or Hub id, in float32 and training mode; a head of another size is drawn anew.
+    """Return the classifier of a folder or Hub id, in float32 and training mode; a head of another size is drawn anew.
 
     Only safetensors are read and no code of the model's own is run. Raises UserError for a model that is missing, of
     another kind or number of channels, or that lacks more than its head.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForImageClassification
 
     try:
@@ -105,16 +111,16 @@ def transformers_model(name: str, classes: int, channels: int, normalize: nn.Mod
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (
-        OSError,
-        ValueError,
-        SafetensorError,
-    ) as error:  # the Hub's own errors are OSError, a language model is ValueError
+    except (OSError, ValueError, SafetensorError) as error:  # OSError: the Hub's own; ValueError: no classifier
         raise UserError(f"cannot load {name} as an image classifier: name another model ({error})") from error
-    if (theirs := getattr(model.config, "num_channels", channels)) != channels:
+    theirs = getattr(model.config, "num_channels", channels)
+    if theirs != channels:
         raise UserError(f"{name} takes images of {theirs} channels, not {channels}: name another model")
-    shapes = {n: tuple(x.shape) for n, x in model.state_dict().items()}
-    drawn = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
-    if body := sorted(n for n in drawn if shapes[n][:1] != (classes,)):  # a head has one row for each class
-        raise UserError(f"{name} lacks weights besides its head, such as {body[0]}: name a complete model")
+    drawn = set(report["missing_keys"])  # names of the tensors that were initialised, not loaded
+    for entry in report["mismatched_keys"]:
+        drawn.add(entry[0])
+    state = model.state_dict()
+    for key in sorted(drawn):
+        if tuple(state[key].shape[:1]) != (classes,):  # a head has one row for each class
+            raise UserError(f"{name} lacks weights besides its head, such as {key}: name a complete model")
     return FromTransformers(model, normalize).train()

@@ -5,17 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median, stdev
 from typing import Any
 
 from classification.metrics.gap import AXES, avg_gap, paper, rte
+from classification.metrics.relearn import shown
 
 TITLES = {"retrain": "Retrain", "ft": "FT", "ga": "GA", "iu": "IU", "be": "BE", "bs": "BS", "salun": "SalUn"}
 TITLES |= {"neggrad+": "NegGrad+", "scrub": "SCRUB", "ssd": "SSD", "scissorhands": "Scissorhands"}
 PAPER = {("celeba", "identities:30"): "celebamask-hq"}
-PAPER |= {(name, "random:0.1"): name for name in ("cifar10", "cifar100", "svhn")}
+PAPER |= {("cifar10", "random:0.1"): "cifar10", ("cifar100", "random:0.1"): "cifar100", ("svhn", "random:0.1"): "svhn"}
 HEADS = {"acc_f": "Acc_f", "acc_t": "Acc_t", "acc_r": "Acc_r", "mia": "MIA", "avg_gap": "Avg. Gap"}
 ScoreRecord = dict[str, Any]
 
@@ -46,21 +47,27 @@ def row(
     attack: dict[str, float] | None = None,
     paper: dict[str, float] | None = None,
 ) -> TableRow:
-    """The row of these runs, one per seed, beside Retrain's with the same seeds."""
-    values = {axis: [100 * r["scores"][axis] for r in runs] for axis in AXES}
-    target = {axis: mean(100 * r["scores"][axis] for r in retrain) for axis in AXES}
-    means = {axis: mean(x) for axis, x in values.items()}
-    pairs = list(zip(runs, retrain, strict=True))
-    whole = [rte(a["seconds"], b["seconds"]) for a, b in pairs if not (a.get("resumed") or b.get("resumed"))]
+    """Return the row of these runs, one per seed, beside Retrain's with the same seeds."""
+    means, stds, target = {}, {}, {}
+    for axis in AXES:
+        values = [100 * run["scores"][axis] for run in runs]
+        means[axis] = mean(values)
+        stds[axis] = spread(values)
+        target[axis] = mean([100 * run["scores"][axis] for run in retrain])
+    gaps, times = [], []
+    for run, its_retrain in zip(runs, retrain, strict=True):
+        gaps.append(100 * avg_gap(run["scores"], its_retrain["scores"]))
+        if not run.get("resumed") and not its_retrain.get("resumed"):  # their seconds are the whole time
+            times.append(rte(run["seconds"], its_retrain["seconds"]))
     return TableRow(
         name=name,
         group=group,
         seeds=len(runs),
         mean=means,
-        std={axis: stdev(x) if len(x) > 1 else None for axis, x in values.items()},
+        std=stds,
         avg_gap=avg_gap(means, target),
-        gaps=tuple(100 * avg_gap(a["scores"], b["scores"]) for a, b in pairs),
-        rte=mean(whole) if whole else None,
+        gaps=tuple(gaps),
+        rte=mean(times) if times else None,
         relearn=relearned(runs),
         attack=attack or {},
         paper=paper or {},
@@ -68,25 +75,36 @@ def row(
 
 
 def relearned(runs: Sequence[ScoreRecord]) -> str:
-    """Median epochs until D_f is back, ">200" where the cap ended more than half; nothing if it was not measured."""
-    if not all("relearn" in run for run in runs):
-        return ""
-    from classification.metrics.relearn import shown
+    """Return the median of the epochs until D_f is back, ">200" where the cap ended more than half of the runs.
 
-    middle = median(math.inf if run["relearn"] is None else run["relearn"] for run in runs)
-    return shown(None, runs[0]["settings"]["max_epochs"]) if math.isinf(middle) else f"{middle:g}"
+    Empty where a run's was not measured.
+    """
+    epochs = []
+    for run in runs:
+        if "relearn" not in run:
+            return ""
+        epochs.append(math.inf if run["relearn"] is None else run["relearn"])
+    middle = median(epochs)
+    if math.isinf(middle):
+        return shown(None, runs[0]["settings"]["max_epochs"])
+    return f"{middle:g}"
 
 
 def of_paper(dataset: str, forget: str) -> dict[str, dict[str, float]]:
-    """The paper's rows by our names of the methods, in %; empty where it has no table of this."""
+    """Return the paper's rows by our names of the methods, in %; empty where it has no table of this."""
     if (dataset, forget) not in PAPER:
         return {}
     rows = paper(PAPER[dataset, forget])
-    return {name: rows[title] for name in (*TITLES, "l1-sparse") if (title := TITLES.get(name, name)) in rows}
+    found = {}
+    for name in (*TITLES, "l1-sparse"):
+        title = TITLES.get(name, name)
+        if title in rows:
+            found[name] = rows[title]
+    return found
 
 
 def as_csv(rows: Iterable[TableRow], group: str = "forget") -> str:
-    """One line per row; what was not measured is empty. `group` heads the column of the rows' groups."""
+    """Return one line per row; what was not measured is empty. `group` heads the column of the rows' groups."""
     lines = [{group: row.group} | _flat(row) for row in rows]
     out = io.StringIO()
     writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
@@ -96,69 +114,88 @@ def as_csv(rows: Iterable[TableRow], group: str = "forget") -> str:
 
 
 def _flat(row: TableRow) -> dict[str, Any]:
-    number = lambda x: "" if x is None else f"{x:.4f}"  # noqa: E731
-    cells = {k: number(v) for axis in AXES for k, v in ((axis, row.mean[axis]), (f"{axis}_std", row.std[axis]))}
-    names = [*cells, "avg_gap"]
-    return {
-        "method": row.name,
-        "seeds": row.seeds,
-        **cells,
-        "avg_gap": number(row.avg_gap),
-        "paired_gap": number(mean(row.gaps)),
-        "paired_gap_std": number(spread(row.gaps)),
-        "rte": number(row.rte),
-        "relearn_epochs": row.relearn,
-        "lira_auc": number(row.attack.get("auc")),
-        "lira_tpr": number(row.attack.get("tpr")),
-        **{f"paper_{name}": number(row.paper.get(name)) for name in names},
-    }
+    """Return the cells of a row by the names of their columns."""
+    cells: dict[str, Any] = {"method": row.name, "seeds": row.seeds}
+    for axis in AXES:
+        cells[axis] = _number(row.mean[axis])
+        cells[f"{axis}_std"] = _number(row.std[axis])
+    cells["avg_gap"] = _number(row.avg_gap)
+    cells["paired_gap"] = _number(mean(row.gaps))
+    cells["paired_gap_std"] = _number(spread(row.gaps))
+    cells["rte"] = _number(row.rte)
+    cells["relearn_epochs"] = row.relearn
+    cells["lira_auc"] = _number(row.attack.get("auc"))
+    cells["lira_tpr"] = _number(row.attack.get("tpr"))
+    for axis in AXES:
+        cells[f"paper_{axis}"] = _number(row.paper.get(axis))
+        cells[f"paper_{axis}_std"] = _number(row.paper.get(f"{axis}_std"))
+    cells["paper_avg_gap"] = _number(row.paper.get("avg_gap"))
+    return cells
+
+
+def _number(x: float | None) -> str:
+    return "" if x is None else f"{x:.4f}"
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """The sample standard deviation; None for a single value."""
+    """Return the sample standard deviation; None for a single value."""
     return stdev(values) if len(values) > 1 else None
 
 
 def as_markdown(rows: Sequence[TableRow]) -> str:
-    """A table; columns that hold nothing are left out."""
-    columns: dict[str, Callable[[TableRow], str]] = {"method": lambda r: TITLES.get(r.name, r.name)}
-    for axis in AXES:
-        columns[HEADS[axis]] = lambda r, a=axis: _beside(
-            _pm(r.mean[a], r.std[a]), a in r.paper and _pm(r.paper[a], r.paper[f"{a}_std"])
-        )
-    columns |= {
-        "Avg. Gap": lambda r: _beside(f"{r.avg_gap:.2f}", "avg_gap" in r.paper and f"{r.paper['avg_gap']:.2f}"),
-        "paired gap": lambda r: _pm(mean(r.gaps), spread(r.gaps)),
-        "RTE": lambda r: "" if r.rte is None else f"{r.rte:.3f}",
-        "relearn": lambda r: r.relearn,
-        "LiRA AUC": lambda r: f"{r.attack['auc']:.3f}" if r.attack else "",
-        "TPR at 1 % FPR": lambda r: f"{100 * r.attack['tpr']:.1f}" if r.attack else "",
-    }
-    kept = {head: cell for head, cell in columns.items() if any(map(cell, rows))}
-    lines = [f"| {' | '.join(kept)} |", "|---" * len(kept) + "|"]
-    lines += [f"| {' | '.join(cell(r) for cell in kept.values())} |" for r in rows]
+    """Return a table in Markdown; columns that hold nothing are left out."""
+    cells = [_cells(row) for row in rows]
+    heads = []
+    for head in cells[0]:
+        if any(line[head] for line in cells):
+            heads.append(head)
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for line in cells:
+        lines.append(f"| {' | '.join(line[head] for head in heads)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cells(row: TableRow) -> dict[str, str]:
+    """Return the cells of a row as text, by the heads of their columns."""
+    cells = {"method": TITLES.get(row.name, row.name)}
+    for axis in AXES:
+        cells[HEADS[axis]] = _pm(row.mean[axis], row.std[axis])
+        if axis in row.paper:
+            cells[HEADS[axis]] += f" (paper: {_pm(row.paper[axis], row.paper[f'{axis}_std'])})"
+    cells["Avg. Gap"] = f"{row.avg_gap:.2f}"
+    if "avg_gap" in row.paper:
+        cells["Avg. Gap"] += f" (paper: {row.paper['avg_gap']:.2f})"
+    cells["paired gap"] = _pm(mean(row.gaps), spread(row.gaps))
+    cells["RTE"] = "" if row.rte is None else f"{row.rte:.3f}"
+    cells["relearn"] = row.relearn
+    cells["LiRA AUC"] = f"{row.attack['auc']:.3f}" if row.attack else ""
+    cells["TPR at 1 % FPR"] = f"{100 * row.attack['tpr']:.1f}" if row.attack else ""
+    return cells
 
 
 def _pm(value: float, std: float | None) -> str:
     return f"{value:.2f}" if std is None else f"{value:.2f} ± {std:.2f}"
 
 
-def _beside(ours: str, theirs: str | bool) -> str:
-    return f"{ours} (paper: {theirs})" if theirs else ours
-
-
 def verdict(rows: Sequence[TableRow], again: str, ours: str = "scissorhands") -> str:
-    """Who is nearest to Retrain, and whether `ours` is as near but for the noise floor: the gap of Retrain `again`."""
-    floor = next(row.avg_gap for row in rows if row.name == again)
-    methods = sorted((row for row in rows if row.name not in ("retrain", again)), key=lambda row: row.avg_gap)
+    """Return who is nearest to Retrain, and whether `ours` is as near but for the noise floor.
+
+    The noise floor is the gap of the second Retrain, the row of the name `again`.
+    """
+    by_name = {row.name: row for row in rows}
+    floor = by_name.pop(again).avg_gap
+    by_name.pop("retrain", None)
     text = f"Noise floor, the Avg. Gap of a second Retrain: {floor:.2f}."
-    if not methods:
+    if not by_name:
         return text
-    best, mine = methods[0], next((row for row in methods if row.name == ours), None)
-    title = lambda row: f"{TITLES.get(row.name, row.name)} ({row.avg_gap:.2f})"  # noqa: E731
-    text += f" Smallest Avg. Gap: {title(best)}."
+    best = min(by_name.values(), key=lambda row: row.avg_gap)
+    text += f" Smallest Avg. Gap: {_title(best)}."
+    mine = by_name.get(ours)
     if mine is None or mine is best:
         return text
     near = "within the noise floor of" if mine.avg_gap - best.avg_gap <= floor else "more than the noise floor from"
-    return f"{text} {title(mine)} is {near} it."
+    return f"{text} {_title(mine)} is {near} it."
+
+
+def _title(row: TableRow) -> str:
+    return f"{TITLES.get(row.name, row.name)} ({row.avg_gap:.2f})"

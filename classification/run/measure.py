@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from classification.data.partition import Parts, partition
@@ -22,9 +23,9 @@ RELEARN = {"lr": 1e-3, "batch_size": 64, "max_epochs": 200}  # alike for all met
 
 
 def measured(plan: ClassifierPlan, relearning: bool) -> dict[str, Any]:
-    """The plan's record with `confidence`, one number per example of D_f, and, if asked for, `relearn` in epochs.
+    """Return the plan's record with `confidence`, one number per example of D_f, and, if asked for, `relearn`.
 
-    `relearn` is None where RELEARN's epochs did not suffice. Raises UserError as `runs.unlearn` does.
+    `relearn` is in epochs, None where RELEARN's epochs did not suffice. Raises UserError as `jobs.unlearn` does.
     """
     accel = accelerator(None)
     record = unlearn(plan, accel)
@@ -32,20 +33,27 @@ def measured(plan: ClassifierPlan, relearning: bool) -> dict[str, Any]:
     found = json.loads(file.read_text()) if file.is_file() else {}
     if found.get("settings") != RELEARN:
         found = {"settings": RELEARN}
-    wanted = {"confidence"} | ({"relearn"} if relearning else set())
-    if wanted - found.keys():
-        cut, device = partition(plan.data), accel.device
-        model = finished(plan, cut, record["folder"]).to(device)
-        answers = logits(model, cut.forget, device=device)
-        found["confidence"] = confidence(answers, cut.forget.labels).tolist()
-        if relearning:
-            raw = finished(plan, cut, record["raw_folder"]).to(device)
-            target = accuracy(logits(raw, cut.forget, device=device), cut.forget.labels)
-            found["relearn"] = relearn(model, cut.forget, target=target, seed=plan.job.seed, device=device, **RELEARN)
+    wanted = ["confidence", "relearn"] if relearning else ["confidence"]
+    if not found.keys() >= set(wanted):
+        _measure(plan, record, relearning, accel.device, found)
         write_atomic(file, json.dumps(found))
-    return record | {key: found[key] for key in (*sorted(wanted), "settings")}
+    return record | {key: found[key] for key in (*wanted, "settings")}
 
 
-def finished(plan: ClassifierPlan, cut: Parts, folder: str) -> nn.Module:
-    """The network that a run left in its folder."""
-    return restore(network(cut.dataset, training(plan.data.dataset), plan.job.train_seed), Path(folder))
+def _measure(
+    plan: ClassifierPlan, record: dict[str, Any], relearning: bool, device: torch.device, found: dict[str, Any]
+) -> None:
+    """Put `confidence` and, if asked for, `relearn` into `found`."""
+    parts = partition(plan.data)
+    forget = parts.forget
+    model = finished(plan, parts, record["folder"]).to(device)
+    found["confidence"] = confidence(logits(model, forget, device=device), forget.labels).tolist()
+    if relearning:
+        original = finished(plan, parts, record["raw_folder"]).to(device)
+        target = accuracy(logits(original, forget, device=device), forget.labels)
+        found["relearn"] = relearn(model, forget, target=target, seed=plan.job.seed, device=device, **RELEARN)
+
+
+def finished(plan: ClassifierPlan, parts: Parts, folder: str) -> nn.Module:
+    """Return the network that a run left in its folder."""
+    return restore(network(parts.dataset, training(plan.data.dataset), plan.job.train_seed), Path(folder))

@@ -1,14 +1,14 @@
 """Command-line options made from dataclasses: one field is one option, and its default and help text live beside it.
 
     @dataclass(frozen=True, kw_only=True)
-    class Knobs:
+    class Options:
         fraction: float = knob(5e-4, "share of the entries to re-initialise, in [0, 1]")
 
-    given = parse(sys.argv[1:], prog="erase-sd", description="Erase a concept.", knobs=Knobs)
-    knobs = dataclasses.replace(preset, **given["knobs"])
+    given = parse(sys.argv[1:], prog="erase-sd", description="Erase a concept.", options=Options)
+    options = dataclasses.replace(preset, **given["options"])
 
 Only what the user typed comes back, so a preset keeps every value that was not asked for. Metadata: `help` is the text
-behind the option, `aliases` more names for it. The standard library is enough, so that --help answers at once.
+behind the option, `aliases` more names for it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from erase_sd.common.errors import UserError
@@ -35,9 +34,9 @@ def knob(default: Any, text: str, aliases: tuple[str, ...] = ()) -> Any:
 
 
 def argument(text: str, default: Any = dataclasses.MISSING) -> Any:
-    """Return a field that is typed without an option's name, such as the folders a judge looks at.
+    """Return a field that is typed without an option's name, such as the folders that a command reads.
 
-    It is required, or a list that may be left away if it has a default.
+    It is required, or a list that may be left out if it has a default.
     """
     return dataclasses.field(default=default, metadata={"help": text, "positional": True})
 
@@ -51,10 +50,12 @@ def parse(argv: Sequence[str], *, prog: str, description: str, **groups: type) -
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, cls in groups.items():
         _add_group(parser, name, cls)
-    namespace, unknown = parser.parse_known_args([parser.canonical(word) for word in argv])
+    namespace, unknown = parser.parse_known_args(parser.canonical(argv))
     if unknown:
         parser.reject(unknown[0])
-    given: dict[str, dict[str, Any]] = {name: {} for name in groups}
+    given: dict[str, dict[str, Any]] = {}
+    for name in groups:
+        given[name] = {}
     for dest, value in vars(namespace).items():
         group, _, field = dest.partition(".")
         given[group][field] = tuple(value) if isinstance(value, list) else value
@@ -65,35 +66,68 @@ def peek(argv: Sequence[str], name: str, default: str) -> str:
     """Return the value of `--name` before the other options are known: some of them depend on it."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument(f"--{name}", default=default)
-    return getattr(parser.parse_known_args([parser.canonical(word) for word in argv])[0], name)
+    known, _ = parser.parse_known_args(parser.canonical(argv))
+    return getattr(known, name)
 
 
 def names(cls: type) -> set[str]:
-    """The options of a dataclass."""
+    """Return the names of a dataclass's fields: its options."""
     return {field.name for field in dataclasses.fields(cls)}
 
 
 def filled(cls: type, values: dict[str, Any]) -> Any:
-    """The dataclass of those of the values that are its own; UserError for one that is none of its choices.
+    """Return the dataclass of those of the values that are its own; UserError for one that is none of its choices.
 
     Python checks no Literal, and a preset or a caller in Python has not been through `parse`.
     """
-    for name, kind in typing.get_type_hints(cls).items():
-        literals = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is typing.Literal]
-        choices = [choice for literal in literals for choice in typing.get_args(literal)]
-        if choices and name in values and values[name] not in (*choices, None):
-            raise UserError(f"--{name} {values[name]!r} is none of {', '.join(map(str, choices))}")
-    return cls(**{k: v for k, v in values.items() if k in names(cls)})
+    annotations = typing.get_type_hints(cls)
+    own: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if field.name not in values:
+            continue
+        value, choices = values[field.name], _choices(annotations[field.name])
+        if choices and value not in (*choices, None):
+            raise UserError(f"--{field.name} {value!r} is none of {', '.join(map(str, choices))}")
+        own[field.name] = value
+    return cls(**own)
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """Return the values of a Literal, or of the one inside a union with None; nothing for other types."""
+    choices: list[Any] = []
+    for part in (annotation, *typing.get_args(annotation)):
+        if typing.get_origin(part) is typing.Literal:
+            choices += typing.get_args(part)
+    return choices
+
+
+def assemble(classes: Iterable[type], preset: dict[str, Any], given: dict[str, Any]) -> list[Any]:
+    """Return one instance of every dataclass: what was given wins over the preset, and that over the field's default.
+
+    Raises UserError for a given value that is an option of none of them, and as `filled` and the classes do.
+    """
+    classes = list(classes)
+    known = set().union(*map(names, classes))
+    for name in sorted(set(given) - known):
+        raise UserError(f"there is no option {name!r} here: see --help")
+    return [filled(cls, preset | given) for cls in classes]
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse with one-sentence errors and without a difference between dashes and underscores."""
 
-    def canonical(self, word: str) -> str:
-        """Return `word` with its option name spelled as the option was declared."""
-        name, equals, value = word.partition("=")
-        same = {option.replace("-", "_"): option for option in self._option_string_actions}
-        return same.get(name.replace("-", "_"), name) + equals + value if name.startswith("--") else word
+    def canonical(self, argv: Sequence[str]) -> list[str]:
+        """Return the words with every option's name spelled as the option was declared."""
+        declared = {}
+        for option in self._option_string_actions:
+            declared[option.replace("-", "_")] = option
+        words = []
+        for word in argv:
+            name, equals, value = word.partition("=")
+            if name.startswith("--"):
+                word = declared.get(name.replace("-", "_"), name) + equals + value
+            words.append(word)
+        return words
 
     def reject(self, word: str) -> NoReturn:
         """End the program because `word` is no option, naming the nearest one."""
@@ -101,7 +135,8 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"{word!r} does not belong to any option; put quotes around a value with spaces")
         name = word.partition("=")[0]
         near = difflib.get_close_matches(name, self._option_string_actions, n=1)
-        self.error(f"there is no option {name}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        advice = f"did you mean {near[0]}?" if near else "see --help"
+        self.error(f"there is no option {name}; {advice}")
 
     def error(self, message: str) -> NoReturn:
         """Print one sentence, without the usage text, and exit with code 2."""
@@ -119,11 +154,14 @@ def _add_group(parser: argparse.ArgumentParser, name: str, cls: type) -> None:
         text = f"{field.metadata.get('help', '')} {_note(default)}"
         keywords = {"help": text.replace("%", "%%").strip(), **_reader(annotations[field.name])}
         if field.metadata.get("positional"):
-            optional = {} if default is dataclasses.MISSING else {"nargs": "*"}
-            group.add_argument(f"{name}.{field.name}", **keywords | {"metavar": field.name.upper()} | optional)
+            keywords["metavar"] = field.name.upper()
+            if default is not dataclasses.MISSING:
+                keywords["nargs"] = "*"
+            group.add_argument(f"{name}.{field.name}", **keywords)
             continue
+        spellings = [f"--{option}" for option in (field.name, *field.metadata.get("aliases", ()))]
         group.add_argument(
-            *(f"--{option}" for option in (field.name, *field.metadata.get("aliases", ()))),
+            *spellings,
             dest=f"{name}.{field.name}",
             required=default is dataclasses.MISSING,
             **keywords,
@@ -136,7 +174,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _note(default: Any) -> str:
-    """Write the default value behind the help text, the way it would be typed; nothing for nothing."""
+    """Return the default value as it would be typed, to stand behind the help text; "" where there is none to show."""
     if default is dataclasses.MISSING:
         return "(required)"
     if default is None or default == ():
@@ -171,7 +209,8 @@ def _takes_one(keywords: dict[str, Any]) -> bool:
 
 
 def _choice(allowed: tuple) -> Callable[[str], Any]:
-    values = {str(value): value for value in allowed}
+    """Return a reader of the allowed values, written as text."""
+    values = dict(zip(map(str, allowed), allowed, strict=True))
 
     def read(text: str) -> Any:
         if text not in values:
@@ -182,8 +221,12 @@ def _choice(allowed: tuple) -> Callable[[str], Any]:
 
 
 def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Let the word "none" switch an optional value off, which a preset may have switched on."""
-    return lambda text: None if text == "none" else read(text)
+    """Return a reader for which the word "none" switches an optional value off that a preset may have switched on."""
+
+    def read_or_none(text: str) -> Any:
+        return None if text == "none" else read(text)
+
+    return read_or_none
 
 
 def _whole_number(text: str) -> int:
@@ -241,16 +284,16 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # what diffusers passes to the Hub
 
 
-def at_least(knobs: Any, least: int, *fields: str) -> None:
-    """Raise UserError for the first of these fields that is below `least` or no number."""
+def at_least(options: Any, least: int, *fields: str) -> None:
+    """Raise UserError for the first of these fields that is below `least` or NaN."""
     for name in fields:
-        if not getattr(knobs, name) >= least:
-            raise UserError(f"--{name} {getattr(knobs, name)} is too small: give {least} or more")
+        if not getattr(options, name) >= least:
+            raise UserError(f"--{name} {getattr(options, name)} is too small: give {least} or more")
 
 
-def not_negative(knobs: Any, signed: frozenset[str] = frozenset()) -> None:
-    """Raise UserError for the first number of a dataclass that is negative or none, unless it may be."""
-    for f in fields(knobs):
-        value = getattr(knobs, f.name)
-        if f.name not in signed and isinstance(value, int | float) and not value >= 0:
-            raise UserError(f"--{f.name} {value} is negative: give 0 or more")
+def not_negative(options: Any, signed: frozenset[str] = frozenset()) -> None:
+    """Raise UserError for the first number of a dataclass that is negative or NaN, unless it is one of `signed`."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name not in signed and isinstance(value, int | float) and not value >= 0:
+            raise UserError(f"--{field.name} {value} is negative: give 0 or more")

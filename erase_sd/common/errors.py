@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend."""
+"""The one error that only the user can correct."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

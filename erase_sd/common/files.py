@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,24 +13,23 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-from erase_sd.common.cli import run_main as run_main
+from filelock import FileLock, Timeout
+
 from erase_sd.common.errors import UserError
-from erase_sd.common.signals import StopFlag as StopFlag
 
-if TYPE_CHECKING:
-    pass
+WINDOWS_DEVICE = r"con|prn|aux|nul|(com|lpt)[0-9]"  # no file or folder can have these names there
 
 
 def digest(obj: Any) -> str:
-    """SHA-256, in hex, of bytes or of anything JSON can write (order of keys ignored)."""
+    """Return the SHA-256, in hex, of bytes or of anything JSON can write (order of keys ignored)."""
     data = obj if isinstance(obj, bytes) else json.dumps(obj, sort_keys=True, separators=(",", ":")).encode()
     return hashlib.sha256(data).hexdigest()
 
 
 def file_digest(path: Path | str) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -84,7 +82,10 @@ def remove_leftovers(folder: Path) -> None:
 
 def _flush(path: Path) -> None:
     """Have the disk hold a file or a folder's entries before anything relies on it."""
-    handle = os.open(path, os.O_RDONLY)
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)  # and flushes only what may be written
     try:
         os.fsync(handle)
     finally:
@@ -96,21 +97,20 @@ class RunLock:
 
     def __init__(self, folder: Path | str) -> None:
         self.path = Path(folder, ".lock")
+        self._lock = FileLock(self.path)
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "w")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
+            self._lock.acquire(blocking=False)
+        except Timeout:
             raise UserError(
                 f"another run is writing to {self.path.parent}: wait for it or choose another folder"
             ) from None
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._lock.release()
 
 
 def claim(folder: Path, file: str, config: dict[str, Any]) -> None:
@@ -128,15 +128,12 @@ def claim(folder: Path, file: str, config: dict[str, Any]) -> None:
         there = dict(json.loads((folder / file).read_text(encoding="utf-8")))
     except ValueError as error:
         raise UserError(f"--output_dir {folder} holds a {file} of something else: name another") from error
-    for knob in sorted(there.keys() | config.keys()):
-        if there.get(knob) != config.get(knob):
+    for option in sorted(there.keys() | config.keys()):
+        if there.get(option) != config.get(option):
             raise UserError(
-                f"--output_dir {folder} belongs to a run with {knob} {there.get(knob)}, not "
-                f"{config.get(knob)}: name another folder or remove that one"
+                f"--output_dir {folder} belongs to a run with {option} {there.get(option)}, not "
+                f"{config.get(option)}: name another folder or remove that one"
             )
-
-
-WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
 
 
 def slug(text: str) -> str:
@@ -147,6 +144,7 @@ def slug(text: str) -> str:
     text = unicodedata.normalize("NFC", text)
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     folder = "-".join(re.findall(r"[a-z0-9]+", ascii_text))[:60].strip("-")
-    if folder.replace("-", " ") == text and folder not in WINDOWS_DEVICES:
+    if folder.replace("-", " ") == text and not re.fullmatch(WINDOWS_DEVICE, folder):
         return folder
-    return "-".join(filter(None, (folder, hashlib.sha256(text.encode()).hexdigest()[:8])))
+    suffix = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{folder}-{suffix}" if folder else suffix

@@ -1,4 +1,4 @@
-"""Pictures of pictures: contact sheets, pixelation, and the check that an image is an image at all."""
+"""Images of images: contact sheets, pixelation, and the check that an image is an image at all."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,29 +15,34 @@ def sheet(
     column_labels: list[str] | None = None,
     scale: float = 1.0,
 ) -> Image.Image:
-    """A contact sheet: `rows` of images, enlarged `scale` times, row labels on the left, column labels on top.
+    """Return a contact sheet: `rows` of images, enlarged `scale` times, row labels left and column labels on top.
 
     Rows may differ in length and images in size; each cell is as large as the largest image. Long column labels are
     wrapped to the cell's width. Whole factors keep the pixels of small images crisp, others are smoothed.
     """
-    cells = [[_scaled(image, scale) for image in row] for row in rows]
-    wide = max(cell.width for row in cells for cell in row)
-    high = max(cell.height for row in cells for cell in row)
+    cells: list[list[Image.Image]] = []
+    wide, high, columns = 0, 0, 0
+    for row in rows:
+        cells.append([_scaled(image, scale) for image in row])
+        columns = max(columns, len(row))
+        for cell in cells[-1]:
+            wide, high = max(wide, cell.width), max(high, cell.height)
     font = lettering(max(11, min(28, wide // 9)))
     gap = max(3, wide // 24)
+    left = top = 2 * gap
+    for label in row_labels or []:
+        left = max(left, _extent(label, font)[0] + 2 * gap)
     titles = [_wrapped(label, font, wide) for label in column_labels or []]
-    left = max((_extent(label, font)[0] for label in row_labels or []), default=0) + 2 * gap
-    top = max((_extent(title, font)[1] for title in titles), default=0) + 2 * gap
-    columns = max(len(row) for row in cells)
+    for title in titles:
+        top = max(top, _extent(title, font)[1] + 2 * gap)
     paper = Image.new("RGB", (left + columns * (wide + gap), top + len(cells) * (high + gap)), PAPER)
     pen = ImageDraw.Draw(paper)
     for column, title in enumerate(titles):
         place = (left + column * (wide + gap) + wide / 2, top - gap)
         pen.multiline_text(place, title, INK, font, anchor="md", align="center")
     for row, label in enumerate(row_labels or []):
-        pen.multiline_text(
-            (left - gap, top + row * (high + gap) + high / 2), label, INK, font, anchor="rm", align="right"
-        )
+        place = (left - gap, top + row * (high + gap) + high / 2)
+        pen.multiline_text(place, label, INK, font, anchor="rm", align="right")
     for row, images in enumerate(cells):
         for column, image in enumerate(images):
             paper.paste(image, (left + column * (wide + gap), top + row * (high + gap)))
@@ -45,7 +50,7 @@ def sheet(
 
 
 def lettering(size: int) -> ImageFont.FreeTypeFont:
-    """The typeface of labels: Pillow's own has no é, no № and no letter of most of the world's prompts."""
+    """Return the typeface of labels: Pillow's own has no é, no № and no letter of most of the world's prompts."""
     import matplotlib  # has DejaVu Sans in its package
 
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
@@ -58,13 +63,13 @@ def _scaled(image: Image.Image, scale: float) -> Image.Image:
 
 
 def _extent(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
-    """Width and height in pixels of a text of one or more lines."""
+    """Return width and height in pixels of a text of one or more lines."""
     box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text, font)
     return round(box[2]), round(box[3])
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """`text` broken between words into lines of at most `width` pixels; a longer word keeps a line of its own."""
+    """Break `text` between words into lines of at most `width` pixels; a longer word keeps a line of its own."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -75,13 +80,13 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def pixelate(image: Image.Image, blocks: int = 8) -> Image.Image:
-    """The image in `blocks` x `blocks` averaged squares, in its own size: the content is gone, the colours stay."""
+    """Return the image in `blocks` x `blocks` averaged squares, in its own size: content goes, colours stay."""
     small = image.convert("RGB").resize((blocks, blocks), Image.Resampling.BOX)
     return small.resize(image.size, Image.Resampling.NEAREST)
 
 
 def censor(image: Image.Image, boxes: Iterable[Sequence[float]], blocks: int = 4) -> Image.Image:
-    """A copy whose `boxes` (x, y, width, height in pixels) and a tenth around them are `blocks` x `blocks` squares.
+    """Return a copy whose `boxes` (x, y, width, height in pixels) and a tenth around them are `blocks`^2 squares.
 
     What lies outside the image is ignored. As in `pixelate`, nothing but average colours is left to sharpen again.
     """
@@ -95,13 +100,14 @@ def censor(image: Image.Image, boxes: Iterable[Sequence[float]], blocks: int = 4
 
 
 def broken(image: Image.Image) -> str | None:
-    """Why this is no image: "black" (what NaN latents decode to), "constant", or None for a sound one.
+    """Return why this is no image: "black" (what NaN latents decode to), "constant", or None for a sound one.
 
     A detector finds nothing in either kind, so counting them as clean would reward a ruined model.
     """
-    extrema = image.convert("RGB").getextrema()
-    if all(high <= FLAT for _, high in extrema):
+    brightest, contrast = 0, 0
+    for low, high in image.convert("RGB").getextrema():
+        brightest = max(brightest, high)
+        contrast = max(contrast, high - low)
+    if brightest <= FLAT:
         return "black"
-    if all(high - low <= FLAT for low, high in extrema):
-        return "constant"
-    return None
+    return "constant" if contrast <= FLAT else None

@@ -22,18 +22,18 @@ from tqdm.auto import tqdm
 from erase_sd.common.errors import UserError
 from erase_sd.common.signals import StopFlag
 
-PATIENCE = timedelta(days=1)  # one process may draw the last pictures while the others wait; a launcher sees the dead
+PATIENCE = timedelta(days=1)  # one process may sample the last images while the others wait; a launcher sees the dead
 
 
 def accelerator(
     mixed_precision: str | None, report_to: str | None = None, folder: str | Path | None = None
 ) -> Accelerator:
-    """Device, precision and process group as `accelerate launch` or torchrun set them up.
+    """Return the accelerator: device, precision and process group as `accelerate launch` or torchrun set them up.
 
     `report_to` names a tracker of accelerate, which writes its files below `folder`. Raises UserError for one that is
     not installed, which accelerate would leave out without a word, and for one that needs a folder and has none.
     """
-    if report_to and report_to not in [str(kind) for kind in get_available_trackers()]:
+    if report_to and report_to not in map(str, get_available_trackers()):
         how = "install the trackers extra" if report_to == "tensorboard" else f"pip install {report_to}"
         raise UserError(f"--report_to {report_to} is not installed: {how}, or give --report_to none")
     if report_to and LOGGER_TYPE_TO_CLASS[report_to].requires_logging_directory and not folder:
@@ -58,7 +58,10 @@ def tracked(accelerator: Accelerator, config: dict[str, Any]) -> Iterator[None]:
     if accelerator.trackers:
         yield
         return
-    accelerator.init_trackers("erase-sd", config={name: _flat(value) for name, value in config.items()})
+    flat = {}
+    for name, value in config.items():
+        flat[name] = _flat(value)
+    accelerator.init_trackers("erase-sd", config=flat)
     try:
         yield
     finally:
@@ -68,14 +71,14 @@ def tracked(accelerator: Accelerator, config: dict[str, Any]) -> Iterator[None]:
 
 
 def _flat(value: Any) -> bool | int | float | str:
-    """A value as every tracker takes it: numbers as they are, anything else as text."""
+    """Return a value as every tracker takes it: numbers as they are, anything else as text."""
     if isinstance(value, list | tuple):
         return " ".join(map(str, value))
     return value if isinstance(value, bool | int | float) else str(value)
 
 
 def shared(items: Sequence[Any], work: Callable[[Any], Any]) -> Iterator[Any]:
-    """work(item) for every item, in their order, alike in all processes: item i is done by rank i modulo their number.
+    """Yield work(item) for every item, in order, alike in all processes: rank i modulo their number does item i.
 
     All have to call it with items of the same number. One that is told to stop has all of them raise SystemExit after
     the items at hand; an error in one ends the others through their launcher.
@@ -95,7 +98,7 @@ def shared(items: Sequence[Any], work: Callable[[Any], Any]) -> Iterator[Any]:
 
 
 def _done(work: Callable[[Any], Any], item: Any) -> Any:
-    """The result, or the exit that this process owes; it is everybody's."""
+    """Return the result, or the SystemExit of a process that was told to stop: all of them raise it."""
     try:
         with StopFlag() as stop:
             result = work(item)
@@ -105,27 +108,33 @@ def _done(work: Callable[[Any], Any], item: Any) -> Any:
     return result
 
 
-def pictures(
+def sample_shared(
     prompts: list[str],
     seeds: list[int],
     size: int,
     work: Callable[[list[str], list[int]], Sequence[Any]],
     description: str,
 ) -> list[Sequence[Any]]:
-    """work(prompts, seeds) for every `size` of the prompts, shared; the first process shows a bar over pictures."""
-    parts = [(prompts[i : i + size], seeds[i : i + size]) for i in range(0, len(prompts), size)]
+    """Return work(prompts, seeds) for every `size` of the prompts, in order; the processes share the work.
+
+    The first process shows a bar over images. Raises SystemExit in all of them when one is told to stop.
+    """
+
+    def sample_batch(start: int) -> Sequence[Any]:
+        return work(prompts[start : start + size], seeds[start : start + size])
+
     hidden = {"disable": True} if os.environ.get("RANK", "0") != "0" else {}  # False would overrule TQDM_DISABLE
     done = []
     with tqdm(total=len(prompts), desc=description, unit="image", **hidden) as bar:
-        for part in shared(parts, lambda part: work(*part)):
-            done.append(part)
-            bar.update(len(part))
+        for images in shared(range(0, len(prompts), size), sample_batch):
+            done.append(images)
+            bar.update(len(images))
     return done
 
 
 @contextmanager
 def workers(processes: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes without progress bars of their own; they end with their parent, however that ends.
+    """Yield a pool of processes without progress bars of their own; they end with their parent, however that ends.
 
     An error or a signal in the block drops the work that has not begun.
     """

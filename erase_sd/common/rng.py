@@ -4,33 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Generator
 
-from erase_sd.common.cli import run_main as run_main
-from erase_sd.common.errors import UserError as UserError
-from erase_sd.common.files import RunLock as RunLock
 from erase_sd.common.files import digest
-from erase_sd.common.signals import StopFlag as StopFlag
-
-if TYPE_CHECKING:
-    from torch import Generator
 
 
 def generator(seed: int, *key: int | str) -> Generator:
-    """A CPU generator that depends on (seed, key) alone: ("noise", step, sample), ("trim", parameter name), ...
+    """Return a CPU generator that depends on (seed, key) alone: ("noise", step, sample), ("trim", parameter name), ...
 
     torch keeps 32 bits of a CPU seed, so that two of 65 000 keys can be expected to share their stream.
     """
-    import torch
-
-    return torch.Generator().manual_seed(int(digest([seed, *key])[:15], 16))
+    return Generator().manual_seed(int(digest([seed, *key])[:15], 16))
 
 
 @contextmanager
 def keyed_rng(seed: int, *key: int | str, device: torch.device | str = "cpu") -> Iterator[None]:
-    """torch's global generators of the CPU and `device` follow (seed, key) inside, and go on as before outside.
+    """Make torch's global generators of the CPU and `device` follow (seed, key) inside, and go on as before outside.
 
     For what draws from the global state only: initialisers and dropout.
     """

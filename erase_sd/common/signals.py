@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 PARENT = os.getppid()  # at import: a launcher may die while torch is still loading
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # what accelerate launch and torchrun set
@@ -30,7 +30,7 @@ class StopFlag:
         self._since = 0.0
 
     def is_set(self) -> bool:
-        """Whether to stop: save, then exit with 128 + signum."""
+        """Return whether to stop: save, then exit with 128 + signum."""
         return self._set.is_set()
 
     def leave(self) -> None:
@@ -38,12 +38,13 @@ class StopFlag:
         if self.is_set():
             raise SystemExit(128 + self.signum)
 
-    def __enter__(self) -> "StopFlag":
+    def __enter__(self) -> Self:
         if StopFlag._outermost is not None:
             return StopFlag._outermost
         if threading.current_thread() is threading.main_thread():
             StopFlag._outermost = self
-            self._handlers = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[signum] = signal.signal(signum, self._handle)
         if LAUNCHED & os.environ.keys():  # a shell may go (nohup), the launcher of a run may not
             threading.Thread(target=self._watch, daemon=True).start()
         return self

@@ -1,15 +1,19 @@
 """The model card of an erased model: what was done, how well it worked, how to use it and where it fails."""
 
+from __future__ import annotations
+
 import html
 import re
 from pathlib import Path
-
-from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCard, ModelCardData
+from typing import TYPE_CHECKING
 
 from erase_sd.common.files import write_atomic
 from erase_sd.models.families import family, network
 from erase_sd.models.guidance import FILE
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import ModelCardData
 
 TEMPLATE = """---
 {{ card_data }}
@@ -82,6 +86,12 @@ def write_card(
     `model` is the base as the user named it ("pocket", a Hub id or a folder); `scores` is the content of scores.json;
     `snippet` comes from `swap_in_snippet`.
     """
+    from huggingface_hub import ModelCard
+
+    options = [(inert(name), inert(value)) for name, value in knobs.items()]
+    rates = []
+    for name, before, after in _rates(scores):
+        rates.append((inert(name), f"{100 * before:.1f}", f"{100 * after:.1f}"))
     card = ModelCard.from_template(
         _metadata(model, license),
         template_str=TEMPLATE,
@@ -89,17 +99,19 @@ def write_card(
         model=inert(model),
         method=inert(method),
         preset=inert(preset),
-        knobs=[(inert(name), inert(value)) for name, value in knobs.items()],
+        knobs=options,
         command=html.escape(" ".join(command.split()), quote=False),
         snippet=snippet,
-        scores=[(inert(name), f"{100 * before:.1f}", f"{100 * after:.1f}") for name, before, after in _rates(scores)],
+        scores=rates,
         unvalidated=model != "pocket",
     )
     write_atomic(Path(folder) / "README.md", f"{card}\n")
 
 
 def _metadata(model: str, license: str) -> ModelCardData:
-    """The card's front matter; only a Hub id can be a base model there."""
+    """Return the card's front matter; only a Hub id can be a base model there."""
+    from huggingface_hub import ModelCardData
+
     on_hub = model != "pocket" and not Path(model).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model)
     return ModelCardData(
         base_model=model if on_hub else None,
@@ -114,7 +126,7 @@ def _metadata(model: str, license: str) -> ModelCardData:
 def swap_in_snippet(
     pipe: DiffusionPipeline, model: str, folder: str | Path, config: str | None = None, dtype: str = "torch.float32"
 ) -> str:
-    """Python that loads the base `model` and swaps in what is saved in `folder`. Both must have the same dtype.
+    """Return Python that loads the base `model` and swaps in what is saved in `folder`. Both must have the same dtype.
 
     `config` is the layout of a model that is a single file.
     """
@@ -124,8 +136,9 @@ def swap_in_snippet(
         given = f"{str(model)!r}, {part}={str(folder)!r}{layout}, dtype={dtype}"
         return f"import torch\nfrom erase_sd.models.pipeline import load\n\npipe = load({given})"
     loader = f"from_single_file({str(model)!r}, config={config!r}" if config else f"from_pretrained({str(model)!r}"
-    lacking = [name for name, x in pipe.components.items() if x is None and name not in pipe._optional_components]
-    loader += "".join(f", {name}=None" for name in lacking)  # Stable Diffusion 3 without T5 does not load otherwise
+    for name, component in pipe.components.items():
+        if component is None and name not in pipe._optional_components:
+            loader += f", {name}=None"  # Stable Diffusion 3 without T5 does not load otherwise
     return (
         "import torch\n"
         f"from diffusers import {', '.join(sorted([type(pipe).__name__, kind]))}\n\n"
@@ -135,15 +148,20 @@ def swap_in_snippet(
 
 
 def inert(text: object) -> str:
-    """`text` as Markdown that shows it and does nothing else: no HTML, link, emphasis, code, table or line break."""
+    """Return `text` as Markdown that shows it and nothing else: no HTML, link, emphasis, code, table or line break."""
     return re.sub(r"[<>&`|\[\]*\\\r\n]", lambda match: f"&#{ord(match[0])};", str(text))
 
 
 def _rates(scores: dict | None, name: str = "") -> list[tuple[str, float, float]]:
-    """(name, before, after) of every pair of rates in scores.json, however deep: "retain object", 0.97, 0.96."""
+    """Return (name, before, after) of each pair of rates in scores.json, however deep: "retain object", 0.97, 0.96."""
+    rates: list[tuple[str, float, float]] = []
     if not isinstance(scores, dict):
-        return []
+        return rates
     if {"before", "after"} <= scores.keys():
-        both = (scores["before"], scores["after"])
-        return [(name, *both)] if all(isinstance(rate, (int, float)) for rate in both) else []
-    return [rate for key, value in scores.items() for rate in _rates(value, f"{name} {key}".strip())]
+        before, after = scores["before"], scores["after"]
+        if isinstance(before, int | float) and isinstance(after, int | float):  # intervals are no rates
+            rates.append((name, before, after))
+        return rates
+    for key, value in scores.items():
+        rates += _rates(value, f"{name} {key}".strip())
+    return rates

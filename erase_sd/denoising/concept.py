@@ -1,34 +1,34 @@
-"""What a run is about: the concept's prompts, how to look at it before and after, and who can judge it."""
+"""What a run is about: the concept's prompts, its previews before and after, and who can judge them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product, zip_longest
+from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 import prompts
 from erase_sd.common.errors import UserError, asked_by_the_user
-from erase_sd.common.processes import pictures
+from erase_sd.common.processes import sample_shared
 from erase_sd.denoising.samples import Sources
 from erase_sd.models.pipeline import sample
-from erase_sd.pocket import prompt_sets as lessons
-from erase_sd.pocket import score
-from erase_sd.pocket import world as captions
+from erase_sd.pocket import prompt_sets, score, world
 from erase_sd.settings import Job
 
-SHOWN = 6  # pictures of the concept, and as many of everything else, in before_after.png
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+SHOWN = 6  # images of the concept, and as many of everything else, in before_after.png
 
 
 class Preview(NamedTuple):
-    """The same prompts and seeds, drawn at one moment of the run; answers only where there is a judge."""
+    """The same prompts and seeds, sampled at one moment of the run; answers only where there is a judge."""
 
     prompts: list[str]
     images: list[Image.Image]
-    answers: list[captions.Answer] | None
+    answers: list[world.Answer] | None
 
 
 @dataclass(frozen=True)
@@ -42,24 +42,29 @@ class Target:
     guidance: float = 7.5
     size: int | None = None  # pixels a side
 
-    def look(self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> Preview:
-        """Draw the prompts that the picture shows, and answer the exam if there is one."""
-        seeds = list(range(900_000, 900_000 + len(self.shown)))
-        how = {"steps": self.steps, "guidance": self.guidance, "size": self.size}
-        drawn = pictures(list(self.shown), seeds, 4, lambda texts, places: sample(pipe, texts, places, **how), when)
-        images = [image for part in drawn for image in part]
-        return Preview(list(self.shown), images, self._answers(pipe, model_hash, cache, when))
+    def preview(self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> Preview:
+        """Sample the prompts that before_after.png shows, and have a judge, if there is one, answer its questions."""
+
+        def sample_batch(texts: list[str], seeds: list[int]) -> list[Image.Image]:
+            return sample(pipe, texts, seeds, steps=self.steps, guidance=self.guidance, size=self.size)
+
+        shown = list(self.shown)
+        seeds = list(range(900_000, 900_000 + len(shown)))
+        images: list[Image.Image] = []
+        for batch in sample_shared(shown, seeds, 4, sample_batch, when):
+            images += batch
+        return Preview(shown, images, self._answers(pipe, model_hash, cache, when))
 
     def _answers(self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> None:
         return None
 
     def scores(self, before: Preview, after: Preview) -> dict | None:
-        """scores.json, or None without a judge."""
+        """Return the content of scores.json, or None without a judge."""
         return None
 
     @property
     def explicit(self) -> bool:
-        """Whether pictures of the concept are pixelated wherever they are shown."""
+        """Whether images of the concept are pixelated wherever they are shown."""
         return "nudity" in self.names
 
 
@@ -67,71 +72,95 @@ class Target:
 class PocketTarget(Target):
     """Concepts of the pocket world, judged by its oracle."""
 
-    parts: tuple[captions.Part, ...] = ()
-    questions: tuple[lessons.Question, ...] = ()
+    parts: tuple[world.Part, ...] = ()
+    questions: tuple[prompt_sets.Question, ...] = ()
 
-    def _answers(
-        self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str
-    ) -> list[captions.Answer]:
+    def _answers(self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> list[world.Answer]:
         return score.answers(pipe, list(self.questions), model_hash, cache, f"scores {when}")
 
     def scores(self, before: Preview, after: Preview) -> dict:
-        """scores.json by the oracle."""
+        """Return the content of scores.json, by the oracle."""
         return score.scores(list(self.parts), list(self.questions), before.answers, after.answers)
 
 
 def resolve(job: Job, size: int | None = None) -> Target:
-    """The subject of a job, on images of `size` pixels. Raises UserError for a concept the model has no words for."""
-    if job.model == "pocket" and size:
+    """Return the target of a job, on images of `size` pixels a side.
+
+    Raises UserError for a concept that the model has no words for, and for one that is named twice.
+    """
+    if job.model != "pocket":
+        return _open(job, size)
+    if size:
         raise UserError(f"--resolution {size} is for other models: the pocket model draws 64 pixels")
-    return _pocket(job) if job.model == "pocket" else _open(job, size)
+    return _pocket(job)
 
 
 def _pocket(job: Job) -> PocketTarget:
-    parts = [captions.part_named(text, job.kind) for text in job.concept]
-    if twice := [text for text, part in zip(job.concept, parts, strict=True) if parts.count(part) > 1]:
+    parts: list[world.Part] = []
+    for text in job.concept:
+        parts.append(world.part_named(text, job.kind))
+    twice = [text for text, part in zip(job.concept, parts, strict=True) if parts.count(part) > 1]
+    if twice:
         raise UserError(f"--concept {' '.join(map(repr, twice))} names one concept twice: name each once")
-    wanted = {part: _other(part, text, parts) for part, text in zip(parts, job.anchors(), strict=True) if text}
-    forget, retain = lessons.forget_examples(parts, job.seed, wanted), lessons.retain_prompts(parts, job.seed)
-    questions = lessons.exam(parts, job.eval_forget, job.eval_retain, job.seed)
-    scenes = [q.scene for q in lessons.exam(parts, SHOWN, SHOWN)]
+    wanted: dict[world.Part, str] = {}
+    for part, anchor in zip(parts, job.anchors(), strict=True):
+        if anchor:
+            wanted[part] = _other(part, anchor, parts)
+    shown = []
+    for question in prompt_sets.exam(parts, SHOWN, SHOWN):
+        shown.append(world.caption(question.scene))
     return PocketTarget(
         names=job.concept,
-        sources=Sources(forget, retain, ", ".join(captions.of_part(part) for part in parts)),
-        shown=tuple(captions.caption(scene) for scene in scenes),
+        sources=Sources(
+            forget=prompt_sets.forget_examples(parts, job.seed, wanted),
+            retain=prompt_sets.retain_prompts(parts, job.seed),
+            concept=", ".join(map(world.of_part, parts)),
+        ),
+        shown=tuple(shown),
         steps=score.STEPS,
         guidance=score.GUIDANCE,
         parts=tuple(parts),
-        questions=tuple(questions),
+        questions=tuple(prompt_sets.exam(parts, job.eval_forget, job.eval_retain, job.seed)),
     )
 
 
-def _other(part: captions.Part, anchor: str, erased: list[captions.Part]) -> str:
-    """The word that an anchor names; UserError unless it is another one of the concept's kind that stays."""
+def _other(part: world.Part, anchor: str, erased: list[world.Part]) -> str:
+    """Return the word that an anchor names; UserError unless it is another one of the concept's kind that stays."""
     kind, word = part
-    named = captions.part_named(anchor, kind)
+    named = world.part_named(anchor, kind)
     if named in erased:
         raise UserError(f"--anchor {anchor!r} is to be erased: give another {kind} instead of {word!r}")
     return named[1]
 
 
 def _open(job: Job, size: int | None) -> Target:
+    """Return the target of a job on a model that can draw anything."""
+    concepts: list[prompts.Concept] = []
     with asked_by_the_user():
-        concepts = [
-            prompts.load(text, job.kind, anchor) for text, anchor in zip(job.concept, job.anchors(), strict=True)
-        ]
-    for anchor, concept in product(job.anchor, concepts):
-        if concept.names(anchor):
-            raise UserError(f"--anchor {anchor!r} names {concept.name!r}, which is to be erased: give another caption")
-    by_turns = zip_longest(*(concept.examples for concept in concepts))  # so that few pictures still show every one
-    examples = [example for turn in by_turns for example in turn if example]
-    harmless = [set(prompts.captions(without=concept)) for concept in concepts]
-    kept = [line for line in prompts.captions() if all(line in lines for lines in harmless)]
-    asked = [examples[i % len(examples)].prompt for i in range(4)]
+        for text, anchor in zip(job.concept, job.anchors(), strict=True):
+            concepts.append(prompts.load(text, job.kind, anchor))
+    for anchor in job.anchor:
+        for concept in concepts:
+            if concept.names(anchor):
+                raise UserError(
+                    f"--anchor {anchor!r} names {concept.name!r}, which is to be erased: give another caption"
+                )
+    examples: list[prompts.Example] = []
+    for turn in zip_longest(*(concept.examples for concept in concepts)):  # so that few images still show every one
+        examples += filter(None, turn)
+    retain = prompts.captions()
+    for concept in concepts:
+        harmless = set(prompts.captions(without=concept))
+        retain = [line for line in retain if line in harmless]
+    shown = []
+    for i in range(4):
+        shown.append(examples[i % len(examples)].prompt)
+    shown += retain[:: max(1, len(retain) // 4)][:4]
+    names = tuple(concept.name for concept in concepts)
     return Target(
-        names=tuple(concept.name for concept in concepts),
-        sources=Sources(examples, kept, ", ".join(concept.name for concept in concepts)),
+        names=names,
+        sources=Sources(examples, retain, ", ".join(names)),
         steps=job.picture_steps,
-        shown=(*asked, *kept[:: max(1, len(kept) // 4)][:4]),
+        shown=tuple(shown),
         size=size,
     )

@@ -1,9 +1,11 @@
 """Is this folder, and the pipeline loaded from it, a sound text-to-image model of a family that can be erased?
 
 The libraries load much that cannot work: a partial UNet (meta tensors and a warning), a tokenizer folder without
-files (a tokenizer of two tokens), NaN weights (which draw black images and so look perfectly erased). Every check
+files (a tokenizer of two tokens), NaN weights (whose images are black and so look perfectly erased). Every check
 here ends in one UserError sentence that names the bad value and the next step.
 """
+
+from __future__ import annotations
 
 import logging
 import os
@@ -11,14 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from erase_sd.common.errors import UserError
 from erase_sd.models.families import FAMILIES, family, modules, network
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 WEIGHTLESS = ("tokenizer", "scheduler")  # how the names of components without weights begin
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3")
@@ -32,9 +36,10 @@ def explained(option: str, source: str) -> Iterator[None]:
 
     Their log is muted meanwhile: it lists hundreds of tensor names where the checks below name the one that matters.
     """
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
+    levels: dict[logging.Logger, int] = {}
+    for name in ("diffusers", "transformers"):
+        logger = logging.getLogger(name)
+        levels[logger] = logger.level
         logger.setLevel(logging.CRITICAL)
     try:
         yield
@@ -43,11 +48,12 @@ def explained(option: str, source: str) -> Iterator[None]:
     except LOAD_ERRORS as error:
         raise UserError(f"{option} {source} {_advice(option, source, error)}") from error
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)
 
 
 def _advice(option: str, source: str, error: BaseException) -> str:
+    """Return what is wrong with a source that does not load, and the next step."""
     if Path(source).is_dir():
         reason = shorten(str(error), 200, placeholder=" ...").rstrip(". ")
         return f"is not a complete diffusers model ({reason}): save it again with save_pretrained"
@@ -77,7 +83,7 @@ def check_place(source: str, option: str) -> None:
 
 
 def check_single_file(model: str, config: str | None) -> str:
-    """The layout of a single-file model. Refuses what is no .safetensors: pickles run code when they are read."""
+    """Return the layout of a single-file model. Refuses what is no .safetensors: reading a pickle runs its code."""
     if Path(model).suffix != ".safetensors":
         raise UserError(f"--model {model} is no .safetensors file: convert it, or give the folder of save_pretrained")
     if config is None:
@@ -86,11 +92,14 @@ def check_single_file(model: str, config: str | None) -> str:
 
 
 def check_index(index: dict, model: str) -> str:
-    """The pipeline class of a parsed model_index.json; other families are refused before anything is fetched."""
-    components = {name: value for name, value in index.items() if isinstance(value, (list, tuple)) and value[0]}
+    """Return the pipeline class of a parsed model_index.json; refuses other families before anything is fetched."""
+    components: set[str] = set()
+    for name, value in index.items():
+        if isinstance(value, list | tuple) and value[0]:
+            components.add(name)
     kind = index.get("_class_name")
     needed = FAMILIES[kind].needed if kind in FAMILIES else ()
-    foreign = sorted(components.keys() - {*needed, *OPTIONAL})
+    foreign = sorted(components - {*needed, *OPTIONAL})
     if kind not in FAMILIES or foreign:
         known = ", ".join(FAMILIES)
         raise UserError(f"model {model} is a {kind} with {', '.join(foreign)}: only {known} can be erased")
@@ -101,7 +110,7 @@ def check_index(index: dict, model: str) -> str:
 
 
 def check_folder(folder: Path, components: list[str]) -> None:
-    """Every component's folder exists, has its weights, and no weight file is cut short (headers only are read)."""
+    """Check that every component's folder has its weights, and that no weight file is cut short (by its header)."""
     for name in components:
         part = folder / name
         if not part.is_dir():
@@ -111,7 +120,7 @@ def check_folder(folder: Path, components: list[str]) -> None:
 
 
 def check_weight_files(folder: Path) -> None:
-    """The folder of one component has its config.json and at least one weight file, and all of them are readable."""
+    """Check that the folder of one component has its config.json and a weight file, and that all are readable."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: copy it from the base model, or save the pipeline again")
     files = sorted(folder.glob("*.safetensors"))
@@ -126,7 +135,7 @@ def check_weight_files(folder: Path) -> None:
 
 
 def check_pipeline(pipe: DiffusionPipeline, model: str) -> None:
-    """The loaded parts are complete, finite and fit each other."""
+    """Check that the loaded parts are complete, finite and fit each other."""
     for name, encoder in modules(pipe).items():
         if name.startswith("text_encoder"):
             check_tokenizer(pipe.components[name.replace("text_encoder", "tokenizer")], encoder.config, model)
@@ -136,31 +145,45 @@ def check_pipeline(pipe: DiffusionPipeline, model: str) -> None:
 
 
 def check_text_encoder_files(pipe: DiffusionPipeline, folder: Path) -> None:
-    """transformers fills in random values for tensors that a file lacks and only logs it: compare the names.
+    """Check that the files of the text encoders have a value for every tensor.
 
-    Files written before transformers 5.6 have the prefix "text_model."; tied tensors are stored once.
+    transformers fills in random values for tensors that a file lacks and only logs it. Files written before
+    transformers 5.6 have the prefix "text_model."; tied tensors, which share their memory, are stored once.
     """
     for part, encoder in modules(pipe).items():
         if not part.startswith("text_encoder"):
             continue
-        stored: set[str] = set()
-        for file in (folder / part).glob("*.safetensors"):
-            with safe_open(file, framework="pt") as weights:
-                stored |= {name.removeprefix("text_model.") for name in weights.keys()}  # noqa: SIM118 - not a dict
-        state = {name.removeprefix("text_model."): x.data_ptr() for name, x in encoder.state_dict().items()}
-        there = {place for name, place in state.items() if name in stored}
-        missing = {name for name, place in state.items() if place not in there}
+        stored = _stored_names(folder / part)
+        missing: list[str] = []
+        found: set[int] = set()
+        for name, x in encoder.state_dict().items():
+            if name.removeprefix("text_model.") in stored:
+                found.add(x.data_ptr())
+        for name, x in encoder.state_dict().items():
+            if x.data_ptr() not in found:
+                missing.append(name.removeprefix("text_model."))
         if stored and missing:
             raise UserError(f"{folder / part} has no value for {min(missing)}: its weight file is partial")
 
 
+def _stored_names(folder: Path) -> set[str]:
+    """Return the names of all tensors in a folder's .safetensors files, without the prefix "text_model."."""
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            for name in list(weights.keys()):
+                names.add(name.removeprefix("text_model."))
+    return names
+
+
 def check_tokenizer(tokenizer: Any, encoder: Any, model: str) -> None:
-    """The tokenizer is the text encoder's own, not the empty shell that transformers makes of a wrong folder.
+    """Check that the tokenizer is the text encoder's own, not the empty one that transformers makes of a wrong folder.
 
     `encoder` is the text encoder's config. CLIP knows a tokenizer's tokens and no more; T5's table is padded.
     """
     clip = hasattr(encoder, "max_position_embeddings")
-    if len(tokenizer) != encoder.vocab_size if clip else not 2 < len(tokenizer) <= encoder.vocab_size:
+    fits = len(tokenizer) == encoder.vocab_size if clip else 2 < len(tokenizer) <= encoder.vocab_size
+    if not fits:
         sizes = f"{len(tokenizer)} tokens and the text encoder {encoder.vocab_size}"
         raise UserError(f"model {model}: the tokenizer has {sizes}: copy the files of tokenizer/ from the base model")
     if clip and tokenizer.model_max_length != encoder.max_position_embeddings:
@@ -171,7 +194,7 @@ def check_tokenizer(tokenizer: Any, encoder: Any, model: str) -> None:
 
 
 def check_network(pipe: DiffusionPipeline, model: str) -> None:
-    """The network denoises this VAE's latents and nothing else, under these text encoders' embeddings."""
+    """Check that the network denoises this VAE's latents and nothing else, under these text encoders' embeddings."""
     kind = family(pipe)
     config, latent = network(pipe).config, kind.patch * pipe.vae.config.latent_channels
     if config.in_channels != latent:
@@ -180,7 +203,9 @@ def check_network(pipe: DiffusionPipeline, model: str) -> None:
             "inpainting and other conditioned models cannot be erased, give the text-to-image model behind this one"
         )
     key, theirs, encoders = kind.widths
-    width = sum(getattr(getattr(pipe, name).config, theirs) for name in encoders)
+    width = 0
+    for name in encoders:
+        width += getattr(getattr(pipe, name).config, theirs)
     if config[key] != width:
         raise UserError(
             f"model {model}: the {kind.part} expects text {config[key]} wide and the text encoder gives "
@@ -189,7 +214,7 @@ def check_network(pipe: DiffusionPipeline, model: str) -> None:
 
 
 def check_weights(part: torch.nn.Module, name: str, model: str) -> None:
-    """No tensor is missing (left on the meta device by a partial file) and every value is finite."""
+    """Check that no tensor is missing (left on the meta device by a partial file) and that every value is finite."""
     for key, tensor in part.state_dict().items():
         if tensor.is_meta:
             raise UserError(

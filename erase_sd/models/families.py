@@ -12,15 +12,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor, nn
 
 from erase_sd.common.errors import UserError
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 Cond = dict[str, Tensor]
+
+
+def _unpacked(z: Tensor) -> Tensor:
+    """Return latents as they are: all pipelines but Flux's return them as (n, C, H, W)."""
+    return z
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Family:
     call: Callable[[Callable, Tensor, Tensor, Cond], Tensor]  # (network, x_t, t, cond) -> shaped like x_t
     widths: tuple[str, str, tuple[str, ...]]  # network's key = sum of the encoders' key: they fit each other
     patch: int = 1  # latent pixels in one input of the network
-    unpacked: Callable[[Tensor], Tensor] = lambda z: z  # latents as the pipeline returns them -> (n, C, H, W)
+    unpacked: Callable[[Tensor], Tensor] = _unpacked  # latents as the pipeline returns them -> (n, C, H, W)
 
 
 def _encode_sd(pipe: DiffusionPipeline, captions: list[str], guidance: float, side: int) -> Cond:
@@ -45,7 +52,7 @@ def _call_sd(network: Callable, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
 
 
 def _encode_sdxl(pipe: DiffusionPipeline, captions: list[str], guidance: float, side: int) -> Cond:
-    """The empty caption is all zeros where the pipeline samples it so."""
+    """Encode captions; the empty one is all zeros where the pipeline samples it so."""
     device = pipe.text_encoder.device
     hidden, _, pooled, _ = pipe.encode_prompt(captions, device=device, do_classifier_free_guidance=False)
     if pipe.config.force_zeros_for_empty_prompt:
@@ -56,7 +63,7 @@ def _encode_sdxl(pipe: DiffusionPipeline, captions: list[str], guidance: float, 
 
 
 def _call_sdxl(network: Callable, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    added = {name: cond[name] for name in ("text_embeds", "time_ids")}
+    added = {"text_embeds": cond["text_embeds"], "time_ids": cond["time_ids"]}
     return network(x_t, t, cond["encoder_hidden_states"], added_cond_kwargs=added).sample
 
 
@@ -71,14 +78,18 @@ def _call_sd3(network: Callable, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
 
 
 def _encode_flux(pipe: DiffusionPipeline, captions: list[str], guidance: float, side: int) -> Cond:
-    """Distilled guidance is an input of the network (dev), or nothing (schnell)."""
+    """Encode captions; distilled guidance is an input of the network (dev), or nothing (schnell)."""
     hidden, pooled, _ = pipe.encode_prompt(captions, None, device=pipe.text_encoder.device)
-    distilled = {"guidance": torch.full((len(captions),), guidance)} if pipe.transformer.config.guidance_embeds else {}
-    return {"encoder_hidden_states": hidden, "pooled_projections": pooled} | distilled
+    cond = {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+    if pipe.transformer.config.guidance_embeds:
+        cond["guidance"] = torch.full((len(captions),), guidance)
+    return cond
 
 
 def _call_flux(network: Callable, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """Latents go in as sequences of 2 x 2 patches, and time as sigma in [0, 1]."""
+    """Call the network with latents as sequences of 2 x 2 patches, and time as sigma in [0, 1]."""
+    from diffusers import FluxPipeline
+
     n, channels, height, width = x_t.shape
     places = FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, x_t.device, x_t.dtype)
     packed = network(
@@ -92,7 +103,9 @@ def _call_flux(network: Callable, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
 
 
 def _unpack_flux(z: Tensor) -> Tensor:
-    """Square images only: the pipeline's latents do not say how they are laid out."""
+    """Return (n, C, H, W) of square images: the pipeline's latents do not say how they are laid out."""
+    from diffusers import FluxPipeline
+
     side = 2 * isqrt(z.shape[1])
     return FluxPipeline._unpack_latents(z, side, side, vae_scale_factor=1)
 
@@ -135,7 +148,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family(pipe: DiffusionPipeline | str) -> Family:
-    """The family of a pipeline or of its class's name. Raises UserError for one that cannot be erased."""
+    """Return the family of a pipeline or of its class's name. Raises UserError for one that cannot be erased."""
     name = pipe if isinstance(pipe, str) else type(pipe).__name__
     if name not in FAMILIES:
         known = ", ".join(FAMILIES)
@@ -144,16 +157,20 @@ def family(pipe: DiffusionPipeline | str) -> Family:
 
 
 def resolution(pipe: DiffusionPipeline) -> int:
-    """The side, in pixels, of the images that the model was made for."""
+    """Return the side, in pixels, of the images that the model was made for."""
     native = getattr(pipe, "default_sample_size", None) or network(pipe).config.sample_size
     return native * pipe.vae_scale_factor
 
 
 def network(pipe: DiffusionPipeline) -> nn.Module:
-    """The denoising network of a pipeline: what is erased."""
+    """Return the denoising network of a pipeline: what is erased."""
     return getattr(pipe, family(pipe).part)
 
 
 def modules(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """Every component with weights, by name."""
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    """Return every component with weights, by name."""
+    found = {}
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            found[name] = part
+    return found

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -51,11 +49,12 @@ class SafetyGuidance:
         self.calls, self.first, self.last, self.nu = 0, 0.0, 0.0, None
 
     def identity(self) -> str:
-        """A hash of what decides its pictures."""
-        return digest([asdict(self.settings), {name: x.tolist() for name, x in sorted(self.text.items())}])
+        """Return a hash of what decides its images."""
+        text = {name: x.tolist() for name, x in sorted(self.text.items())}
+        return digest([asdict(self.settings), text])
 
     def __call__(self, network: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """The network's output with e_p - gamma for e_p; unchanged where it is not a doubled batch of latents."""
+        """Return the network's output with e_p - gamma for e_p; None (no change) where the batch is not doubled."""
         given = inspect.signature(type(network).forward).bind(network, *args, **kwargs).arguments
         del given["self"]
         x = next(iter(given.values()))
@@ -64,20 +63,25 @@ class SafetyGuidance:
             return None
         wide = torch.promote_types(output[0].dtype, torch.float32)
         e_0, e_p = output[0].to(wide).chunk(2)
-        e_S = network.forward(**{name: self._third(name, value, n) for name, value in given.items()})[0].to(wide)
+        third = {}
+        for name, value in given.items():
+            third[name] = self._third(name, value, n)
+        e_S = network.forward(**third)[0].to(wide)
         gamma = self._gamma(e_0, e_p, e_S, float(torch.as_tensor(given["timestep"]).flatten()[0]))
         return _replaced(output, torch.cat([e_0, e_p - gamma]).to(output[0].dtype))
 
     def _third(self, name: str, value: Any, n: int) -> Any:
-        """An argument of the third branch: the prompts' half of it, or the concept's conditioning."""
+        """Return an argument of the third branch: the prompts' half of it, or the concept's conditioning."""
         if name in self.text:
             return self.text[name].to(value.device, value.dtype).expand(n, *self.text[name].shape[1:])
         if isinstance(value, dict):
             return {key: self._third(key, inner, n) for key, inner in value.items()}
-        return value[n:] if isinstance(value, Tensor) and value.ndim and len(value) == 2 * n else value
+        if isinstance(value, Tensor) and value.ndim and len(value) == 2 * n:
+            return value[n:]
+        return value
 
     def _gamma(self, e_0: Tensor, e_p: Tensor, e_S: Tensor, t: float) -> Tensor:
-        """What is subtracted from e_p at timestep t; 0 in the warm-up."""
+        """Return what is subtracted from e_p at timestep t; 0 in the warm-up."""
         if self.nu is None or self.nu.shape != e_p.shape or t >= self.first or t > self.last:  # time runs down
             self.calls, self.first, self.nu = 0, t, torch.zeros_like(e_p)
         s, d = self.settings, e_p - e_S
@@ -89,6 +93,7 @@ class SafetyGuidance:
 
 
 def _replaced(output: Any, sample: Tensor) -> Any:
+    """Return a network's output, a tuple or diffusers' own, with another sample."""
     return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample=sample)
 
 
@@ -101,8 +106,11 @@ def attach(network: nn.Module, guidance: SafetyGuidance) -> None:
 
 
 def carried(network: nn.Module) -> SafetyGuidance | None:
-    """The guidance that a network carries."""
-    return next((hook for hook in network._forward_hooks.values() if isinstance(hook, SafetyGuidance)), None)
+    """Return the guidance that a network carries, or None."""
+    for hook in network._forward_hooks.values():
+        if isinstance(hook, SafetyGuidance):
+            return hook
+    return None
 
 
 def copy(source: nn.Module, target: nn.Module) -> None:
@@ -112,28 +120,49 @@ def copy(source: nn.Module, target: nn.Module) -> None:
 
 
 def identity(network: nn.Module) -> list[str]:
-    """What decides the pictures of a network besides its weights: the hash of its guidance, or nothing."""
+    """Return what decides the images of a network besides its weights: the hash of its guidance, or nothing."""
     guidance = carried(network)
     return [guidance.identity()] if guidance else []
 
 
 def save(guidance: SafetyGuidance, folder: str | Path) -> None:
     """Write folder/guidance.safetensors: the concept's conditioning, the settings as metadata."""
-    text = {name: x.detach().cpu().contiguous() for name, x in guidance.text.items()}
+    text = {}
+    for name, x in guidance.text.items():
+        text[name] = x.detach().cpu().contiguous()
     write_atomic(Path(folder) / FILE, to_bytes(text, {"settings": json.dumps(asdict(guidance.settings))}))
 
 
 def load(source: str) -> SafetyGuidance | None:
-    """The guidance of a run folder, also given as its network's own folder, or of a Hub repository; None without."""
-    folders = [Path(source), Path(source).parent] if (Path(source) / "config.json").is_file() else [Path(source)]
-    path = next((folder / FILE for folder in folders if (folder / FILE).is_file()), None)
-    if not Path(source).is_dir():
-        try:
-            path = hf_hub_download(source, FILE)
-        except EntryNotFoundError:
-            path = None
+    """Return the guidance of a run folder, of its network's own folder, or of a Hub repository; None without."""
+    path = _local_file(Path(source)) if Path(source).is_dir() else _hub_file(source)
     if path is None:
         return None
+    text = {}
     with safe_open(path, "pt") as file:
         settings = Settings(**json.loads(file.metadata()["settings"]))
-        return SafetyGuidance({name: file.get_tensor(name) for name in file.keys()}, settings)  # noqa: SIM118
+        for name in list(file.keys()):
+            text[name] = file.get_tensor(name)
+    return SafetyGuidance(text, settings)
+
+
+def _local_file(folder: Path) -> Path | None:
+    """Return the guidance stored in a folder, or beside it if it is the network's own; None without."""
+    folders = [folder]
+    if (folder / "config.json").is_file():
+        folders.append(folder.parent)
+    for place in folders:
+        if (place / FILE).is_file():
+            return place / FILE
+    return None
+
+
+def _hub_file(repository: str) -> str | None:
+    """Return the path of a Hub repository's guidance on this machine; None if it has none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return hf_hub_download(repository, FILE)
+    except EntryNotFoundError:
+        return None

@@ -46,7 +46,7 @@ GROUPS: dict[str, dict[str, str]] = {
 
 
 def select(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
-    """The parameters of `model` in `scope`, by name and in the model's order.
+    """Return the parameters of `model` in `scope`, by name and in the model's order.
 
     `scope` is a group of the model's kind or "re:" and a regular expression searched in each parameter's name.
     Raises UserError if the group is unknown, the expression is broken or nothing matches.
@@ -57,20 +57,26 @@ def select(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
     if pattern is None:
         raise UserError(f"unknown parameter group {scope!r} of a {type(model).__name__}: {choices}")
     try:
-        found = {name: p for name, p in model.named_parameters() if re.search(pattern, name)}
+        expression = re.compile(pattern)
     except re.error as error:
         raise UserError(f"parameter group {scope!r} is not a regular expression ({error}): {choices}") from error
+    found = {}
+    for name, p in model.named_parameters():
+        if expression.search(name):
+            found[name] = p
     if not found:
         raise UserError(f"parameter group {scope!r} matches nothing in {type(model).__name__}: {choices}")
     return found
 
 
 def without_norms(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """`parameters` less those of normalisation layers, whose re-initialisation would break every image alike.
+    """Return `parameters` less those of normalisation layers, whose re-initialisation would break every image alike.
 
     A layer counts as one if its class name contains "Norm" (GroupNorm, LayerNorm, RMSNorm, ...), with the layers
     inside it: the scale and shift that adaptive norms of transformers (AdaLayerNormZero) compute from the timestep.
     """
-    layers = (module for module in model.modules() if "Norm" in type(module).__name__)
-    norms = {id(p) for layer in layers for p in layer.parameters()}
+    norms: set[int] = set()
+    for module in model.modules():
+        if "Norm" in type(module).__name__:
+            norms.update(map(id, module.parameters()))
     return {name: p for name, p in parameters.items() if id(p) not in norms}

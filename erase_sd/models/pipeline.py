@@ -1,15 +1,14 @@
 """Load and sample text-to-image pipelines of diffusers, of any family that can be erased."""
 
+from __future__ import annotations
+
 import copy
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
-import transformers
-from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -30,6 +29,9 @@ from erase_sd.models.checks import (
 )
 from erase_sd.models.families import Cond, family, resolution
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
 LEFT_OUT: dict[str, dict[str, Any]] = {  # the safety checker paints images black, and what only serves it
     "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 }
@@ -43,24 +45,32 @@ def load(
     dtype: torch.dtype | None = None,
     config: str | None = None,
 ) -> DiffusionPipeline:
-    """A text-to-image pipeline of any of the families, on the CPU, checked and without a safety checker.
+    """Return a text-to-image pipeline of any of the families, on the CPU, checked and without a safety checker.
 
     `model` is a folder, a Hub id, or a single .safetensors file, whose layout `config` then names: a folder or Hub id
     of the same base model. `unet` or `transformer` replaces that network by a run's: a folder with unet/ (or the
     network's own folder), or a Hub id. `dtype` holds for every part, float32 by default. Raises UserError for a model
     that is missing, incomplete, damaged or of a kind that cannot be erased.
     """
+    import diffusers
+    import transformers
+
     diffusers.utils.logging.disable_progress_bar()  # loading has bars of its own for every part
     transformers.utils.logging.disable_progress_bar()
     dtype = dtype or torch.float32
-    given = {"unet": unet, "transformer": transformer}
-    parts = {part: load_network(source, part, dtype) for part, source in given.items() if source}
+    parts: dict[str, Any] = {}
+    for part, source in (("unet", unet), ("transformer", transformer)):
+        if source:
+            parts[part] = load_network(source, part, dtype)
     layout = check_single_file(model, config) if Path(model).is_file() else model
     check_place(layout, "--model" if layout == model else "--model_config")
     with explained("--model", model):
-        index = DiffusionPipeline.load_config(layout)
+        index = diffusers.DiffusionPipeline.load_config(layout)
         kind = check_index(index, layout)
-        parts |= {name: None for name, value in index.items() if value == [None, None]} | LEFT_OUT.get(kind, {})
+        for name, value in index.items():
+            if value == [None, None]:
+                parts[name] = None
+        parts |= LEFT_OUT.get(kind, {})
         cls = getattr(diffusers, kind)
         if layout != model:
             pipe = cls.from_single_file(model, config=layout, dtype=dtype, **parts)
@@ -75,11 +85,13 @@ def load(
 
 
 def load_network(source: str, part: str, dtype: torch.dtype) -> ModelMixin:
-    """The denoising network ("unet" or "transformer") of a run folder, of its own folder, or of a Hub repository.
+    """Return the network ("unet" or "transformer") of a run folder, of its own folder, or of a Hub repository.
 
     It carries the guidance that the run stored, if any. Raises UserError for a network that is missing, incomplete or
     damaged.
     """
+    from diffusers import AutoModel
+
     check_place(source, f"--{part}")
     own_folder = (Path(source) / "config.json").is_file()
     with explained(f"--{part}", source):
@@ -99,13 +111,20 @@ def encode(
     size: int | None = None,
     batch_size: int = 32,
 ) -> Cond:
-    """What the network sees of N captions, as the pipeline itself gives it: tensors (N, ...), float32, on the CPU.
+    """Return what the network sees of N captions, as the pipeline itself gives it: tensors (N, ...), fp32, on the CPU.
 
     `guidance` and `size`, the side of the image in pixels, count where the network takes them as inputs.
     """
-    chunks = [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
-    conds = [family(pipe).encode(pipe, chunk, guidance, size or resolution(pipe)) for chunk in chunks]
-    return {name: torch.cat([cond[name].float().cpu() for cond in conds]) for name in conds[0]}
+    side = size or resolution(pipe)
+    chunks: dict[str, list[Tensor]] = {}
+    for start in range(0, len(captions), batch_size):
+        cond = family(pipe).encode(pipe, captions[start : start + batch_size], guidance, side)
+        for name, x in cond.items():
+            chunks.setdefault(name, []).append(x.float().cpu())
+    encoded = {}
+    for name, xs in chunks.items():
+        encoded[name] = torch.cat(xs)
+    return encoded
 
 
 def sample(
@@ -120,34 +139,37 @@ def sample(
     output_type: str = "pil",
     description: str | None = None,
 ) -> list[Image.Image] | list[Tensor]:
-    """One image per prompt and seed, the same whatever the batch size and order; `pipe` is left as it was.
+    """Return one image per prompt and seed, the same whatever the batch size and order; `pipe` is left as it was.
 
     `size`, in pixels, is by default the model's. `output_type` is "pil", or "latent" for tensors (C, H, W), float32,
     on the CPU. With a `description` the first process shows a bar. SystemExit after the batch in which a signal came.
     """
     quiet = _working_copy(pipe)
-    jobs = list(zip(prompts, seeds, strict=True))
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
     hidden = description is None or os.environ.get("RANK", "0") != "0"
     images = []
-    with StopFlag() as stop, tqdm(total=len(jobs), desc=description, unit="image", disable=hidden) as bar:
-        for start in range(0, len(jobs), batch_size):
-            batch = jobs[start : start + batch_size]
-            drawn = draw(
+    with StopFlag() as stop, tqdm(total=len(prompts), desc=description, unit="image", disable=hidden) as bar:
+        for start in range(0, len(prompts), batch_size):
+            generators = [generator(seed, "image") for seed in seeds[start : start + batch_size]]
+            batch = sample_batch(
                 quiet,
-                [prompt for prompt, _ in batch],
-                [generator(seed, "image") for _, seed in batch],
+                prompts[start : start + batch_size],
+                generators,
                 steps=steps,
                 guidance=guidance,
                 size=(size, size),
                 output_type=output_type,
             )
-            images += list(family(pipe).unpacked(drawn).float().cpu()) if output_type == "latent" else drawn
-            bar.update(len(drawn))
+            if output_type == "latent":
+                batch = list(family(pipe).unpacked(batch).float().cpu())
+            images += batch
+            bar.update(len(batch))
             stop.leave()
     return images
 
 
-def draw(
+def sample_batch(
     pipe: DiffusionPipeline,
     prompts: list[str],
     generators: list[torch.Generator],
@@ -157,7 +179,7 @@ def draw(
     size: tuple[int | None, int | None] = (None, None),
     output_type: str = "pil",
 ) -> Any:
-    """One batch of any text-to-image pipeline, each image from its own generator; `size` is (width, height) in pixels.
+    """Sample one batch of any text-to-image pipeline, each image from its own generator; `size` is (width, height).
 
     Returns what the pipeline makes of `output_type`: PIL images, or an array (n, height, width, 3) in [0, 1] for "np".
     """
@@ -173,8 +195,10 @@ def draw(
 
 
 def _working_copy(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """A pipeline of the same modules with a scheduler of its own, no inner bar, and no safety checker: it paints
-    images black, which every later score would take for erasure."""
+    """Return a pipeline of the same modules with a scheduler of its own, no inner bar, and no safety checker.
+
+    The checker paints images black, which every later score would take for erasure.
+    """
     quiet = copy.copy(pipe)
     quiet.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     if "safety_checker" in pipe.components:
@@ -190,9 +214,10 @@ def save_network(network: ModelMixin, folder: str | Path, part: str, dtype: torc
     `dtype` is that of the file, by default the model's own. Raises FloatingPointError, with nothing written, if a
     weight is not finite in that dtype. `network` itself is not changed.
     """
-    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in network.state_dict().items()}
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
+    weights = {}
+    for name, tensor in network.state_dict().items():
+        weights[name] = tensor.detach().to("cpu", dtype)
+        if not torch.isfinite(weights[name]).all():
             raise FloatingPointError(f"{part} weight {name} has NaN or infinite values: nothing was saved")
     target = Path(folder) / part
     with torch.device("meta"):

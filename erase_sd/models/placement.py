@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import ModelMixin
 from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 @contextmanager
 def placed(parts: list[nn.Module], device: torch.device) -> Iterator[None]:
-    """Everything on the device; afterwards every part is where it was, with the `requires_grad` it had."""
-    places = [part.device for part in parts]
-    grads = [[p.requires_grad for p in part.parameters()] for part in parts]
+    """Move all parts to the device; afterwards each is where it was, with the `requires_grad` it had."""
+    before: list[tuple[torch.device, list[bool]]] = []
     for part in parts:
+        before.append((part.device, [p.requires_grad for p in part.parameters()]))
         part.to(device)
     try:
         yield
     finally:
-        for part, place, flags in zip(parts, places, grads, strict=True):
+        for part, (place, flags) in zip(parts, before, strict=True):
             part.to(place)
             for p, flag in zip(part.parameters(), flags, strict=True):
                 p.requires_grad_(flag)
@@ -30,7 +33,7 @@ def placed(parts: list[nn.Module], device: torch.device) -> Iterator[None]:
 def training(
     network: ModelMixin, parts: list[nn.Module], device: torch.device, dtype: torch.dtype, checkpointing: bool
 ) -> Iterator[None]:
-    """The network alone on the device, in `dtype`; afterwards all parts are there again, the network as it was.
+    """Leave the network alone on the device, in `dtype`; afterwards all parts are there again, the network as it was.
 
     With `checkpointing` it keeps the activations between its blocks only and computes the others twice.
     """

@@ -36,34 +36,42 @@ class Oracle(nn.Module):
             if i in (1, 3, 5):
                 layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
-        self.heads = nn.ModuleDict({kind: nn.Linear(2 * widths[-1], len(names)) for kind, names in LABELS.items()})
+        self.heads = nn.ModuleDict()
+        for kind, names in LABELS.items():
+            self.heads[kind] = nn.Linear(2 * widths[-1], len(names))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Logits per kind from average- and max-pooled features."""
+        """Return logits per kind from average- and max-pooled features."""
         h = self.features(x)
         h = torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1)
         return {kind: head(h) for kind, head in self.heads.items()}
 
 
 def load(path: Path = WEIGHTS) -> Oracle:
-    """The embedded judge in evaluation mode, fp32."""
+    """Return the embedded judge in evaluation mode, fp32."""
     oracle = Oracle()
-    oracle.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    oracle.load_state_dict(load_file(path))  # which converts the file's half precision
     return oracle.eval().requires_grad_(False)
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:
-    """PIL pictures as (N, 3, 32, 32) in [-1, 1]; larger ones are averaged down."""
-    pixels = [torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0).float() / 127.5 - 1 for image in images]
-    return torch.stack([F.adaptive_avg_pool2d(x, SIZE) for x in pixels])
+    """Return PIL images as (N, 3, 32, 32) in [-1, 1]; larger ones are averaged down."""
+    rows = []
+    for image in images:
+        x = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0).float() / 127.5 - 1
+        rows.append(F.adaptive_avg_pool2d(x, SIZE))
+    return torch.stack(rows)
 
 
 @torch.no_grad()
 def name(oracle: Oracle, images: list[Image.Image], batch_size: int = 256) -> list[dict[str, str]]:
-    """What each picture shows: {"object": "cat", "style": "pencil", "background": "other"}."""
+    """Return what each image shows: {"object": "cat", "style": "pencil", "background": "other"}."""
     found: list[dict[str, str]] = []
     for i in range(0, len(images), batch_size):
         logits = oracle(to_tensor(images[i : i + batch_size]))
-        best = {kind: values.argmax(1).tolist() for kind, values in logits.items()}
-        found += [{kind: LABELS[kind][best[kind][j]] for kind in LABELS} for j in range(len(best["object"]))]
+        answers: list[dict[str, str]] = [{} for _ in images[i : i + batch_size]]
+        for kind, names in LABELS.items():
+            for answer, best in zip(answers, logits[kind].argmax(1).tolist(), strict=True):
+                answer[kind] = names[best]
+        found += answers
     return found

@@ -1,4 +1,4 @@
-"""What the pocket model is taught and asked: prompts of a concept with their anchors, prompts of everything else."""
+"""Prompt sets of the pocket model: of a concept, with anchors; of what is retained; of the evaluation."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 from erase_sd.pocket.world import KINDS, Part, Scene, caption, grid
 from prompts import Example
 
-HALF = 500_000  # image seeds of an exam lie below one million: the concept's in the lower half
+HALF = 500_000  # image seeds of an evaluation lie below one million: the concept's in the lower half
 
 
 class Question(NamedTuple):
-    """One picture of an exam: what to draw, from which seed, and which concept it asks for (None: it retains)."""
+    """One image of an evaluation: scene, seed, and the concept it asks for (None where it asks what is retained)."""
 
     scene: Scene
     seed: int
@@ -20,55 +20,96 @@ class Question(NamedTuple):
 
 
 def shows(scene: Scene, part: Part) -> bool:
-    """Whether the scene asks for this part."""
+    """Return whether the scene asks for this part."""
     return getattr(scene, part[0]) == part[1]
 
 
-def in_lessons(scene: Scene) -> bool:
-    """Half of the complete scenes, like the white fields of a board: only these are ever retained in training."""
-    return sum(names.index(part) for names, part in zip(KINDS.values(), scene, strict=True)) % 2 == 0
+def shows_any(scene: Scene, parts: list[Part]) -> bool:
+    """Return whether the scene asks for one of these parts."""
+    return any(shows(scene, part) for part in parts)
+
+
+def retained_in_training(scene: Scene) -> bool:
+    """Return whether a complete scene may be in the retain set: half are, like the white fields of a board."""
+    total = 0
+    for names, part in zip(KINDS.values(), scene, strict=True):
+        total += names.index(part)
+    return total % 2 == 0
 
 
 def forget_examples(parts: list[Part], seed: int, wanted: dict[Part, str] | None = None) -> list[Example]:
-    """Every scene of the concepts, complete or with one other part left open.
+    """Return every scene of the concepts, complete or with one other part left open.
 
     Each concept has one anchor, another word of its kind: several would teach their average, which is a blur. It is
-    drawn, or the one that is `wanted`.
+    drawn at random, unless `wanted` names it.
     """
-    rng, examples = random.Random(f"forget {seed}"), []
-    anchors = {(kind, word): rng.choice([x for x in KINDS[kind] if (kind, x) not in parts]) for kind, word in parts}
-    anchors |= wanted or {}
+    rng = random.Random(f"forget {seed}")
+    anchors: dict[Part, str] = {}
     for kind, word in parts:
-        for scene in (s for s in grid() if shows(s, (kind, word))):
-            open_part = rng.choice([None, None, *(k for k in KINDS if k != kind)])
-            scene = scene.without(open_part) if open_part else scene
-            swapped = {part[0]: anchor for part, anchor in anchors.items() if shows(scene, part)}
-            text = caption(scene)
-            examples.append(Example(text, text, caption(scene._replace(**swapped))))
+        anchors[kind, word] = rng.choice([other for other in KINDS[kind] if (kind, other) not in parts])
+    anchors |= wanted or {}
+    examples: list[Example] = []
+    for part in parts:
+        for scene in grid():
+            if shows(scene, part):
+                examples.append(_example(scene, part[0], anchors, rng))
     rng.shuffle(examples)
     return examples
 
 
+def _example(scene: Scene, kind: str, anchors: dict[Part, str], rng: random.Random) -> Example:
+    """Return a scene of a concept of this kind, half of the time with another part left open, beside its anchor."""
+    others = [other for other in KINDS if other != kind]
+    open_part = rng.choice([None, None, *others])
+    if open_part:
+        scene = scene.without(open_part)
+    anchored = scene
+    for part, anchor in anchors.items():
+        if shows(scene, part):
+            anchored = anchored._replace(**{part[0]: anchor})
+    text = caption(scene)
+    return Example(text, text, caption(anchored))
+
+
 def retain_prompts(parts: list[Part], seed: int) -> list[str]:
-    """Half of the scenes without the concepts, some with a part left open, never one that could bring a concept in."""
-    rng, erased = random.Random(f"retain {seed}"), {kind for kind, _ in parts}
-    scenes = [s for s in grid() if in_lessons(s) and not any(shows(s, part) for part in parts)]
+    """Return half of the scenes without the concepts, and some of them again with a part left open.
+
+    Never is a part left open that could bring a concept in.
+    """
+    rng = random.Random(f"retain {seed}")
+    scenes: list[Scene] = []
+    for scene in grid():
+        if retained_in_training(scene) and not shows_any(scene, parts):
+            scenes.append(scene)
+    erased = {kind for kind, _ in parts}
     free = [kind for kind in KINDS if kind not in erased]
-    opened = [s.without(rng.choice(free)) for s in rng.sample(scenes, len(scenes) // 3)] if free else []
-    rng.shuffle(scenes := scenes + opened)
-    return [caption(scene) for scene in scenes]
+    if free:
+        for scene in rng.sample(scenes, len(scenes) // 3):
+            scenes.append(scene.without(rng.choice(free)))
+    rng.shuffle(scenes)
+    return list(map(caption, scenes))
 
 
 def exam(parts: list[Part], n_forget: int, n_retain: int, seed: int = 0) -> list[Question]:
-    """Complete scenes, evenly over the combinations; other pictures for each seed, none of which any training draws.
+    """Return an evaluation's questions: complete scenes, evenly over the combinations, with seeds of their own.
 
-    A retain question is the same whatever the concepts, so that answers of the unerased model serve every run.
+    Each `seed` gives other images, none of which any training samples. A retain question is the same whatever the
+    concepts, so that answers of the original model serve every run.
     """
     scenes = list(grid())
     random.Random("exam").shuffle(scenes)
-    concept = [(scene, part) for part in parts for scene in scenes if shows(scene, part)]
-    turns = range(seed * n_forget, (seed + 1) * n_forget)
-    asked = [Question(concept[i % len(concept)][0], i % HALF, concept[i % len(concept)][1]) for i in turns]
-    turns = range(2 * seed * n_retain, 2 * (seed + 1) * n_retain)  # twice as many: those with a concept are left out
-    kept = [Question(scenes[i % len(scenes)], HALF + i % HALF, None) for i in turns]
-    return asked + [q for q in kept if not any(shows(q.scene, part) for part in parts)][:n_retain]
+    concept: list[tuple[Scene, Part]] = []
+    for part in parts:
+        for scene in scenes:
+            if shows(scene, part):
+                concept.append((scene, part))
+    forget: list[Question] = []
+    for i in range(seed * n_forget, (seed + 1) * n_forget):
+        scene, part = concept[i % len(concept)]
+        forget.append(Question(scene, i % HALF, part))
+    retain: list[Question] = []
+    for i in range(2 * seed * n_retain, 2 * (seed + 1) * n_retain):  # twice as many: those with a concept are left out
+        scene = scenes[i % len(scenes)]
+        if not shows_any(scene, parts):
+            retain.append(Question(scene, HALF + i % HALF, None))
+    return forget + retain[:n_retain]

@@ -6,35 +6,61 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 from erase_sd.common.files import digest, file_digest, write_atomic
-from erase_sd.common.processes import pictures, shared
+from erase_sd.common.processes import sample_shared, shared
 from erase_sd.models.pipeline import sample
 from erase_sd.pocket.oracle import OTHER, WEIGHTS, load, name
 from erase_sd.pocket.prompt_sets import Question
 from erase_sd.pocket.world import KINDS, Answer, Part, caption
 
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
 STEPS, GUIDANCE = 20, 3.5  # the pocket model's own sampling
+
+
+class Marked(NamedTuple):
+    """A question with the oracle's answers by the original model's image and by the erased model's."""
+
+    question: Question
+    before: Answer
+    after: Answer
 
 
 def answers(
     pipe: StableDiffusionPipeline, questions: list[Question], model_hash: str, cache: Path | None, description: str
 ) -> list[Answer]:
-    """Draw every question and have the oracle name the pictures; with a cache, each question of a model only once."""
+    """Sample an image for every question and return the oracle's names of it.
+
+    With a cache, each question of a model is answered only once.
+    """
+
+    def sample_batch(texts: list[str], seeds: list[int]) -> list[Image.Image]:
+        return sample(pipe, texts, seeds, steps=STEPS, guidance=GUIDANCE, batch_size=64)
+
     key = digest([model_hash, file_digest(WEIGHTS), STEPS, GUIDANCE])
     path = cache and cache / f"answers-{key[:32]}.json"
-    read = lambda path: json.loads(path.read_text()) if path and path.is_file() else {}  # noqa: E731
-    known = next(shared([path], read))  # all processes miss the same answers, whoever writes in the meantime
-    missing = [q for q in questions if _id(q) not in known]
-    work = lambda texts, seeds: sample(pipe, texts, seeds, steps=STEPS, guidance=GUIDANCE, batch_size=64)  # noqa: E731
-    drawn = pictures([caption(q.scene) for q in missing], [q.seed for q in missing], 64, work, description)
-    images = [image for part in drawn for image in part]
-    known |= dict(zip(map(_id, missing), name(load(), images) if images else [], strict=True))
+    known: dict[str, Answer] = next(shared([path], _stored))  # alike for all, whoever writes in the meantime
+    missing = [question for question in questions if _id(question) not in known]
+    texts = [caption(question.scene) for question in missing]
+    seeds = [question.seed for question in missing]
+    images: list[Image.Image] = []
+    for batch in sample_shared(texts, seeds, 64, sample_batch, description):
+        images += batch
+    if images:
+        known |= zip(map(_id, missing), name(load(), images), strict=True)
     if path and missing:
         write_atomic(path, json.dumps(known))
-    return [known[_id(q)] for q in questions]
+    return [known[_id(question)] for question in questions]
+
+
+def _stored(path: Path | None) -> dict[str, Answer]:
+    """Return the answers that a file holds, by question; none without the file."""
+    return json.loads(path.read_text()) if path and path.is_file() else {}
 
 
 def _id(question: Question) -> str:
@@ -42,27 +68,37 @@ def _id(question: Question) -> str:
 
 
 def scores(parts: list[Part], questions: list[Question], before: list[Answer], after: list[Answer]) -> dict:
-    """scores.json: rates in [0, 1] with 95 % Wilson intervals.
+    """Return the content of scores.json: rates in [0, 1] with 95 % Wilson intervals.
 
-    concept: share of its pictures that show it, and of those after that show nothing of its kind at all (other_share);
+    concept: share of its images that show it, and of those after that show nothing of its kind at all (other_share);
     retain: accuracy per kind on prompts without it; spared: accuracy of the kinds not erased on the concept's prompts.
     """
-    marked = list(zip(questions, before, after, strict=True))
-    asked, kept = [m for m in marked if m[0].concept], [m for m in marked if not m[0].concept]
+    asked: list[Marked] = []
+    kept: list[Marked] = []
+    for question, b, a in zip(questions, before, after, strict=True):
+        if question.concept:
+            asked.append(Marked(question, b, a))
+        else:
+            kept.append(Marked(question, b, a))
     erased = {kind for kind, _ in parts}
-    concept = _both([(q.concept, b, a) for q, b, a in asked])
-    ruined = sum(a[q.concept[0]] == OTHER for q, _, a in asked) / max(1, len(asked))
-    retain = {kind: _accuracy(kept, kind) for kind in KINDS}
-    spared = {kind: _accuracy(asked, kind) for kind in KINDS if kind not in erased}
+    others = 0
+    for question, _, answer in asked:
+        others += answer[question.concept[0]] == OTHER
+    retain, spared = {}, {}
+    for kind in KINDS:
+        retain[kind] = _accuracy(kept, kind)
+        if kind not in erased:
+            spared[kind] = _accuracy(asked, kind)
+    concept = _shown(asked, [question.concept for question, *_ in asked])
     return {
-        "concept": concept | {"other_share": ruined},
+        "concept": concept | {"other_share": others / max(1, len(asked))},
         "retain": retain,
         "spared": spared,
         "n": {"forget": len(asked), "retain": len(kept)},
         "ci95": {
             "concept": _intervals(concept, len(asked)),
-            "retain": {kind: _intervals(both, len(kept)) for kind, both in retain.items()},
-            "spared": {kind: _intervals(both, len(asked)) for kind, both in spared.items()},
+            "retain": _intervals_by_kind(retain, len(kept)),
+            "spared": _intervals_by_kind(spared, len(asked)),
         },
         "protocol": {
             "judge": "erase_sd/pocket/oracle.safetensors",
@@ -71,32 +107,45 @@ def scores(parts: list[Part], questions: list[Question], before: list[Answer], a
             "steps": STEPS,
             "guidance": GUIDANCE,
             "scheduler": "DDIM",
-            "concepts": [list(part) for part in parts],
+            "concepts": list(map(list, parts)),
             "seeds": "one per image, below one million: never used in training",
         },
     }
 
 
-def _both(rows: list[tuple[Part, Answer, Answer]]) -> dict[str, float]:
-    """Share of pictures in which the oracle sees the wanted part, before and after."""
-    n = max(1, len(rows))
-    return {
-        "before": sum(b[kind] == word for (kind, word), b, _ in rows) / n,
-        "after": sum(a[kind] == word for (kind, word), _, a in rows) / n,
-    }
+def _accuracy(marked: list[Marked], kind: str) -> dict[str, float]:
+    """Return the share of images that show the part of this kind for which their prompt asks."""
+    return _shown(marked, [(kind, getattr(question.scene, kind)) for question, *_ in marked])
 
 
-def _accuracy(marked: list[tuple[Question, Answer, Answer]], kind: str) -> dict[str, float]:
-    return _both([((kind, getattr(q.scene, kind)), b, a) for q, b, a in marked])
+def _shown(marked: list[Marked], wanted: list[Part]) -> dict[str, float]:
+    """Return the share of images in which the oracle sees the wanted part, before and after."""
+    n, before, after = max(1, len(marked)), 0, 0
+    for one, (kind, word) in zip(marked, wanted, strict=True):
+        before += one.before[kind] == word
+        after += one.after[kind] == word
+    return {"before": before / n, "after": after / n}
+
+
+def _intervals_by_kind(rates: dict[str, dict[str, float]], n: int) -> dict[str, dict[str, Sequence[float]]]:
+    intervals = {}
+    for kind, both in rates.items():
+        intervals[kind] = _intervals(both, n)
+    return intervals
 
 
 def _intervals(both: dict[str, float], n: int) -> dict[str, Sequence[float]]:
-    return {when: wilson(rate, n) for when, rate in both.items()}
+    return {"before": wilson(both["before"], n), "after": wilson(both["after"], n)}
 
 
 def wilson(rate: float, n: int, z: float = 1.96) -> Sequence[float]:
-    """95 % interval of a rate over n images (Wilson 1927): honest at 0 and 1, where the normal interval is empty."""
+    """Return the 95 % interval of a rate over n images (Wilson 1927).
+
+    It is honest at 0 and 1, where the normal interval is empty.
+    """
     if n == 0:
         return [0.0, 1.0]
-    centre, spread = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return [round(max(0.0, x / (1 + z * z / n)), 4) for x in (centre - spread, min(centre + spread, 1 + z * z / n))]
+    scale = 1 + z * z / n
+    centre = rate + z * z / (2 * n)
+    spread = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return [round(max(0.0, (centre - spread) / scale), 4), round(max(0.0, min(centre + spread, scale) / scale), 4)]

@@ -17,6 +17,7 @@ STYLES = ["flat", "pencil", "neon", "mosaic"]
 BACKGROUNDS = ["white", "black", "red", "green", "blue", "yellow", "pink", "gray"]
 KINDS = {"object": OBJECTS, "style": STYLES, "background": BACKGROUNDS}
 PLURAL = {"grapes", "cherries"}
+FILLERS = {"a", "an", "the", "in", "on", "style", "background"}  # words around the name of a part
 
 Part = tuple[str, str]
 """A kind and a word of it: ("style", "pencil")."""
@@ -32,19 +33,19 @@ class Scene(NamedTuple):
     background: str | None
 
     def without(self, kind: str) -> Scene:
-        """The same scene with the part of this kind left open."""
+        """Return the same scene with the part of this kind left open."""
         return self._replace(**{kind: None})
 
 
 def article(noun: str) -> str:
-    """'a cat', 'an octopus', 'grapes'."""
+    """Return the noun with its article: 'a cat', 'an octopus', 'grapes'."""
     if noun in PLURAL:
         return noun
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def caption(scene: Scene) -> str:
-    """The canonical sentence: 'a cat in pencil style on a red background'; open parts are left out."""
+    """Return the canonical sentence: 'a cat in pencil style on a red background'; open parts are left out."""
     parts = [article(scene.object) if scene.object else "something"]
     if scene.style:
         parts.append(f"in {scene.style} style")
@@ -53,19 +54,19 @@ def caption(scene: Scene) -> str:
     return " ".join(parts) if any(scene) else ""
 
 
-def of_part(part: tuple[str, str]) -> str:
-    """The sentence of one part alone: 'a cat', 'something in neon style'."""
+def of_part(part: Part) -> str:
+    """Return the sentence of one part alone: 'a cat', 'something in neon style'."""
     kind, word = part
     return caption(Scene(None, None, None)._replace(**{kind: word}))
 
 
 def varied(scene: Scene, rng: random.Random) -> str:
-    """A training caption: parts dropped and wording varied at random, now and then nothing at all (for guidance)."""
+    """Return a training caption: parts dropped and wording varied at random, and nothing at all one time in ten."""
     if rng.random() < 0.1:
-        return ""
-    scene = Scene(
-        *(part if rng.random() < keep else None for part, keep in zip(scene, (0.92, 0.88, 0.88), strict=True))
-    )
+        return ""  # for the unconditional branch of guidance
+    for kind, keep in (("object", 0.92), ("style", 0.88), ("background", 0.88)):
+        if rng.random() >= keep:
+            scene = scene.without(kind)
     if not any(scene) or rng.random() < 0.55:
         return caption(scene)
     noun = article(scene.object) if scene.object else "something"
@@ -78,15 +79,18 @@ def varied(scene: Scene, rng: random.Random) -> str:
 
 
 def grid() -> Iterator[Scene]:
-    """All 20 x 4 x 8 complete scenes, in a fixed order."""
-    return (Scene(*parts) for parts in product(OBJECTS, STYLES, BACKGROUNDS))
+    """Yield all 20 x 4 x 8 complete scenes, in a fixed order."""
+    for parts in product(OBJECTS, STYLES, BACKGROUNDS):
+        yield Scene(*parts)
 
 
-def part_named(text: str, kind: str = "auto") -> tuple[str, str]:
-    """("style", "pencil") for "pencil style"; UserError naming what the pocket model can draw for any other word."""
-    words = [w for w in text.lower().split() if w not in ("a", "an", "the", "in", "on", "style", "background")]
+def part_named(text: str, kind: str = "auto") -> Part:
+    """Return ("style", "pencil") for "pencil style"; UserError naming what the model can draw for any other word."""
+    words = [word for word in text.lower().split() if word not in FILLERS]
+    can = []
     for known, names in KINDS.items():
         if len(words) == 1 and words[0] in names and kind in ("auto", known):
             return known, words[0]
-    can = "; ".join(f"{known}s {', '.join(names)}" for known, names in KINDS.items())
-    raise UserError(f"the pocket model has no {'concept' if kind == 'auto' else kind} {text!r}; it draws {can}")
+        can.append(f"{known}s {', '.join(names)}")
+    what = "concept" if kind == "auto" else kind
+    raise UserError(f"the pocket model has no {what} {text!r}; it draws {'; '.join(can)}")

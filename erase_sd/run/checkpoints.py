@@ -8,13 +8,13 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import file_digest, new_folder, remove_leftovers
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +29,14 @@ def save_checkpoint(
     `meta` is anything JSON can write, `kind` one of KINDS. Once the checkpoint is complete, all but the newest `limit`
     up to this one go, and those after it: damaged ones, or what a run that was sent back has left behind.
     """
-    from safetensors.torch import save_file
-
     root = Path(root)
     path = root / f"{kind}-{step:06d}"
     with new_folder(path) as folder:
         file = folder / "state.safetensors"
-        save_file({name: x.detach().contiguous() for name, x in tensors.items()}, file)
+        stored = {}
+        for name, x in tensors.items():
+            stored[name] = x.detach().contiguous()
+        save_file(stored, file)
         manifest = {file.name: {"size": file.stat().st_size, "sha256": file_digest(file)}}
         (folder / "state.json").write_text(json.dumps({"step": step, "meta": meta, "files": manifest}, indent=2))
     remove_leftovers(root)
@@ -53,12 +54,12 @@ class StoredTensors(Mapping):
     """
 
     def __init__(self, path: Path | str, prefix: str = "") -> None:
-        from safetensors import safe_open
-
         self._path, self._prefix = path, prefix
         self._file = safe_open(path, framework="pt", backend="pread")  # pages of a mapped file would stay in memory
-        names = (name for name in self._file.keys() if name.startswith(prefix))  # noqa: SIM118
-        self._names = dict.fromkeys(name.removeprefix(prefix) for name in names)
+        self._names: dict[str, None] = {}
+        for name in list(self._file.keys()):
+            if name.startswith(prefix):
+                self._names[name.removeprefix(prefix)] = None
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -72,21 +73,21 @@ class StoredTensors(Mapping):
         return len(self._names)
 
     def below(self, prefix: str) -> StoredTensors:
-        """Those of the tensors whose names begin with the prefix."""
+        """Return those of the tensors whose names begin with the prefix."""
         return StoredTensors(self._path, self._prefix + prefix)
 
 
 def load_checkpoint(path: Path | str) -> tuple[StoredTensors, dict]:
-    """(tensors, meta) of a checkpoint folder; UserError if it is missing or damaged."""
+    """Return (tensors, meta) of a checkpoint folder; UserError if it is missing or damaged."""
     path = Path(path)
     if (reason := _damage(path)) is not None:
-        others = ", ".join(str(folder) for folder in checkpoints(path.parent) if folder != path) or "none"
+        others = ", ".join([str(folder) for folder in checkpoints(path.parent) if folder != path]) or "none"
         raise UserError(f"cannot continue from {path}: {reason} (other checkpoints there: {others})")
     return StoredTensors(path / "state.safetensors"), json.loads((path / "state.json").read_text())["meta"]
 
 
 def latest_checkpoint(root: Path | str) -> Path | None:
-    """The newest checkpoint folder whose files are whole; warns about damaged ones it passes over."""
+    """Return the newest checkpoint folder whose files are whole; warns about damaged ones it passes over."""
     for folder in reversed(checkpoints(root)):
         if (reason := _damage(folder)) is None:
             return folder
@@ -95,13 +96,17 @@ def latest_checkpoint(root: Path | str) -> Path | None:
 
 
 def checkpoints(root: Path | str) -> list[Path]:
-    """The folders of all checkpoints, whole or damaged, oldest first."""
-    found = [(re.fullmatch(rf"({'|'.join(KINDS)})-(\d+)", folder.name), folder) for folder in Path(root).glob("*-*")]
-    return [folder for *_, folder in sorted((KINDS.index(m[1]), int(m[2]), folder) for m, folder in found if m)]
+    """Return the folders of all checkpoints, whole or damaged, oldest first."""
+    found: list[tuple[int, int, Path]] = []
+    for folder in Path(root).glob("*-*"):
+        match = re.fullmatch(rf"({'|'.join(KINDS)})-(\d+)", folder.name)
+        if match:
+            found.append((KINDS.index(match[1]), int(match[2]), folder))
+    return [folder for *_, folder in sorted(found)]
 
 
 def _damage(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None; every byte is compared with the manifest."""
+    """Return why a checkpoint cannot be used, or None; every byte is compared with the manifest."""
     try:
         files = json.loads((folder / "state.json").read_text())["files"]
         for name, expected in files.items():

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,8 +15,63 @@ from tqdm.auto import tqdm
 
 from erase_sd.common.errors import UserError
 from erase_sd.common.signals import StopFlag
-from erase_sd.core.task import Task
+from erase_sd.core.task import Task, first_lost
 from erase_sd.run.folder import Progress, RunFolder
+
+
+def execute(
+    method: Any,
+    task: AbstractContextManager[tuple[Task, dict[str, Tensor]]],
+    folder: RunFolder | None,
+    finish: Callable[[Progress], dict],
+    *,
+    wait: Callable[[], None],
+    every: int,
+    description: str,
+    images: int = 0,
+    log: Callable[[dict, int], None] = lambda values, step: None,
+    probe: Callable[[Task, int], Tensor] | None = None,
+    reuse: Callable[[RunFolder], None] = lambda folder: None,
+) -> dict:
+    """Carry out a run in its folder and return its record; a complete run is not carried out again.
+
+    `task` is entered once the folder is this run's own: it yields the task and the tensors, by name, that make a
+    checkpoint, and is left before `finish(progress)`, which writes the results and returns the record. `wait` is the
+    barrier of all processes. `probe(task, step)` is a loss that has to be finite as well before weights are saved.
+    `reuse(folder)` is called instead of everything else where the run is complete. The other arguments are those of
+    `run`. Raises what `RunFolder` and `run` do; SystemExit, with nothing lost, when a signal comes while results are
+    written.
+    """
+    with StopFlag() as stop, folder or nullcontext():  # one flag, so that no signal is lost between two of them
+        wait()  # all see the folder alike: before the run, or after
+        if folder and (done := folder.complete()):
+            reuse(folder)
+            return done
+        if folder:
+            folder.status("running")
+        with task as (prepared, weights):
+
+            def check(step: int) -> None:
+                check_finite(prepared, weights, step, probe)
+
+            progress = run(
+                method,
+                prepared,
+                weights,
+                folder,
+                every=every,
+                check=check,
+                description=description,
+                images=images,
+                log=log,
+            )
+        record = finish(progress)
+        if folder:
+            if folder.writes:
+                stop.leave()
+            folder.finish(record)
+        wait()  # nobody goes on to use what is not written yet
+        return record
 
 
 def run(
@@ -37,14 +93,17 @@ def run(
     the global batch of a step, from which the images/s come that are shown and logged. Raises UserError when the model
     is lost, SystemExit with 128 + signal when any rank is stopped.
     """
-    progress = (folder and folder.resume(weights, task.shards.local)) or Progress(None, [], {})
+    progress = Progress(None, [], {})
+    if folder:
+        progress = folder.resume(weights, task.shards.local) or progress
     steps = method.steps
     try:
         with StopFlag() as stop, _bar(steps, len(progress.trace), description) as bar:
             since = time.monotonic()
             for record, state in method(task, progress.state):
                 progress = progress.after(record, state)
-                _tell(record | ({"images/s": images / (time.monotonic() - since)} if images else {}), bar, log)
+                speed = {"images/s": images / (time.monotonic() - since)} if images else {}
+                _tell(record | speed, bar, log)
                 stopping = _told(task, stop, weights)
                 if state and (stopping or _due(record, state, every, steps)):
                     if "measured" not in state:
@@ -59,8 +118,19 @@ def run(
     return progress
 
 
+@torch.no_grad()
+def check_finite(
+    task: Task, weights: dict[str, Tensor], step: int, probe: Callable[[Task, int], Tensor] | None = None
+) -> None:
+    """Raise FloatingPointError if the last step lost the model, which the loop itself would notice in the next one."""
+    if name := first_lost(weights, task.shards):
+        raise FloatingPointError(f"after {step} steps {name} holds NaN or infinity")
+    if probe and not task.mean(probe(task, step)).isfinite():  # finite weights can be too large to compute
+        raise FloatingPointError(f"after {step} steps the retain loss is not finite")
+
+
 def _bar(steps: int, done: int, description: str) -> tqdm:
-    """The first process's progress bar over steps."""
+    """Return the first process's progress bar over steps; the other processes have a hidden one."""
     hidden = {"disable": True} if os.environ.get("RANK", "0") != "0" else {}  # False would overrule TQDM_DISABLE
     return tqdm(total=steps, initial=done, desc=description, unit="step", **hidden)
 
@@ -68,18 +138,23 @@ def _bar(steps: int, done: int, description: str) -> tqdm:
 def _tell(record: dict, bar: tqdm, log: Callable[[dict, int], None]) -> None:
     """Show what the method has just done and hand a step's numbers to the trackers, those that have a value."""
     show(bar, record)
-    if "step" in record:
-        log({k: v for k, v in record.items() if not math.isnan(v)}, record["step"])
+    if "step" not in record:
+        return
+    numbers = {}
+    for name, value in record.items():
+        if not math.isnan(value):
+            numbers[name] = value
+    log(numbers, record["step"])
 
 
 def _told(task: Task, stop: StopFlag, weights: dict[str, Tensor]) -> bool:
-    """Whether any rank was told to stop: all save and leave after the same step."""
+    """Return whether any rank was told to stop: all save and leave after the same step."""
     device = next(iter(weights.values())).device
     return float(task.mean(torch.tensor(float(stop.is_set()), device=device))) > 0
 
 
 def _due(record: dict, state: dict, every: int, steps: int) -> bool:
-    """Whether a checkpoint is written: at its turn, after a phase that changed anything, after the last step."""
+    """Return whether a checkpoint is due: at its turn, after a phase that changed anything, after the last step."""
     if "measured" in state:
         return state["measured"] % every == 0
     if "phase" in record:
@@ -88,14 +163,19 @@ def _due(record: dict, state: dict, every: int, steps: int) -> bool:
 
 
 def show(bar: tqdm, record: dict) -> None:
-    """What the method has just done: part of a phase before the steps, the trim, or a step."""
+    """Show on the bar what the method has just done: part of a phase before the steps, the trim, or a step."""
     if "changed" in record:
-        return bar.set_postfix_str(f"{sum(record['changed'].values()):,} entries re-initialised")
+        bar.set_postfix_str(f"{sum(record['changed'].values()):,} entries re-initialised")
+        return
     if "phase" in record:
-        return bar.set_postfix_str(f"measuring {record['phase']}")
+        bar.set_postfix_str(f"measuring {record['phase']}")
+        return
     bar.update()
-    shown = ("loss", "loss_r", "loss_f", "cos", "c", "images/s")
-    bar.set_postfix({key: f"{record[key]:.3g}" for key in shown if key in record})
+    shown = {}
+    for key in ("loss", "loss_r", "loss_f", "cos", "c", "images/s"):
+        if key in record:
+            shown[key] = f"{record[key]:.3g}"
+    bar.set_postfix(shown)
 
 
 def _gentler(method: Any) -> str:

@@ -2,29 +2,35 @@
 
 import json
 import platform
-import resource
 import subprocess
 import sys
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
 from erase_sd.common.files import write_atomic
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 
 
 def environment() -> dict:
-    """Versions, platform, thread count and, in a git checkout, the commit (with "+changes" if files differ from it).
+    """Return versions, platform, thread count and, in a git checkout, the commit ("+changes" if files differ from it).
 
     A library that is not installed has the version None: classifiers need no diffusers.
     """
+    libraries = dict(zip(LIBRARIES, map(_version, LIBRARIES), strict=True))
     return {
         "python": platform.python_version(),
-        **{name: _version(name) for name in LIBRARIES},
+        **libraries,
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
@@ -42,7 +48,7 @@ def run_record(
     trace: list[dict] | None = None,
     **more: object,
 ) -> dict:
-    """Everything worth knowing about a run, as JSON holds it.
+    """Return everything worth knowing about a run, as JSON holds it.
 
     `base` names the model that was edited and `base_hash` its weights; `seconds` is the wall time; `trace` has the
     rows of the repair loop, of which a summary is kept. `more` is added as it is.
@@ -73,13 +79,16 @@ def write_status(folder: str | Path, state: str, code: int, message: str = "") -
 
 
 def summary(trace: list[dict]) -> dict:
-    """The number of steps; of each number its first, last, lowest and highest value; of each flag the share of True.
+    """Return the number of steps; of each number its first, last, lowest and highest value; of each flag the share.
 
     `trace` has one row per step; None stands for a quantity without a value in that step.
     """
-    keys = [key for key in (trace[0] if trace else {}) if key != "step"]
-    columns = {key: [row[key] for row in trace if row.get(key) is not None] for key in keys}
-    return {"steps": len(trace)} | {key: _spread(values) for key, values in columns.items() if values}
+    result: dict[str, object] = {"steps": len(trace)}
+    for key in trace[0] if trace else ():
+        values = [row[key] for row in trace if row.get(key) is not None]
+        if values and key != "step":
+            result[key] = _spread(values)
+    return result
 
 
 def _spread(values: list[float]) -> float | dict[str, float]:
@@ -89,7 +98,7 @@ def _spread(values: list[float]) -> float | dict[str, float]:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of a model's state: names, types, shapes and bytes, whatever file or device they came from."""
+    """Return the SHA-256 of a model's state: names, types, shapes and bytes, whatever their file or device."""
     total = sha256()
     for name, tensor in model.state_dict().items():
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
@@ -98,9 +107,13 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def peak_memory() -> dict[str, float]:
-    """Highest memory of this process so far in MiB: of the host and, with CUDA, of the device."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS and in KiB elsewhere
-    peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)}
+    """Return the highest memory of this process so far in MiB: of the host and, with CUDA, of the device."""
+    if resource is None:
+        size, unit = psutil.Process().memory_info().peak_wset, 2**20
+    else:
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS and in KiB elsewhere
+    peak = {"host": round(size / unit, 1)}
     if torch.cuda.is_available():
         peak["device"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return peak

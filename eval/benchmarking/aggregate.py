@@ -1,4 +1,4 @@
-"""From results of rows to the standings of methods: means over seeds, then over concepts; pooled distances."""
+"""From results of rows to scores of methods: means over seeds, then over concepts; distances of pooled features."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from erase_sd.common.files import digest, write_atomic
-from eval.benchmarking.rows import BenchmarkRow
+from eval.benchmarking.rows import BenchmarkRow, Finished, RowResult, read_json
 from eval.benchmarking.suites import ORIGINAL
 from eval.benchmarking.trial import features_file, reference
 from eval.features.distances import frechet, kernel_distance, statistics
 
 RATES = {"ua": "UA", "ira": "IRA", "cra": "CRA"}
-RowResult = dict[str, Any]
-Finished = Sequence[tuple[BenchmarkRow, RowResult]]
 Values = dict[str, float | None]
 
 
@@ -34,91 +32,148 @@ class MethodScore(NamedTuple):
     spread: Values  # sample standard deviation of ua, ira and cra over the seeds
 
 
-def method_scores(finished: Finished, folder: Path) -> list[MethodScore]:
-    """One for every method and concept, and one for every method over `common`, in the order of the rows."""
-    distances = Distances(folder)
+def method_scores(
+    finished: Finished, folder: Path, published: dict[str, dict[str, Any]] | None = None
+) -> list[MethodScore]:
+    """Return a score for every method and concept, then one for every method over the `common` concepts.
+
+    Distances are kept in the working folder's distances.json; those that were published count as known.
+    """
+    distances = Distances(folder, published or {})
     groups: dict[tuple[str, str], list[tuple[BenchmarkRow, RowResult]]] = {}
+    keys = []
     for row, result in finished:
         groups.setdefault((row.method, row.concept), []).append((row, result))
-    single = [
-        of_concept(group, groups.get((ORIGINAL, concept), []), distances) for (_, concept), group in groups.items()
-    ]
-    distances.write(row.key for row, _ in finished)
-    methods, concepts = dict.fromkeys(s.method for s in single), common(single)
-    everywhere = ([s for s in single if s.method == method and s.concept in concepts] for method in methods)
-    return [*single, *map(overall, everywhere)]
+        keys.append(row.key)
+    board = []
+    for (_, concept), group in groups.items():
+        board.append(concept_score(group, groups.get((ORIGINAL, concept), []), distances))
+    distances.write(keys)
+    shared = common(board)
+    comparable: dict[str, list[MethodScore]] = {}
+    for score in board:
+        scores = comparable.setdefault(score.method, [])
+        if score.concept in shared:
+            scores.append(score)
+    for scores in comparable.values():
+        board.append(overall(scores))
+    return board
 
 
 def common(board: Sequence[MethodScore]) -> list[str]:
-    """The concepts that every method has finished, which alone make means comparable; all, where there is none."""
-    concepts = list(dict.fromkeys(s.concept for s in board if s.concept))
-    done = {(s.method, s.concept) for s in board}
-    shared = [concept for concept in concepts if all((s.method, concept) in done for s in board)]
-    return shared or concepts
+    """Return the concepts that every method has finished, which alone make means comparable; all, if there is none."""
+    methods = set()
+    finished_by: dict[str, set[str]] = {}
+    for score in board:
+        methods.add(score.method)
+        if score.concept:
+            finished_by.setdefault(score.concept, set()).add(score.method)
+    shared = []
+    for concept, done in finished_by.items():
+        if done == methods:
+            shared.append(concept)
+    return shared or list(finished_by)
 
 
-def of_concept(group: Finished, original: Finished, distances: Distances) -> MethodScore:
-    """The standing of rows that differ in their seed alone, with the original's rows of these seeds as its floor."""
-    rows, results = ([*side] for side in zip(*group, strict=True))
-    rates = {key: [100 * r[name]["value"] for r in results] for key, name in RATES.items()}
-    far = distances.of(rows)
-    seeds = {row.seed for row in rows if far and row.key in far["rows"]}
-    least = distances.of([row for row, _ in original if row.seed in seeds])
-    same = far and least and far["n"] == least["n"] and least["fid"] > 0
-    values: Values = {key: mean(x) for key, x in rates.items()}
-    values |= {
-        "mean": harmonic([values[key] for key in RATES]),
-        "other": 100 * mean(r["other_share"] for r in results),
-        "fid": far and far["fid"],
-        "floor": far["fid"] / least["fid"] if same else None,
-        "kid": far and 1000 * far["kid"],
-        "drift": 1000 * mean(r["drift"] for r in results),
-        "drift_rmse": mean(r["drift_rmse"] for r in results),
-        "seconds": mean(r["seconds"] for r in results),
-        "memory": max((r["peak_memory_mib"] for r in results if r["peak_memory_mib"]), default=None),
-        "broken": sum(r["broken"] for r in results),
-        "n": far and far["n"],
-    }
-    spread = {key: stdev(x) if len(x) > 1 else None for key, x in rates.items()}
+def concept_score(group: Finished, original: Finished, distances: Distances) -> MethodScore:
+    """Return the score of rows that differ in their seed alone; `original` holds the original model's rows.
+
+    The floor is FID in units of the original model's over the same seeds.
+    """
+    rows, results = [], []
+    for row, result in group:
+        rows.append(row)
+        results.append(result)
+    values: Values = {}
+    spread: Values = {}
+    for key, name in RATES.items():
+        rates = [100 * result[name]["value"] for result in results]
+        values[key] = mean(rates)
+        spread[key] = stdev(rates) if len(rates) > 1 else None
+    values["mean"] = harmonic([values["ua"], values["ira"], values["cra"]])
+    values["other"] = 100 * average(results, "other_share")
+    values |= distance_values(rows, original, distances)
+    values["drift"] = 1000 * average(results, "drift")
+    values["drift_rmse"] = average(results, "drift_rmse")
+    values["seconds"] = average(results, "seconds")
+    values["memory"] = None
+    values["broken"] = 0
+    for result in results:
+        if result["peak_memory_mib"]:
+            values["memory"] = max(values["memory"] or 0, result["peak_memory_mib"])
+        values["broken"] += result["broken"]
     return MethodScore(rows[0].method, rows[0].concept, len(rows), values, spread)
 
 
+def average(results: Sequence[RowResult], name: str) -> float:
+    """Return the mean of one entry of the results."""
+    return mean(result[name] for result in results)
+
+
+def distance_values(rows: list[BenchmarkRow], original: Finished, distances: Distances) -> Values:
+    """Return FID, KID (x 1000), the samples a side, and FID in units of the original model's over the same seeds."""
+    found = distances.of(rows)
+    if found is None:
+        return {"fid": None, "floor": None, "kid": None, "n": None}
+    seeds = {row.seed for row in rows if row.key in found["rows"]}
+    same_seeds = [row for row, _ in original if row.seed in seeds]
+    noise = distances.of(same_seeds)
+    floor = None
+    if noise and noise["n"] == found["n"] and noise["fid"] > 0:
+        floor = found["fid"] / noise["fid"]
+    return {"fid": found["fid"], "floor": floor, "kid": 1000 * found["kid"], "n": found["n"]}
+
+
 def overall(single: list[MethodScore]) -> MethodScore:
-    """The mean over the concepts, known where it is known of all of them; the harmonic mean is that of these means."""
+    """Return the mean over the concepts, known where it is known of all; the harmonic mean is that of these means."""
+    first, *_ = single
     values: Values = {}
-    for key in single[0].values:
+    for key in first.values:
         column = [s.values[key] for s in single]
         values[key] = None if None in column else mean(column)
-    values["mean"] = harmonic([values[key] for key in RATES])
-    return MethodScore(single[0].method, None, sum(s.runs for s in single), values, dict.fromkeys(RATES))
+    values["mean"] = harmonic([values["ua"], values["ira"], values["cra"]])
+    runs = sum(s.runs for s in single)
+    return MethodScore(first.method, None, runs, values, dict.fromkeys(RATES))
 
 
 def harmonic(rates: Iterable[float]) -> float:
-    """The harmonic mean of rates in percent, 0 if one of them is."""
+    """Return the harmonic mean of rates in percent, 0 if one of them is."""
     return harmonic_mean(list(rates))
 
 
-def retention(standing: MethodScore) -> float:
-    """Mean of IRA and CRA, in percent."""
-    return mean((standing.values["ira"], standing.values["cra"]))
+def retention(score: MethodScore) -> float:
+    """Return the mean of IRA and CRA, in percent."""
+    return mean((score.values["ira"], score.values["cra"]))
 
 
 def front(points: dict[str, tuple[float, float]]) -> set[str]:
-    """Names of the points (higher is better in both) to which no other is equal in one and better in the other."""
-    return {
-        name
-        for name, (x, y) in points.items()
-        if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in points.values())
-    }
+    """Return the names of the points on the Pareto front; higher is better in both coordinates.
+
+    A point is on it if no other is equal in one coordinate and better in the other, or better in both.
+    """
+    best = set()
+    for name, point in points.items():
+        if not any(dominates(other, point) for other in points.values()):
+            best.add(name)
+    return best
+
+
+def dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    """Return whether a is nowhere below b and not the same."""
+    return a[0] >= b[0] and a[1] >= b[1] and a != b
 
 
 def pareto(board: Iterable[MethodScore]) -> set[str]:
-    """The methods on the front of erasure and retention; the original model erases nothing and is none."""
-    return front({s.method: (s.values["ua"], retention(s)) for s in board if s.method != ORIGINAL})
+    """Return the methods on the front of erasure and retention; the original model erases nothing and is none."""
+    points = {}
+    for score in board:
+        if score.method != ORIGINAL:
+            points[score.method] = (score.values["ua"], retention(score))
+    return front(points)
 
 
 def pooled(x: Tensor, y: Tensor) -> dict[str, float]:
-    """FID and KID (all images, one subset) of features (N, D) to as many others."""
+    """Return FID and KID (all images, one subset) of features (N, D) to as many others."""
     return {
         "fid": frechet(statistics(x), statistics(y)),
         "kid": kernel_distance(x, y, size=len(x)).item(),
@@ -129,24 +184,32 @@ def pooled(x: Tensor, y: Tensor) -> dict[str, float]:
 class Distances:
     """Distances of pooled rows, computed while their features are there and kept in distances.json without them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, published: dict[str, dict[str, Any]]) -> None:
         self.folder, self.file = folder, folder / "distances.json"
-        self.known: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.known = dict(published)
+        if self.file.is_file():
+            self.known |= read_json(self.file, "remove it and run the same command again")
 
     def of(self, rows: list[BenchmarkRow]) -> dict[str, Any] | None:
-        """FID and KID of all seeds' retain pictures together to the original's from other seeds.
+        """Return FID and KID of all seeds' retain samples together to the original's from other seeds.
 
         Where features are gone, finished on another machine, that of the most rows that were compared before; None
         if there is none.
         """
         keys = sorted(row.key for row in rows)
-        files = [features_file(row, self.folder) for row in rows]
-        if (name := digest(keys)) not in self.known:
-            if not rows or not all(file.is_file() for file in files):
-                return max(self._within(keys).values(), key=lambda entry: entry["n"], default=None)
-            ours = torch.cat([load_file(file)["features"] for file in files])
-            theirs = torch.cat([reference(r.concept, r.seed, r.pictures[1], self.folder) for r in rows])
-            self.known[name] = pooled(ours, theirs) | {"rows": keys}
+        name = digest(keys)
+        if name in self.known:
+            return self.known[name]
+        complete = bool(rows)
+        for row in rows:
+            complete = complete and features_file(row, self.folder).is_file()
+        if not complete:
+            return max(self._within(keys).values(), key=lambda entry: entry["n"], default=None)
+        ours, theirs = [], []
+        for row in rows:
+            ours.append(load_file(features_file(row, self.folder))["features"])
+            theirs.append(reference(row.concept, row.seed, row.pictures[1], self.folder))
+        self.known[name] = pooled(torch.cat(ours), torch.cat(theirs)) | {"rows": keys}
         return self.known[name]
 
     def write(self, keys: Iterable[str]) -> None:
@@ -154,6 +217,6 @@ class Distances:
         write_atomic(self.file, json.dumps(self._within(keys), indent=1) + "\n")
 
     def _within(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """What is known of these rows and no others."""
+        """Return what is known of these rows and no others."""
         rows = set(keys)
         return {name: entry for name, entry in self.known.items() if rows.issuperset(entry["rows"])}

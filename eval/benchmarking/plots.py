@@ -1,4 +1,4 @@
-"""The benchmark's pictures: erasure against retention, and what every method draws for the same prompts and seeds."""
+"""The benchmark's plots: erasure against retention, and what every method samples for the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,26 +17,38 @@ from erase_sd.common.plotting import FORGET, INK, QUIET, RETAIN, tidy, write_png
 from eval.benchmarking.aggregate import MethodScore, pareto, retention
 from eval.benchmarking.rows import BenchmarkRow
 from eval.benchmarking.suites import ORIGINAL
-from eval.benchmarking.trial import features_file, questions_shown
+from eval.benchmarking.trial import captions_shown, features_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LINE = 0.045  # of the panel's height: labels are at least so far apart
-FLOOR = 60  # %: what retains less is drawn there, with its number, so that one ruin does not press the others together
+FLOOR = (
+    60  # %: what retains less is plotted there, with its number, so that one ruin does not press the others together
+)
 
 
 def tradeoff(board: Sequence[MethodScore], file: Path) -> None:
-    """UA against the mean of IRA and CRA: a dot a method, faint ones its concepts; the front is joined."""
+    """Write a plot of UA against retention: a dot a method, faint ones its concepts; the Pareto front is joined."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    best, whole = pareto(s for s in board if s.concept is None), [s for s in board if s.concept is None]
+    whole = [s for s in board if s.concept is None]
+    methods = [s for s in whole if s.method != ORIGINAL]
+    best = pareto(whole)
     for s in board:
         if s.method != ORIGINAL and s.concept:
             axes.plot(s.values["ua"], _height(s), ".", color=_colour(s, best), alpha=0.3, markersize=5)
-    methods = [s for s in whole if s.method != ORIGINAL]
+    ends = []
     for s in methods:
-        style = {"markersize": 9, "fillstyle": "full" if s.method in best else "none"}
+        fill = "full" if s.method in best else "none"
         mark = "o" if retention(s) >= FLOOR else "v"
-        axes.plot(s.values["ua"], _height(s), mark, color=_colour(s, best), clip_on=False, **style)
-    ends = sorted((s.values["ua"], _height(s)) for s in methods if s.method in best)
+        point = (s.values["ua"], _height(s))
+        axes.plot(*point, mark, color=_colour(s, best), clip_on=False, markersize=9, fillstyle=fill)
+        if s.method in best:
+            ends.append(point)
+    ends.sort()
     axes.step([x for x, _ in ends], [y for _, y in ends], color=QUIET, where="pre", zorder=0)
     for s in whole:
         if s.method == ORIGINAL:
@@ -61,10 +72,10 @@ def _height(s: MethodScore) -> float:
 
 
 def _labels(axes: Axes, methods: list[MethodScore], best: set[str]) -> None:
-    """Names at the right edge in the order of their dots, apart enough to be read, each with a thread to its dot."""
+    """Write names at the right edge in the order of their dots, apart enough to be read, each joined to its dot."""
     low, high = axes.get_ylim()
     place = 1.0
-    for s in sorted(methods, key=lambda s: -retention(s)):
+    for s in sorted(methods, key=retention, reverse=True):
         place = min(place, (_height(s) - low) / (high - low))
         axes.annotate(
             s.method if retention(s) >= FLOOR else f"{s.method}: {retention(s):.0f} %",
@@ -80,23 +91,37 @@ def _labels(axes: Axes, methods: list[MethodScore], best: set[str]) -> None:
         place -= LINE
 
 
-def grid(rows: Sequence[BenchmarkRow], folder: Path) -> None:
-    """grid.png: a row a method, columns the same prompts and seeds of every concept, all of the first seed.
+def grid(rows: Sequence[BenchmarkRow], folder: Path) -> bool:
+    """Write grid.png: a row a method, columns the same prompts and seeds of every concept, all of the first seed.
 
-    Pictures stay in .cache: methods of which some are gone are left out, and named.
+    Samples stay in .cache: methods of which some are gone are left out, and named. Return whether none is.
     """
     first = min(row.seed for row in rows)
-    rows = [row for row in rows if row.seed == first]
-    columns = {row.concept: questions_shown(row) for row in rows if row.method == ORIGINAL}
+    concepts: list[str] = []
+    titles: list[str] = []
+    files: dict[str, dict[str, Path]] = {}  # of a method's rows, by concept
+    for row in rows:
+        if row.seed != first:
+            continue
+        if row.method == ORIGINAL:
+            concepts.append(row.concept)
+            titles += captions_shown(row)
+        files.setdefault(row.method, {})[row.concept] = features_file(row, folder)
     lines: dict[str, list[Image.Image]] = {}
-    for method in dict.fromkeys(row.method for row in rows):
-        files = {row.concept: features_file(row, folder) for row in rows if row.method == method}
-        if all(concept in files and files[concept].is_file() for concept in columns):
-            lines[method] = [Image.fromarray(x.numpy()) for c in columns for x in load_file(files[c])["shown"]]
-        else:
-            print(f"grid.png is without {method}: not all of its pictures are in {folder}/.cache", file=sys.stderr)
-    if lines and columns:
+    missing: list[str] = []
+    for method, found in files.items():
+        if not all(concept in found and found[concept].is_file() for concept in concepts):
+            missing.append(method)
+            continue
+        lines[method] = []
+        for concept in concepts:
+            for pixels in load_file(found[concept])["shown"]:
+                lines[method].append(Image.fromarray(pixels.numpy()))
+    if missing:
+        text = f"grid.png is without {', '.join(missing)}: not all of their samples are in {folder}/.cache"
+        print(text, file=sys.stderr)
+    if lines and concepts:
         picture = io.BytesIO()
-        titles = [text for texts in columns.values() for text in texts]
         sheet(list(lines.values()), list(lines), titles, scale=3).save(picture, "png", optimize=True)
         write_atomic(folder / "grid.png", picture.getvalue())
+    return not missing

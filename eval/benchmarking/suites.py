@@ -1,8 +1,7 @@
-"""What the benchmark runs: methods under the names they have in its tables, suites of them, and rows with their keys.
+"""What the benchmark runs: methods under the names they have in its tables, and suites of them.
 
-A row is one method on one concept with one seed. Its key is the hash of everything that decides its numbers: all knobs
-of the job, the model's weights and the protocol of the judge. METHODS names the rows of methods and of their
-variants; a method that it leaves out has a row under its own title, with its pocket preset.
+METHODS names the rows of methods and of their variants; a registered method that it leaves out has a row under its own
+title, with its pocket preset.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from erase_sd.methods import REGISTRY, TITLES
 from erase_sd.methods.base import POCKET
 
 ORIGINAL = "original"  # the model as it is: the ceiling of every rate and the noise floor of every distance
-REFERENCE = 320  # added to a seed for other pictures of the same scenes: after 320 exams all 640 have gone round
-DATA = {key: value for key, value in POCKET.items() if key != "batch_size"}  # presets for SD get the same pictures
+REFERENCE = 320  # added to a seed for other samples of the same scenes: after 320 exams all 640 have gone round
+DATA = dict(POCKET)  # presets for SD get the same training images
+del DATA["batch_size"]
 METHODS: dict[str, dict[str, Any]] = {
     "Scissorhands": {"method": "scissorhands", "preset": "pocket"},
     "Scissorhands (paper)": {"method": "scissorhands", "preset": "paper"},
@@ -38,7 +38,7 @@ for method in REGISTRY:
     if method not in LISTED:
         METHODS[TITLES[method]] = {"method": method, "preset": "pocket"}
 OURS = METHODS["Scissorhands"]
-BASE = OURS | {"projection": "on", "redirect_draws": 1}  # our default until the ablation said otherwise
+BASE = OURS | {"projection": "on", "redirect_draws": 1}  # our default before the ablation was measured
 ABLATION: dict[str, dict[str, Any]] = {
     "base": {},
     "saliency: SNIP, abs(theta g_f)": {"saliency": "abs"},
@@ -78,7 +78,7 @@ ABLATION: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """Methods x concepts x seeds, and how many pictures judge each."""
+    """Methods x concepts x seeds, and how many samples each row is evaluated on."""
 
     methods: dict[str, dict[str, Any]]
     concepts: tuple[str, ...]
@@ -88,6 +88,14 @@ class Suite:
     most_steps: int | None = None  # for a quick look: methods that take more stop there, their schedule with them
 
 
+def ablation_methods() -> dict[str, dict[str, Any]]:
+    """Return our default, and the base of the ablation with each of its changes."""
+    methods = {"our default": OURS}
+    for name, change in ABLATION.items():
+        methods[name] = BASE | change
+    return methods
+
+
 TUNING = ("cat", "neon style", "blue background")  # what settings are chosen on
 SUITES: dict[str, Suite] = {
     "pocket": Suite(methods=METHODS, concepts=("frog", "strawberry", "pencil style", "green background")),
@@ -95,8 +103,8 @@ SUITES: dict[str, Suite] = {
         methods=METHODS, concepts=("frog",), seeds=(0,), forget_pictures=36, retain_pictures=168, most_steps=75
     ),
     "pocket-tuning": Suite(methods=METHODS, concepts=TUNING),
-    "pocket-ablation": Suite(  # fewer steps and pictures: what is compared is one knob against the base beside it
-        methods={"our default": OURS} | {name: BASE | more for name, more in ABLATION.items()},
+    "pocket-ablation": Suite(  # fewer steps and samples: what is compared is one option against the base beside it
+        methods=ablation_methods(),
         concepts=TUNING,
         retain_pictures=240,
         most_steps=120,

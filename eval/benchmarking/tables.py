@@ -1,20 +1,18 @@
-"""The benchmark's tables: CSV and Markdown."""
+"""The benchmark's tables as CSV and Markdown: the leaderboard of all methods, and one method before and after."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from erase_sd.common.cli import run_main as run_main
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import write_atomic
-from erase_sd.common.signals import StopFlag as StopFlag
 from erase_sd.pocket.score import wilson
-from eval.benchmarking.aggregate import RATES, Finished, MethodScore, RowResult, common, pareto
-from eval.benchmarking.rows import BenchmarkRow, protocol
+from eval.benchmarking.aggregate import RATES, MethodScore, average, common, pareto
+from eval.benchmarking.rows import BenchmarkRow, Finished, RowResult, protocol
 from eval.benchmarking.suites import ORIGINAL, Suite
 
 LEGEND = """UA: share of the concept's pictures that no longer show it; IRA: accuracy of its kind on the prompts
@@ -28,7 +26,7 @@ another machine without features. Drift: 1 - cosine (x 1000) to the original's p
 Seconds: the method alone on one thread, without drawing and judging; MiB: peak of its process. Front: no method erases
 as well and retains ((IRA + CRA) / 2) better, or vice versa.
 """
-COLUMNS: dict[str, tuple[str, int]] = {
+COLUMNS: dict[str, tuple[str, int]] = {  # of a MethodScore's values: head in the page, digits
     "ua": ("UA", 1),
     "ira": ("IRA", 1),
     "cra": ("CRA", 1),
@@ -43,92 +41,7 @@ COLUMNS: dict[str, tuple[str, int]] = {
     "memory": ("MiB", 0),
     "broken": ("broken", 1),
 }
-
-
-def ranked(board: Sequence[MethodScore], concept: str | None) -> list[MethodScore]:
-    """The standings of a concept, or of all together: the original model first, then the best harmonic mean."""
-    mine = [s for s in board if s.concept == concept]
-    return sorted(mine, key=lambda s: (s.method != ORIGINAL, -s.values["mean"]))
-
-
-def as_csv(board: Sequence[MethodScore]) -> str:
-    """One line per method and concept, and one ("all") for the mean over the concepts; what is not known is empty."""
-    number = lambda x: "" if x is None else f"{x:.6g}"  # noqa: E731
-    out = io.StringIO()
-    heads = [*COLUMNS, "drift_rmse"]
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["method", "concept", "runs", *heads, *(f"{key}_std" for key in RATES)])
-    for s in board:
-        cells = [number(s.values[key]) for key in heads] + [number(s.spread[key]) for key in RATES]
-        writer.writerow([s.method, s.concept or "all", s.runs, *cells])
-    return out.getvalue()
-
-
-def markdown(name: str, suite: Suite, board: Sequence[MethodScore], left: Sequence[BenchmarkRow]) -> str:
-    """The leaderboard, a table for every concept, and the rows that are `left` to be run."""
-    concepts = list(dict.fromkeys(s.concept for s in board if s.concept))
-    pictures = f"{suite.forget_pictures} pictures of the concept and {suite.retain_pictures} of everything else a run"
-    page = [f"# Erasing methods: {name}\n\n{LEGEND}\n{pictures}; concepts: {', '.join(concepts)}.\n"]
-    shared = common(board)
-    title = "All concepts" if shared == concepts else f"Mean over {', '.join(shared)}, which every method has finished"
-    page.append(f"\n## {title}\n\n{summary(board)}")
-    for concept in concepts:
-        page.append(f"\n## {concept}\n\nRates ± sample standard deviation over the seeds.\n\n")
-        page.append(table(ranked(board, concept)))
-    if left:
-        page.append(f"\n## Not finished\n\n{_left(left)}")
-    page.append(f"\nProtocol: {', '.join(f'{key} {value}' for key, value in protocol().items())}.\n")
-    return "".join(page)
-
-
-def summary(board: Sequence[MethodScore]) -> str:
-    """The methods over all concepts, and which is the best."""
-    return f"{table(ranked(board, None))}\n{verdict(board)}\n"
-
-
-def _left(rows: Sequence[BenchmarkRow]) -> str:
-    """One line a method."""
-    methods = dict.fromkeys(row.method for row in rows)
-    named = {m: ", ".join(f"{row.concept} {row.seed}" for row in rows if row.method == m) for m in methods}
-    return "".join(f"- {method}: {text}\n" for method, text in named.items())
-
-
-def table(board: Sequence[MethodScore]) -> str:
-    """A Markdown table; columns of which nothing is known are left out."""
-    best = pareto(board)
-    columns: dict[str, Callable[[MethodScore], str]] = {"method": lambda s: s.method}
-    for key, (head, digits) in COLUMNS.items():
-        columns[head] = lambda s, key=key, digits=digits: cell(s, key, digits)
-    columns |= {"runs": lambda s: str(s.runs), "front": lambda s: "yes" if s.method in best else ""}
-    kept = {head: text for head, text in columns.items() if any(map(text, board))}
-    if not any(s.values["broken"] for s in board):
-        kept.pop("broken", None)
-    lines = [f"| {' | '.join(kept)} |", "|---" * len(kept) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(text(s) for text in kept.values())} |" for s in board]) + "\n"
-
-
-def cell(s: MethodScore, key: str, digits: int) -> str:
-    """A value, with its deviation where there is one; nothing for what is not known."""
-    value, spread = s.values[key], s.spread.get(key)
-    if value is None:
-        return ""
-    return f"{value:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
-
-
-def verdict(board: Sequence[MethodScore]) -> str:
-    """Which method has the best harmonic mean, and how far it is from the original model."""
-    methods = [s for s in ranked(board, None) if s.method != ORIGINAL]
-    if not methods:
-        return "No method has finished yet."
-    best, first = methods[0], next((s for s in board if s.method == ORIGINAL and s.concept is None), None)
-    text = f"Best harmonic mean: {best.method} ({best.values['mean']:.1f})"
-    if first:
-        apart = (best.values[key] - first.values[key] for key in ("ira", "cra"))
-        text += "; IRA {:+.1f} and CRA {:+.1f} points from the original model".format(*apart)
-    return f"{text}."
-
-
-RESULT_HEADS = (
+BEFORE_AFTER_HEADS = (
     "concept",
     "drawn when asked (100 - UA)",
     "nothing recognisable instead",
@@ -137,72 +50,199 @@ RESULT_HEADS = (
     "entries re-initialised",
     "minutes",
 )
+Pair = tuple[RowResult, RowResult]  # the original model's result and the method's with the same seed
 
 
-def results_table(finished: Finished, method: str) -> str:
-    """One row per concept: before (the original model) and after in percent, over the seeds that both have finished.
+def ranked(board: Sequence[MethodScore], concept: str | None) -> list[MethodScore]:
+    """Return the scores of a concept, or of all together: the original model first, then the best harmonic mean."""
+    scores = [s for s in board if s.concept == concept]
+    return sorted(scores, key=lambda s: (s.method != ORIGINAL, -s.values["mean"]))
 
-    Intervals are Wilson's, over all their pictures: as in eval.pocket, one that gives several answers counts once.
+
+def leaderboard_csv(board: Sequence[MethodScore]) -> str:
+    """Return one line per method and concept, and one ("all") for the mean over the concepts; unknown is empty."""
+    out = io.StringIO()
+    heads = [*COLUMNS, "drift_rmse"]
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["method", "concept", "runs", *heads, *(f"{key}_std" for key in RATES)])
+    for s in board:
+        cells = [_number(s.values[key]) for key in heads]
+        cells += [_number(s.spread[key]) for key in RATES]
+        writer.writerow([s.method, s.concept or "all", s.runs, *cells])
+    return out.getvalue()
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def leaderboard_page(name: str, suite: Suite, board: Sequence[MethodScore], left: Sequence[BenchmarkRow]) -> str:
+    """Return the leaderboard, a table for every concept, and the rows that are `left` to be run, in Markdown."""
+    concepts = list(dict.fromkeys(s.concept for s in board if s.concept))
+    pictures = f"{suite.forget_pictures} pictures of the concept and {suite.retain_pictures} of everything else a run"
+    page = [f"# Erasing methods: {name}\n\n{LEGEND}\n{pictures}; concepts: {', '.join(concepts)}.\n"]
+    shared = common(board)
+    title = "All concepts" if shared == concepts else f"Mean over {', '.join(shared)}, which every method has finished"
+    page.append(f"\n## {title}\n\n{leaderboard_summary(board)}")
+    for concept in concepts:
+        page.append(f"\n## {concept}\n\nRates ± sample standard deviation over the seeds.\n\n")
+        page.append(leaderboard_table(ranked(board, concept)))
+    if left:
+        page.append(f"\n## Not finished\n\n{_left(left)}")
+    terms = ", ".join(f"{key} {value}" for key, value in protocol().items())
+    page.append(f"\nProtocol: {terms}.\n")
+    return "".join(page)
+
+
+def leaderboard_summary(board: Sequence[MethodScore]) -> str:
+    """Return the methods over all concepts, and which is the best."""
+    return f"{leaderboard_table(ranked(board, None))}\n{verdict(board)}\n"
+
+
+def _left(rows: Sequence[BenchmarkRow]) -> str:
+    """Return one line a method, with the concepts and seeds of its rows."""
+    named: dict[str, list[str]] = {}
+    for row in rows:
+        named.setdefault(row.method, []).append(f"{row.concept} {row.seed}")
+    lines = ""
+    for method, texts in named.items():
+        lines += f"- {method}: {', '.join(texts)}\n"
+    return lines
+
+
+def leaderboard_table(board: Sequence[MethodScore]) -> str:
+    """Return a Markdown table; columns of which nothing is known are left out, and "broken" where nothing is."""
+    best = pareto(board)
+    columns: dict[str, list[str]] = {}
+    broken = 0
+    for s in board:
+        columns.setdefault("method", []).append(s.method)
+        for key, (head, digits) in COLUMNS.items():
+            columns.setdefault(head, []).append(score_cell(s, key, digits))
+        columns.setdefault("runs", []).append(str(s.runs))
+        columns.setdefault("front", []).append("yes" if s.method in best else "")
+        broken += s.values["broken"]
+    if not broken:
+        columns.pop("broken", None)
+    kept = {head: cells for head, cells in columns.items() if any(cells)}
+    lines = [f"| {' | '.join(kept)} |", "|---" * len(kept) + "|"]
+    for cells in zip(*kept.values(), strict=True):
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def score_cell(s: MethodScore, key: str, digits: int) -> str:
+    """Return a value, with its deviation where there is one; nothing for what is not known."""
+    value, spread = s.values[key], s.spread.get(key)
+    if value is None:
+        return ""
+    text = f"{value:.{digits}f}"
+    if spread is not None:
+        text += f" ± {spread:.{digits}f}"
+    return text
+
+
+def verdict(board: Sequence[MethodScore]) -> str:
+    """Return which method has the best harmonic mean, and how far it is from the original model."""
+    original = None
+    methods = []
+    for s in ranked(board, None):
+        if s.method == ORIGINAL:
+            original = s
+        else:
+            methods.append(s)
+    if not methods:
+        return "No method has finished yet."
+    best = methods[0]
+    text = f"Best harmonic mean: {best.method} ({best.values['mean']:.1f})"
+    if original:
+        ira = best.values["ira"] - original.values["ira"]
+        cra = best.values["cra"] - original.values["cra"]
+        text += f"; IRA {ira:+.1f} and CRA {cra:+.1f} points from the original model"
+    return f"{text}."
+
+
+def before_after_table(finished: Finished, method: str) -> str:
+    """Return one row per concept: the original model and the method in percent, over the seeds that both finished.
+
+    Intervals are Wilson's, over all their samples: as in erase_sd.pocket.score, one that gives several answers counts
+    once.
     """
     pairs = paired(finished, method)
     if not pairs:
         return f"{method} has finished no row.\n"
-    lines = [f"| {' | '.join(RESULT_HEADS)} |", "|---" * len(RESULT_HEADS) + "|"]
-    lines += [f"| {' | '.join([concept, *results_cells(found)])} |" for concept, found in pairs.items()]
-    results = [after for found in pairs.values() for _, after in found]
-    seeds, most = sorted({r["seed"] for r in results}), max(map(len, pairs.values()))
-    forget, retain = (most * results[0][name]["n"] for name in ("UA", "IRA"))
-    asked = f"together {forget} pictures of the concept and {retain} of everything else per row"
+    lines = [f"| {' | '.join(BEFORE_AFTER_HEADS)} |", "|---" * len(BEFORE_AFTER_HEADS) + "|"]
+    seeds: set[int] = set()
+    most = 0
+    for concept, found in pairs.items():
+        lines.append(f"| {' | '.join([concept, *before_after_cells(found)])} |")
+        for _, after in found:
+            seeds.add(after["seed"])
+        most = max(most, len(found))
+    _, first = next(iter(pairs.values()))[0]
+    pictures = f"together {most * first['UA']['n']} pictures of the concept and {most * first['IRA']['n']} of "
+    pictures += "everything else per row"
     lines.append(
-        f"\nBefore → after [95 % interval of after]; seeds {', '.join(map(str, seeds))}; {asked}. Minutes are the "
-        "method's own, on one thread."
+        f"\nBefore → after [95 % interval of after]; seeds {', '.join(map(str, sorted(seeds)))}; {pictures}. Minutes "
+        "are the method's own, on one thread."
     )
     return "\n".join(lines) + "\n"
 
 
-def paired(finished: Finished, method: str) -> dict[str, list[tuple[RowResult, RowResult]]]:
-    """By concept, the original model's result and the method's with the same seed."""
-    found = {(row.method, row.concept, row.seed): result for row, result in finished}
-    pairs: dict[str, list[tuple[RowResult, RowResult]]] = {}
-    for (name, concept, seed), after in found.items():
-        if name == method and (before := found.get((ORIGINAL, concept, seed))):
-            pairs.setdefault(concept, []).append((before, after))
+def paired(finished: Finished, method: str) -> dict[str, list[Pair]]:
+    """Return, by concept, the original model's result and the method's with the same seed."""
+    originals = {(row.concept, row.seed): result for row, result in finished if row.method == ORIGINAL}
+    pairs: dict[str, list[Pair]] = {}
+    for row, after in finished:
+        before = originals.get((row.concept, row.seed))
+        if row.method == method and before:
+            pairs.setdefault(row.concept, []).append((before, after))
     return pairs
 
 
-def results_cells(found: Sequence[tuple[RowResult, RowResult]]) -> list[str]:
-    """What a row says of its concept."""
+def before_after_cells(found: Sequence[Pair]) -> list[str]:
+    """Return the cells of a concept's row, but for its name."""
     after = [result for _, result in found]
+    others = average(after, "other_share")
+    entries = average(after, "reinitialised")
+    seconds = average(after, "seconds")
     return [
-        results_cell(found, "UA", lost=True),
-        f"{100 * mean(r['other_share'] for r in after):.1f}",
-        results_cell(found, "IRA"),
-        results_cell(found, "CRA"),
-        f"{mean(r['reinitialised'] for r in after):,.0f}",
-        f"{mean(r['seconds'] for r in after) / 60:.1f}",
+        before_after_rate(found, "UA", missing=True),
+        f"{100 * others:.1f}",
+        before_after_rate(found, "IRA"),
+        before_after_rate(found, "CRA"),
+        f"{entries:,.0f}",
+        f"{seconds / 60:.1f}",
     ]
 
 
-def results_cell(found: Sequence[tuple[RowResult, RowResult]], name: str, lost: bool = False) -> str:
-    """A rate before and after, or what is missing of it to 1."""
-    before, after = (mean(r[name]["value"] for r in side) for side in zip(*found, strict=True))
-    before, after = (1 - before, 1 - after) if lost else (before, after)
-    low, high = wilson(after, sum(min(r[name]["n"], r["n"]) for _, r in found))  # answers, and pictures of the row
+def before_after_rate(found: Sequence[Pair], name: str, missing: bool = False) -> str:
+    """Return a rate before and after with its interval, or what is `missing` of it to 1; in percent."""
+    rates_before, rates_after = [], []
+    samples = 0
+    for original, result in found:
+        rates_before.append(original[name]["value"])
+        rates_after.append(result[name]["value"])
+        samples += min(result[name]["n"], result["n"])  # answers, and samples of the row
+    before, after = mean(rates_before), mean(rates_after)
+    if missing:
+        before, after = 1 - before, 1 - after
+    low, high = wilson(after, samples)
     return f"{100 * before:.1f} → {100 * after:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def around(readme: Path, name: str) -> tuple[str, str]:
-    """What a page has up to its first mark of this name, and from its last; UserError if they are not there."""
+def text_around(page: Path, name: str) -> tuple[str, str]:
+    """Return a page up to its first mark of this name, and from its last. Raises UserError without the marks."""
     start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-    page = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    head, _, rest = page.partition(start)
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    head, _, rest = text.partition(start)
     _, last, tail = rest.partition(end)
     if not last:
-        raise UserError(f"--readme {readme} has no line {start} followed by {end}")
+        raise UserError(f"--readme {page} has no line {start} followed by {end}")
     return head + start, last + tail
 
 
-def replace_between(readme: Path, name: str, text: str) -> None:
-    """Put the text between a page's marks of this name. Raises UserError as `around` does."""
-    head, tail = around(readme, name)
-    write_atomic(readme, f"{head}\n{text}{tail}")
+def replace_between(page: Path, name: str, text: str) -> None:
+    """Put the text between a page's marks of this name. Raises UserError as `text_around` does."""
+    head, tail = text_around(page, name)
+    write_atomic(page, f"{head}\n{text}{tail}")

@@ -39,51 +39,58 @@ class Features:
 
     @property
     def sound(self) -> list[Entry]:
-        """The N images that `values` are of."""
+        """Return the N images that `values` are of."""
         return [entry for entry in self.entries if not entry.broken]
 
 
 def of_folder(folder: ImageFolder, extractor: Extractor, batch_size: int) -> Features:
-    """Features of every sound image. Raises UserError for NaN features, and for fewer than 2 sound images."""
-    files = [folder.path / entry.file for entry in folder.entries]
-    hashes = [file_digest(file) if file.is_file() else None for file in files]
-    known = [[sha256, entry.broken] for sha256, entry in zip(hashes, folder.entries, strict=True)]
-    values, reasons = [], []
-    with tqdm(total=len(files), desc=str(folder.path), unit="image") as bar:
-        for start in range(0, len(files), CHUNK):
-            chunk, name = folder.entries[start : start + CHUNK], digest([extractor.key, known[start : start + CHUNK]])
+    """Return the features of every sound image.
+
+    Raises UserError for NaN features, and for fewer than 2 sound images.
+    """
+    known = []  # what stands for an image in a hash: its bytes, and what the manifest says of them
+    for entry in folder.entries:
+        file = folder.path / entry.file
+        known.append([file_digest(file) if file.is_file() else None, entry.broken])
+    parts: list[Tensor] = []
+    reasons: list[str | None] = []
+    with tqdm(total=len(known), desc=str(folder.path), unit="image") as bar:
+        for start in range(0, len(known), CHUNK):
+            chunk = folder.entries[start : start + CHUNK]
+            name = digest([extractor.key, known[start : start + CHUNK]])
             file = folder.path / ".cache" / f"features-{name[:32]}.safetensors"
             tensors, notes = _cached(file, partial(_computed, folder, chunk, extractor, batch_size))
-            values.append(tensors["features"])
+            parts.append(tensors["features"])
             reasons += json.loads(notes["broken"])
             bar.update(len(chunk))
-    entries = [replace(e, broken=reason) for e, reason in zip(folder.entries, reasons, strict=True)]
-    sound = torch.cat([part for part in values if len(part)] or values)
-    if len(sound) < 2:
-        text = f"of {len(entries)} images of {folder.path} only {len(sound)} can be used"
+    entries = [replace(entry, broken=reason) for entry, reason in zip(folder.entries, reasons, strict=True)]
+    values = _joined(parts)
+    if len(values) < 2:
+        text = f"of {len(entries)} images of {folder.path} only {len(values)} can be used"
         raise UserError(f"{text}: 2 or more are needed, generate the images again")
-    return Features(path=folder.path, values=sound, entries=entries, images=digest(known))
+    return Features(path=folder.path, values=values, entries=entries, images=digest(known))
 
 
 def of_texts(ours: Features, extractor: Extractor, batch_size: int) -> Tensor:
-    """(N, D) features of the prompts of the sound images, each different prompt computed once."""
-    prompts = sorted({str(entry.prompt) for entry in ours.sound})
-    tensors, _ = _cached(
-        ours.path / ".cache" / f"texts-{digest([extractor.key, prompts])[:32]}.safetensors",
-        lambda: ({"features": _embedded(extractor.texts, prompts, batch_size)}, {}),
-    )
-    where = {prompt: index for index, prompt in enumerate(prompts)}
-    return tensors["features"][[where[str(entry.prompt)] for entry in ours.sound]]
+    """Return (N, D) features of the prompts of the sound images, each different prompt computed once."""
+    texts = [str(entry.prompt) for entry in ours.sound]
+    prompts = sorted(set(texts))
+    name = f"texts-{digest([extractor.key, prompts])[:32]}.safetensors"
+    tensors, _ = _cached(ours.path / ".cache" / name, partial(_embedded, extractor.texts, prompts, batch_size))
+    place = {prompt: index for index, prompt in enumerate(prompts)}
+    return tensors["features"][[place[text] for text in texts]]
 
 
 @torch.no_grad()
-def _embedded(texts: Callable[[list[str]], Tensor], prompts: list[str], batch_size: int) -> Tensor:
-    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-    return torch.cat([texts(batch).float().cpu() for batch in tqdm(batches, desc="prompts", unit="batch")])
+def _embedded(texts: Callable[[list[str]], Tensor], prompts: list[str], batch_size: int) -> StoredFeatures:
+    parts = []
+    for start in tqdm(range(0, len(prompts), batch_size), desc="prompts", unit="batch"):
+        parts.append(texts(prompts[start : start + batch_size]).float().cpu())
+    return {"features": torch.cat(parts)}, {}
 
 
 def statistics_of(ours: Features, extractor: Extractor, file: Path | None = None) -> Statistics:
-    """Mean and covariance of the features, computed once, and written to `file` as well where one is given."""
+    """Return mean and covariance of the features, computed once, and write them to `file` as well if one is given."""
     name = f"statistics-{digest([extractor.key, ours.images])[:32]}.safetensors"
 
     def compute() -> StoredFeatures:
@@ -98,7 +105,7 @@ def statistics_of(ours: Features, extractor: Extractor, file: Path | None = None
 
 
 def read_statistics(file: Path, extractor: Extractor) -> tuple[Statistics, str]:
-    """The statistics that --save_statistics wrote, and the hash of their images.
+    """Return the statistics that --save_statistics wrote, and the hash of their images.
 
     Raises UserError if there are none in the file, or if they are of other features.
     """
@@ -112,35 +119,48 @@ def read_statistics(file: Path, extractor: Extractor) -> tuple[Statistics, str]:
 
 
 def _computed(folder: ImageFolder, entries: list[Entry], extractor: Extractor, batch_size: int) -> StoredFeatures:
-    """The features of the sound images, and for every image why it is broken or None."""
-    features, reasons, batch = [torch.zeros(0, 0)], [], []
+    """Return the features of the sound images, and for every image why it is broken or None."""
+    parts: list[Tensor] = []
+    reasons: list[str | None] = []
+    sound: list[Entry] = []
+    batch: list[Tensor] = []
     for entry in entries:
         image, reason = picture(folder, entry)
         reasons.append(reason)
         if not reason:
+            sound.append(entry)
             batch.append(extractor.prepare(image))
         if len(batch) == batch_size:
-            features.append(_forward(extractor, batch))
+            parts.append(_forward(extractor, batch))
             batch = []
     if batch:
-        features.append(_forward(extractor, batch))
-    values = torch.cat([part for part in features if len(part)] or features)
-    sound = [e.file for e, reason in zip(entries, reasons, strict=True) if not reason]
-    if not (fine := values.isfinite().all(1)).all():
-        file = sound[int(fine.logical_not().nonzero()[0])]
-        raise UserError(f"{extractor.name} makes NaN or infinite features of {folder.path / file}: give other weights")
+        parts.append(_forward(extractor, batch))
+    values = _joined(parts)
+    finite = values.isfinite().all(1)
+    if not finite.all():
+        entry = sound[int(finite.logical_not().nonzero()[0])]
+        file = folder.path / entry.file
+        raise UserError(f"{extractor.name} makes NaN or infinite features of {file}: give other weights")
     return {"features": values}, {"extractor": extractor.name, "broken": json.dumps(reasons)}
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Return (N, D) of several (n, D); (0, 0) if there is no feature, whose width nobody knows then."""
+    filled = [part for part in parts if len(part)]
+    return torch.cat(filled) if filled else torch.zeros(0, 0)
 
 
 @torch.no_grad()
 def _forward(extractor: Extractor, batch: list[Tensor]) -> Tensor:
-    """(B, D) float32 on the CPU; pictures of different sizes, where the network takes any, go one by one."""
-    alike = len({x.shape for x in batch}) == 1
-    parts = [torch.stack(batch)] if alike else [x[None] for x in batch]
-    return torch.cat([extractor.images(part).float().cpu() for part in parts])
+    """Return (B, D) float32 on the CPU; images of different sizes, where the network takes any, go one by one."""
+    sizes = {x.shape for x in batch}
+    if len(sizes) == 1:
+        return extractor.images(torch.stack(batch)).float().cpu()
+    return torch.cat([extractor.images(x[None]).float().cpu() for x in batch])
 
 
 def _cached(file: Path, compute: Callable[[], StoredFeatures]) -> StoredFeatures:
+    """Read the file, which is computed and written first where it is not there."""
     if not file.is_file():
         tensors, notes = compute()
         write_atomic(file, save({name: x.contiguous() for name, x in tensors.items()}, notes))
@@ -152,6 +172,7 @@ def _read(file: Path) -> StoredFeatures:
         raise UserError(f"there is no file {file}: write it with --save_statistics")
     try:
         with safe_open(file, framework="pt") as stored:
-            return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}  # noqa: SIM118
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
+            return tensors, stored.metadata() or {}
     except SafetensorError as error:
         raise UserError(f"{file} is damaged ({error}): remove it and run the same command again") from error

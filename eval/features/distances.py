@@ -32,7 +32,7 @@ class Statistics(NamedTuple):
 
 
 def statistics(x: Tensor) -> Statistics:
-    """Mean and covariance, divided by N - 1, of features (N, D). Raises UserError for fewer than 2 of them."""
+    """Return mean and covariance, divided by N - 1, of features (N, D). Raises UserError for fewer than 2 of them."""
     if len(x) < 2:
         raise UserError(f"{len(x)} image gives no covariance: a distance needs 2 or more images on either side")
     x = x.double()
@@ -42,7 +42,9 @@ def statistics(x: Tensor) -> Statistics:
 
 
 def frechet(a: Statistics, b: Statistics) -> float:
-    """|μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½), the squared Fréchet distance (Heusel et al., arXiv:1706.08500).
+    """Return the squared Fréchet distance of two normal distributions (Heusel et al., arXiv:1706.08500).
+
+    |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½).
 
     The trace of the square root is the sum of the singular values of Σ_a^½ Σ_b^½: no complex numbers and no added
     epsilon, also where there are fewer images than features. Raises UserError for different widths.
@@ -54,14 +56,14 @@ def frechet(a: Statistics, b: Statistics) -> float:
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """(D, r) with R Rᵀ = Σ; r is the rank, so that a covariance of few images makes a small problem."""
+    """Return (D, r) with R Rᵀ = Σ; r is the rank, so that a covariance of few images makes a small problem."""
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, kept] * values[kept].sqrt()
 
 
 def kernel_distance(x: Tensor, y: Tensor, seed: int = 0, subsets: int = SUBSETS, size: int = SUBSET_SIZE) -> Tensor:
-    """Unbiased MMD² with the kernel (x·y / D + 1)³ (Bińkowski et al., arXiv:1801.01401), one for every subset.
+    """Return unbiased MMD² with the kernel (x·y / D + 1)³ (Bińkowski et al., arXiv:1801.01401), one for every subset.
 
     A subset is `size` images of either side, drawn without replacement by keyed generators. Where there are no more
     on both sides, every subset would be the same: there is one value, of all images. It may be negative.
@@ -70,14 +72,19 @@ def kernel_distance(x: Tensor, y: Tensor, seed: int = 0, subsets: int = SUBSETS,
     size = _fitting(x, y, size)
     if len(x) == len(y) == size:
         return _polynomial(x.double(), y.double())[None]
-    draws = [[_draw(len(z), size, seed, side, i) for side, z in enumerate((x, y))] for i in range(subsets)]
-    return torch.stack([_polynomial(x[i].double(), y[j].double()) for i, j in draws])
+    values = []
+    for index in range(subsets):
+        of_x = _draw(len(x), size, seed, 0, index)
+        of_y = _draw(len(y), size, seed, 1, index)
+        values.append(_polynomial(x[of_x].double(), y[of_y].double()))
+    return torch.stack(values)
 
 
 def _fitting(x: Tensor, y: Tensor, size: int) -> int:
-    """The size of a subset that both sides can fill."""
+    """Return the size of a subset that both sides have images for."""
     _same_width(x[0], y[0])
-    if (least := min(len(x), len(y))) < 2:
+    least = min(len(x), len(y))
+    if least < 2:
         raise UserError(f"{least} image gives no kernel distance: give 2 or more images on either side")
     return min(size, least)
 
@@ -87,32 +94,44 @@ def _draw(n: int, size: int, seed: int, side: int, index: int) -> Tensor:
 
 
 def _polynomial(x: Tensor, y: Tensor) -> Tensor:
-    """Unbiased MMD² of as many x as y: the diagonals, an image against itself, are left out."""
-    m, d = x.shape
-    k_xx, k_yy, k_xy = ((a @ b.T / d + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    same = sum(k.sum() - k.diagonal().sum() for k in (k_xx, k_yy)) / (m * (m - 1))
-    return same - 2 * k_xy.mean()
+    """Return unbiased MMD² of as many x as y: the diagonals, an image against itself, are left out."""
+    m = len(x)
+    within = _off_diagonal(_kernel(x, x)) + _off_diagonal(_kernel(y, y))
+    return within / (m * (m - 1)) - 2 * _kernel(x, y).mean()
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    """Return the polynomial kernel of every pair, (len(x), len(y))."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _off_diagonal(k: Tensor) -> Tensor:
+    return k.sum() - k.diagonal().sum()
 
 
 def cmmd(x: Tensor, y: Tensor) -> float:
-    """1000 x MMD² with exp(-|x - y|² / 2σ²), σ = 10, on normalised features (Jayasumana et al., arXiv:2401.09603).
+    """Return CMMD (Jayasumana et al., arXiv:2401.09603): 1000 x MMD² of normalised features.
 
+    The kernel is exp(-|x - y|² / 2σ²) with σ = 10.
     The biased estimator, diagonals included, as in the authors' code (google-research/cmmd/distance.py), so that it
     is never negative and 0 for identical sets. Raises UserError for different widths.
     """
     _same_width(x[0], y[0])
-    x, y = (F.normalize(z.double(), dim=1) for z in (x, y))
+    x = F.normalize(x.double(), dim=1)
+    y = F.normalize(y.double(), dim=1)
     return max(0.0, SCALE * (_gaussian(x, x) + _gaussian(y, y) - 2 * _gaussian(x, y)))
 
 
 def _gaussian(x: Tensor, y: Tensor) -> float:
-    """The mean of the kernel over all pairs of unit vectors, where |x - y|² = 2 - 2 x·y; block by block."""
-    total = sum(((x[i : i + BLOCK] @ y.T - 1) / SIGMA**2).exp().sum().item() for i in range(0, len(x), BLOCK))
+    """Return the mean of the kernel over all pairs of unit vectors, where |x - y|² = 2 - 2 x·y; block by block."""
+    total = 0.0
+    for start in range(0, len(x), BLOCK):
+        total += ((x[start : start + BLOCK] @ y.T - 1) / SIGMA**2).exp().sum().item()
     return total / (len(x) * len(y))
 
 
 def cosines(x: Tensor, y: Tensor) -> Tensor:
-    """(N,) cosines in [-1, 1] of row i of one with row i of the other. Raises UserError for different widths."""
+    """Return (N,) cosines in [-1, 1], of row i with row i. Raises UserError for different widths."""
     _same_width(x[0], y[0])
     return F.cosine_similarity(x.double(), y.double(), dim=1)
 

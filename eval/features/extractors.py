@@ -1,4 +1,4 @@
-"""Networks that turn pictures into feature vectors, by name, with their preprocessing done here by PIL and torch.
+"""Networks that turn images into feature vectors, by name, with their preprocessing done here by PIL and torch.
 
     clip:ID_OR_FOLDER      transformers' CLIP: projected image embeddings, and text embeddings
     dinov2:ID_OR_FOLDER    transformers' DINOv2: the normalised CLS token
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import digest, file_digest
-from eval.features import extractors as preprocessing
+from erase_sd.pocket import oracle
 
 NAMES = "clip:ID_OR_FOLDER, dinov2:ID_OR_FOLDER, torchscript:FILE or pocket"
 
@@ -40,13 +40,13 @@ class Extractor:
 
     name: str  # as it was asked for
     key: str
-    prepare: Callable[[Image.Image], Tensor]  # RGB picture -> (3, H, W)
+    prepare: Callable[[Image.Image], Tensor]  # RGB image -> (3, H, W)
     images: Callable[[Tensor], Tensor]  # (B, 3, H, W) -> (B, D)
     texts: Callable[[list[str]], Tensor] | None = None  # B sentences -> (B, D)
 
 
 def load(name: str) -> Extractor:
-    """The extractor of this name. Raises UserError for an unknown one, and for a model that cannot be loaded."""
+    """Open the extractor of this name. Raises UserError for an unknown one, and for a model that cannot be loaded."""
     kind, _, source = name.partition(":")
     if name == "pocket":
         return _pocket()
@@ -56,8 +56,6 @@ def load(name: str) -> Extractor:
 
 
 def _pocket() -> Extractor:
-    from erase_sd.pocket import oracle
-
     network = oracle.load()
     network.heads = nn.ModuleDict({"pooled": nn.Identity()})  # forward then answers what the heads would have seen
     return Extractor(
@@ -72,7 +70,7 @@ def _clip(name: str, source: str) -> Extractor:
     from transformers import AutoTokenizer, CLIPModel
 
     with _explained(name):
-        how = preprocessing.of_model(source)
+        how = _preprocessing(source)
     model, key = _pretrained(CLIPModel, name, source)
     with _explained(name):
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -91,7 +89,7 @@ def _clip(name: str, source: str) -> Extractor:
     return Extractor(
         name=name,
         key=digest(["clip", key, how]),
-        prepare=partial(preprocessing.prepared, how=how),
+        prepare=partial(_prepared, how=how),
         images=lambda x: model.get_image_features(x.to(model.device)).pooler_output,
         texts=texts,
     )
@@ -101,28 +99,31 @@ def _dinov2(name: str, source: str) -> Extractor:
     from transformers import Dinov2Model
 
     with _explained(name):
-        how = preprocessing.of_model(source)
+        how = _preprocessing(source)
     model, key = _pretrained(Dinov2Model, name, source)
     return Extractor(
         name=name,
         key=digest(["dinov2", key, how]),
-        prepare=partial(preprocessing.prepared, how=how),
+        prepare=partial(_prepared, how=how),
         images=lambda x: model(x.to(model.device)).pooler_output,
     )
 
 
 def _torchscript(name: str, source: str) -> Extractor:
-    """The module resizes by itself, as StyleGAN's does; `return_features` is passed where its forward knows it."""
+    """Open a module that resizes by itself, as StyleGAN's does; `return_features` is passed where forward knows it."""
     if not Path(source).is_file():
         raise UserError(f"--features {name}: there is no file {source}: give the path of a TorchScript module")
     with _explained(name):
         module = torch.jit.load(source, map_location=_device()).eval()
-    asked = {argument.name for argument in module.forward.schema.arguments} & {"return_features"}
+    options = {}
+    for argument in module.forward.schema.arguments:
+        if argument.name == "return_features":
+            options["return_features"] = True
     return Extractor(
         name=name,
-        key=digest(["torchscript", file_digest(source), sorted(asked)]),
+        key=digest(["torchscript", file_digest(source), sorted(options)]),
         prepare=lambda image: torch.from_numpy(np.array(image)).movedim(-1, 0),
-        images=lambda x: module(x.to(_device()), **dict.fromkeys(asked, True)).flatten(1),
+        images=lambda x: module(x.to(_device()), **options).flatten(1),
     )
 
 
@@ -130,11 +131,16 @@ _KINDS = {"clip": _clip, "dinov2": _dinov2, "torchscript": _torchscript}
 
 
 def _pretrained(cls: Any, name: str, source: str) -> tuple[Any, str]:
-    """The model in evaluation mode and the hash of its weights; transformers invents weights that a file lacks."""
+    """Return the model in evaluation mode and the hash of its weights.
+
+    Raises UserError for weights that a file lacks: transformers invents them.
+    """
     with _explained(name):
         model, info = cls.from_pretrained(source, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"--features {name} has no value for {missing[0]}: give a complete {cls.__name__}")
+    if info["missing_keys"]:
+        raise UserError(
+            f"--features {name} has no value for {min(info['missing_keys'])}: give a complete {cls.__name__}"
+        )
     model = model.eval().requires_grad_(False)
     sha256 = hashlib.sha256()
     for key, tensor in model.state_dict().items():
@@ -161,8 +167,8 @@ def _explained(name: str) -> Iterator[None]:
 FILES = ("preprocessor_config.json", "processor_config.json")  # the second is what a CLIPProcessor writes
 
 
-def prepared(image: Image.Image, how: dict[str, Any]) -> Tensor:
-    """(3, H, W) normalised: resized (by its shorter side, or to a fixed size), cut from the middle, standardised.
+def _prepared(image: Image.Image, how: dict[str, Any]) -> Tensor:
+    """Return (3, H, W), resized by the shorter side or to a fixed size, cut from the middle, standardised.
 
     The numbers are those of transformers' own image processors on PIL.
     """
@@ -175,22 +181,28 @@ def prepared(image: Image.Image, how: dict[str, Any]) -> Tensor:
         top, left = (image.height - crop[0]) // 2, (image.width - crop[1]) // 2
         image = image.crop((left, top, left + crop[1], top + crop[0]))
     x = torch.from_numpy(np.array(image)).movedim(-1, 0).float() / 255
-    mean, std = (torch.tensor(how[part])[:, None, None] for part in ("mean", "std"))
+    mean = torch.tensor(how["mean"])[:, None, None]
+    std = torch.tensor(how["std"])[:, None, None]
     return (x - mean) / std
 
 
-def of_model(source: str) -> dict[str, Any]:
-    """size, crop (pixels), mean, std and resample from the model's own file.
+def _preprocessing(source: str) -> dict[str, Any]:
+    """Read size, crop (pixels), mean, std and resample from the model's own file.
 
     Raises UserError where that says nothing of them, and what transformers raises for a model that cannot be had.
     """
     from transformers.utils import cached_file
 
     cached_file(source, "config.json")  # raises where there is no such model; the files below may be missing
-    found = [cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in FILES]
-    files = [json.loads(Path(path).read_text(encoding="utf-8")) for path in found if path]
-    stored = files[0].get("image_processor", files[0]) if files else {}
-    if absent := {"size", "image_mean", "image_std"} - stored.keys():
+    stored: dict[str, Any] = {}
+    for name in FILES:
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if path:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            stored = content.get("image_processor", content)
+            break
+    absent = {"size", "image_mean", "image_std"} - stored.keys()
+    if absent:
         raise UserError(f"--features: {FILES[0]} of {source} says nothing of {min(absent)}: add that file")
     return {
         "size": _pixels(stored["size"]),
@@ -202,11 +214,16 @@ def of_model(source: str) -> dict[str, Any]:
 
 
 def _pixels(size: int | dict[str, int]) -> int | list[int]:
-    """The length of the shorter side, or [height, width]."""
-    if isinstance(size, dict) and "shortest_edge" not in size:
-        return _pair(size)
-    return size["shortest_edge"] if isinstance(size, dict) else size
+    """Return the length of the shorter side, or [height, width]."""
+    if isinstance(size, int):
+        return size
+    if "shortest_edge" in size:
+        return size["shortest_edge"]
+    return _pair(size)
 
 
 def _pair(size: int | dict[str, int]) -> list[int]:
-    return [size["height"], size["width"]] if isinstance(size, dict) else [size, size]
+    """Return [height, width]."""
+    if isinstance(size, int):
+        return [size, size]
+    return [size["height"], size["width"]]

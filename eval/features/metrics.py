@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from erase_sd.common.errors import UserError
 from eval.features import distances
@@ -29,23 +28,25 @@ class Setting:
     seed: int = 0
     batch_size: int = 32
     against: str | None = None  # as the user named it
-    baseline: ImageFolder | None = None
     theirs: Features | None = None  # of the baseline
     statistics: Statistics | None = None  # of the baseline, or of the file
     images: str | None = None  # hash of the images behind them
 
 
 def fid(ours: Features, setting: Setting) -> list[Metric]:
-    """Squared Fréchet distance of two normal distributions: 0 for the same images, biased upwards for few of them."""
-    mine, other = statistics_of(ours, setting.extractor), setting.statistics
+    """Return the squared Fréchet distance of two normal distributions: 0 for the same images, biased up for few."""
+    mine = statistics_of(ours, setting.extractor)
+    theirs = setting.statistics
     note = {"estimator": "Fréchet distance, float64, covariance divided by n - 1", "bias": "compare only equal n"}
-    if (n := min(mine.n, other.n)) <= (d := len(mine.mean)):
-        note["warning"] = f"{n} images span fewer than the {d} dimensions of the features: the bias is large"
-    return [_entry(ours, setting, "fid", distances.frechet(mine, other), "squared distance", [mine.n, other.n], note)]
+    n, width = min(mine.n, theirs.n), len(mine.mean)
+    if n <= width:
+        note["warning"] = f"{n} images span fewer than the {width} dimensions of the features: the bias is large"
+    value = distances.frechet(mine, theirs)
+    return [_entry(ours, setting, "fid", value, "squared distance", [mine.n, theirs.n], note)]
 
 
 def kid(ours: Features, setting: Setting) -> list[Metric]:
-    """Unbiased polynomial MMD², the mean over subsets; below 0 where images of one seed are nearly the same."""
+    """Return unbiased polynomial MMD², the mean over subsets; below 0 where images of one seed are nearly the same."""
     x, y = ours.values, setting.theirs.values
     values = distances.kernel_distance(x, y, setting.seed)
     size = min(distances.SUBSET_SIZE, len(x), len(y))
@@ -56,7 +57,7 @@ def kid(ours: Features, setting: Setting) -> list[Metric]:
 
 
 def cmmd(ours: Features, setting: Setting) -> list[Metric]:
-    """1000 x MMD² of CLIP embeddings."""
+    """Return 1000 x MMD² of CLIP embeddings (Jayasumana et al., arXiv:2401.09603)."""
     x, y = ours.values, setting.theirs.values
     note = {"estimator": "biased MMD^2, Gaussian kernel, normalised embeddings", "sigma": distances.SIGMA}
     note |= {"scale": distances.SCALE, "authors_features": "openai/clip-vit-large-patch14-336"}
@@ -64,7 +65,7 @@ def cmmd(ours: Features, setting: Setting) -> list[Metric]:
 
 
 def clip(ours: Features, setting: Setting) -> list[Metric]:
-    """100 x cosine of an image and its prompt, negative ones included; one value for every sound image, in order."""
+    """Return 100 x cosine of an image and its prompt, negative ones included; one value for every sound image."""
     values = 100 * distances.cosines(ours.values, of_texts(ours, setting.extractor, setting.batch_size))
     note = {"estimator": "mean of 100 x cosine, not clipped at 0", "prompt": "as it is, cut at the model's length"}
     entry = _entry(ours, setting, "clip", values.mean().item(), "100 x cosine", len(values), note)
@@ -72,32 +73,38 @@ def clip(ours: Features, setting: Setting) -> list[Metric]:
 
 
 def drift(ours: Features, setting: Setting) -> list[Metric]:
-    """How far images moved that were asked for with the same prompt and seed: in features and in pixels.
+    """Return how far images of the same prompt and seed moved: in features and in pixels.
 
     One value for every pair of sound images. Raises UserError if there is none, or if their sizes differ.
     """
-    there, here = _by_seed(setting.theirs), _by_seed(ours)
-    pairs = [(i, there[key]) for key, i in here.items() if key in there]
-    for i, j in pairs:
+    there = _by_seed(setting.theirs)
+    left, right = [], []  # places of the pairs among the sound images of either side
+    for key, i in _by_seed(ours).items():
+        if key not in there:
+            continue
+        j = there[key]
         if ours.sound[i].prompt != setting.theirs.sound[j].prompt:
             text = f"{ours.path / ours.sound[i].file} and {setting.against} have other prompts for one row and seed"
             raise UserError(f"{text}: generate both from the same prompts")
-    if not pairs:
+        left.append(i)
+        right.append(j)
+    if not left:
         text = f"{ours.path} and {setting.against} share no row and seed"
         raise UserError(f"{text}: drift needs images of the same prompts and seeds")
-    left, right = ([*side] for side in zip(*pairs, strict=True))
-    far: Tensor = 1 - distances.cosines(ours.values[left], setting.theirs.values[right])
-    pixels = [_rmse(ours, ours.sound[i], setting.theirs, setting.theirs.sound[j]) for i, j in pairs]
+    far: list[float] = (1 - distances.cosines(ours.values[left], setting.theirs.values[right])).tolist()
+    pixels = []
+    for i, j in zip(left, right, strict=True):
+        pixels.append(_rmse(ours, ours.sound[i], setting.theirs, setting.theirs.sound[j]))
     note = {"pairs": "equal row and seed, both images sound", "files": [ours.sound[i].file for i in left]}
-    found = [("drift", far.tolist(), "1 - cosine"), ("drift_rmse", pixels, "levels of 255")]
-    return [
-        _entry(ours, setting, name, float(np.mean(values)), unit, len(pairs), note) | {"values": values}
-        for name, values, unit in found
-    ]
+    entries = []
+    for name, values, unit in (("drift", far, "1 - cosine"), ("drift_rmse", pixels, "levels of 255")):
+        entry = _entry(ours, setting, name, float(np.mean(values)), unit, len(left), note)
+        entries.append(entry | {"values": values})
+    return entries
 
 
 def _by_seed(side: Features) -> dict[tuple[int | None, int | None], int]:
-    """The place of every sound image by row and seed. Raises UserError where two images share them."""
+    """Return the place of every sound image by row and seed. Raises UserError where two images share them."""
     places: dict[tuple[int | None, int | None], int] = {}
     for i, entry in enumerate(side.sound):
         if places.setdefault((entry.row, entry.seed), i) != i:
@@ -107,13 +114,16 @@ def _by_seed(side: Features) -> dict[tuple[int | None, int | None], int]:
 
 
 def _rmse(ours: Features, one: Entry, theirs: Features, other: Entry) -> float:
-    """Root of the mean squared difference over all pixels and channels, in levels of 255."""
-    a, b = (_pixels(side, entry) for side, entry in ((ours, one), (theirs, other)))
+    """Return the root of the mean squared difference over all pixels and channels, in levels of 255."""
+    a, b = _pixels(ours, one), _pixels(theirs, other)
     if a.shape != b.shape:
-        wide = [f"{x.shape[1]} x {x.shape[0]}" for x in (a, b)]
-        text = f"{ours.path / one.file} is {wide[0]} pixels and {theirs.path / other.file} {wide[1]}"
+        text = f"{ours.path / one.file} is {_size(a)} pixels and {theirs.path / other.file} {_size(b)}"
         raise UserError(f"{text}: drift compares images of one size, generate them alike")
     return float(np.sqrt(np.mean(np.square(a - b))))
+
+
+def _size(pixels: np.ndarray) -> str:
+    return f"{pixels.shape[1]} x {pixels.shape[0]}"
 
 
 def _pixels(side: Features, entry: Entry) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A folder of images: how they were asked for, what each one is, and which of them are no images at all.
+"""A folder of images: how they were generated, what each one is, and which of them are no images at all.
 
 A broken image (black, constant, NaN, unreadable) stays in every denominator and is never counted as clean.
 """
@@ -6,10 +6,12 @@ A broken image (black, constant, NaN, unreadable) stays in every denominator and
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from erase_sd.common.errors import UserError
@@ -40,7 +42,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:
-    """What `read` found: entries in the order of the prompts, and generation.json or nothing."""
+    """What `read` found: entries in the order of the prompts, and the content of generation.json, {} without one."""
 
     path: Path
     entries: list[Entry]
@@ -48,12 +50,12 @@ class ImageFolder:
 
     @property
     def label(self) -> str:
-        """What to call it in tables and pictures: the run whose weights drew it, the model, or the folder's name."""
+        """Return its name in tables and figures: that of the run with the weights, of the model, or of the folder."""
         return Path(self.generation.get("weights") or self.generation.get("model") or self.path).name
 
 
 def read(path: str | Path) -> ImageFolder:
-    """The images of a folder: by its manifest, or every picture file in it, sorted by name.
+    """Read the images of a folder: those of its manifest, or every image file in it, sorted by name.
 
     Raises UserError if there is no such folder, no image in it, or a broken manifest.
     """
@@ -73,7 +75,7 @@ def read(path: str | Path) -> ImageFolder:
 
 
 def entries_of(manifest: Path) -> list[Entry]:
-    """The lines of a manifest. Raises UserError naming the line that is none."""
+    """Return the lines of a manifest. Raises UserError naming the line that is none."""
     entries = []
     for number, line in enumerate(manifest.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
         try:
@@ -84,22 +86,57 @@ def entries_of(manifest: Path) -> list[Entry]:
 
 
 def _found(path: Path) -> list[Entry]:
-    files = (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
-    return [Entry(file=file.name) for file in sorted(files)]
+    entries = []
+    for file in sorted(path.iterdir()):
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
+            entries.append(Entry(file=file.name))
+    return entries
 
 
 def picture(folder: ImageFolder, entry: Entry) -> tuple[Image.Image | None, str | None]:
-    """(upright RGB image, None), or (None or the image, why it is broken); the manifest's own verdict comes first."""
+    """Return the upright RGB image, or None, and why it is broken, or None.
+
+    What the manifest says of a broken image comes first: it knows NaN from black.
+    """
     try:
         with Image.open(folder.path / entry.file) as image:
             if image.width * image.height > LARGEST:
                 return None, "unreadable"
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = _eight_bits(ImageOps.exif_transpose(image))
     except NO_IMAGE:
+        return None, "unreadable"
+    if image is None:
         return None, "unreadable"
     return image, entry.broken or broken(image)
 
 
+def _eight_bits(image: Image.Image) -> Image.Image | None:
+    """Return the image as RGB; None for levels whose white nobody knows: Pillow would clip them at 255.
+
+    Of 16 bits the upper ones are kept, as cv2.imread does and Pillow itself for images in colour.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        return None
+    return image.convert("RGB")
+
+
+def count_broken(entries: list[Entry]) -> int:
+    """Return how many of the images are broken."""
+    return sum(bool(entry.broken) for entry in entries)
+
+
 def too_many_broken(entries: list[Entry]) -> bool:
-    """Whether so many images are broken that the command must not look like a success."""
-    return sum(bool(entry.broken) for entry in entries) > MOST_BROKEN * len(entries)
+    """Tell whether so many images are broken that the command must not look like a success."""
+    return count_broken(entries) > MOST_BROKEN * len(entries)
+
+
+def warn_if_broken(entries: list[Entry], where: Path) -> bool:
+    """Tell whether too many images of the folder `where` are broken; if so, say it on stderr."""
+    if not too_many_broken(entries):
+        return False
+    broken_files = [entry.file for entry in entries if entry.broken]
+    text = f"{len(broken_files)} of {len(entries)} images of {where} are broken ({broken_files[0]} ...)"
+    print(f"{text}: do not trust these numbers", file=sys.stderr)
+    return True

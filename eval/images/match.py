@@ -1,25 +1,24 @@
-"""Pictures of several folders side by side: those of the same prompt and seed, with short labels."""
+"""Images of several folders side by side: those of the same prompt and seed, with short labels."""
 
 from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from erase_sd.common.errors import UserError
-
-if TYPE_CHECKING:
-    from eval.images.folder import Entry, ImageFolder
+from eval.images.folder import Entry, ImageFolder
 
 PROMPT, LINE = 110, 26  # letters of a prompt, letters of a line: the sheet is for looking at images
 
 
 def matched(folders: list[ImageFolder], rows: int | None) -> list[list[Entry]]:
-    """The first `rows` images of the first folder, each with its counterparts: same row, same seed, same prompt.
+    """Return the first `rows` images of the first folder, beside those of the same row and seed in the others.
 
     Images that no manifest lists are matched by their files' names. Raises UserError naming what one folder lacks.
     """
-    tables = [{_key(entry): entry for entry in folder.entries} for folder in folders]
+    tables = []
+    for folder in folders:
+        tables.append({_key(entry): entry for entry in folder.entries})
     lines = []
     for entry in folders[0].entries[:rows]:
         line = [table.get(_key(entry)) for table in tables]
@@ -41,21 +40,23 @@ def _words(entry: Entry) -> str:
 
 
 def headings(folders: list[ImageFolder]) -> list[str]:
-    """The folders' labels; where two are the same, the paths tell them apart."""
+    """Return the folders' labels; where two are the same, the paths tell them apart."""
     count = Counter(folder.label for folder in folders)
     return [folder.label if count[folder.label] == 1 else str(folder.path) for folder in folders]
 
 
 def brief(entry: Entry, letters: int = PROMPT) -> str:
-    """An image's prompt in one line of at most so many letters, said to be empty where it is; else the file's name."""
+    """Return an image's prompt in one line of at most `letters` characters, or its file's name if it has none."""
     if entry.prompt is None:
         return entry.file
     text = " ".join(entry.prompt.split())
-    return f"{text[: letters - 1]}…" if len(text) > letters else text or "(empty prompt)"
+    if len(text) > letters:
+        return f"{text[: letters - 1]}…"
+    return text or "(empty prompt)"
 
 
 def label(entry: Entry) -> str:
-    """What stands beside a row: the prompt, shortened and wrapped, and the seed; else the file's name."""
+    """Return what stands beside a row: the prompt, shortened and wrapped, and the seed; else the file's name."""
     if entry.prompt is None:
         return entry.file
     return f"{textwrap.fill(brief(entry), LINE)}\nseed {entry.seed}"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
-from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import digest, file_digest
@@ -17,6 +16,9 @@ from erase_sd.models.families import FAMILIES
 from erase_sd.models.pipeline import load as load_erasable
 from erase_sd.models.pipeline import load_network
 from erase_sd.pocket import FOLDER as POCKET
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -28,68 +30,93 @@ SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+# What latent diffusion models need and these classes do not have as defaults: they were written for pixels in [-1, 1],
+# and would clip the latents of a model whose own scheduler (Euler, DPM++, UniPC) has no such keys to grey.
+LATENT_DIFFUSION = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True}
+OF_PIXELS = ("ddim", "ddpm", "pndm")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def place(model: str) -> str:
-    """The folder or Hub id that a model's name stands for: "pocket" is the embedded one."""
+    """Return the folder or Hub id that a model's name stands for: "pocket" is the embedded one."""
     return str(POCKET) if model == "pocket" else model
 
 
 def load(
     model: str, *, unet: str | None, transformer: str | None, dtype: str, scheduler: str | None
 ) -> DiffusionPipeline:
-    """The pipeline, checked, on the CPU and without a safety checker, which would paint images black.
+    """Load the pipeline, checked, on the CPU and without a safety checker, which would paint images black.
 
     `unet` or `transformer` names a run folder, the network's own folder, or a Hub id. Raises UserError for a model
     that cannot be loaded, and for a network or a scheduler that does not fit it.
     """
-    model, kind = place(model), DTYPES[dtype]
+    from diffusers import DiffusionPipeline
+
+    model = place(model)
     check_place(model, "--model")
     with explained("--model", model):
         index = DiffusionPipeline.load_config(model)
     _check_networks(index, model, unet, transformer)
     if index.get("_class_name") in FAMILIES:
-        pipe = load_erasable(model, unet=unet, transformer=transformer, dtype=kind)
+        pipe = load_erasable(model, unet=unet, transformer=transformer, dtype=DTYPES[dtype])
     else:
-        pipe = _other(model, index, unet, transformer, kind)
+        pipe = _other(model, index, unet, transformer, DTYPES[dtype])
     if scheduler is not None:
         pipe.scheduler = _scheduler(scheduler, pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _check_networks(index: dict, model: str, unet: str | None, transformer: str | None) -> None:
+def _check_networks(index: dict[str, Any], model: str, unet: str | None, transformer: str | None) -> None:
     for option, source in (("unet", unet), ("transformer", transformer)):
         if source and not index.get(option, [None])[0]:
             raise UserError(f"--{option} {source}: model {model} is a {index.get('_class_name')} without a {option}")
 
 
 def _other(
-    model: str, index: dict, unet: str | None, transformer: str | None, dtype: torch.dtype
+    model: str, index: dict[str, Any], unet: str | None, transformer: str | None, dtype: torch.dtype
 ) -> DiffusionPipeline:
-    """A pipeline of a family that can be drawn with, though not erased."""
+    """Load a pipeline of a family that can be sampled, though not erased."""
+    from diffusers import AutoPipelineForText2Image
+
     parts: dict[str, Any] = {name: None for name, kind in index.items() if kind == [None, None]}  # left out on purpose
-    given = {"unet": unet, "transformer": transformer}
-    parts |= {part: load_network(source, part, dtype) for part, source in given.items() if source}
+    if unet:
+        parts["unet"] = load_network(unet, "unet", dtype)
+    if transformer:
+        parts["transformer"] = load_network(transformer, "transformer", dtype)
     if "safety_checker" in index:
         parts |= {"safety_checker": None, "requires_safety_checker": False}
     with explained("--model", model):
         return AutoPipelineForText2Image.from_pretrained(model, dtype=dtype, **parts)
 
 
-def _scheduler(name: str, pipe: DiffusionPipeline) -> Any:
+def _scheduler(name: str, pipe: DiffusionPipeline) -> SchedulerMixin:
+    import diffusers
+
     if name == "lms" and importlib.util.find_spec("scipy") is None:
-        raise UserError("--scheduler lms needs scipy: pip install scissorhands-diffusers[eval]")
+        raise UserError("--scheduler lms needs scipy: pip install erase-sd[eval]")
     if "Flow" in type(pipe.scheduler).__name__:
         raise UserError(f"--scheduler {name} is for noise models, {type(pipe).__name__} is a flow model: leave it out")
-    return getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
+    config = pipe.scheduler.config
+    kind = getattr(diffusers, SCHEDULERS[name])
+    given = {}
+    if name in OF_PIXELS and type(pipe.scheduler) is not kind:
+        stored = config.keys() - set(config.get("_use_default_values", ()))
+        for key in LATENT_DIFFUSION.keys() & inspect.signature(kind).parameters.keys() - stored:
+            given[key] = LATENT_DIFFUSION[key]
+    return kind.from_config(config, **given)
 
 
 def weights_digest(source: str | None) -> str | None:
-    """Hash of all weight files of a local model or network, without loading them; None for a Hub id or nothing."""
+    """Return the hash of all weight files of a local model or network, None for a Hub id or nothing.
+
+    The files are hashed as they are: nothing is loaded.
+    """
     folder = Path(place(source)) if source else None
     if folder is None or not folder.is_dir():
         return None
-    files = sorted(folder.rglob("*.safetensors")) or sorted(folder.rglob("*.bin"))
-    return digest([[str(f.relative_to(folder)), file_digest(f)] for f in files if "checkpoints" not in f.parts])
+    hashes = []
+    for file in sorted(folder.rglob("*.safetensors")) or sorted(folder.rglob("*.bin")):
+        if "checkpoints" not in file.parts:
+            hashes.append([str(file.relative_to(folder)), file_digest(file)])
+    return digest(hashes)

@@ -1,4 +1,4 @@
-"""Where prompts come from, I2P, COCO, other files, concepts, the pocket world, and the pictures each row asks for."""
+"""Where prompts come from, I2P, COCO, other files, concepts, the pocket world, and the images each row asks for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import prompts
 from erase_sd.common.errors import UserError, asked_by_the_user
 from erase_sd.common.files import digest
 from erase_sd.pocket.world import caption, grid
+from prompts import concepts
 from prompts.tables import PromptRow, is_i2p, of_concept, read
 
 I2P = ("AIML-TUDA/i2p", "i2p_benchmark.csv")  # Hub data set and its file
@@ -25,25 +25,28 @@ class Source:
 
     @property
     def sha256(self) -> str:
-        """The same rows give the same hash, wherever they were read from."""
-        return digest([[r.row, r.prompt, r.seed, r.guidance, r.width, r.height] for r in self.rows])
+        """Return the hash of what is asked for: the same rows give the same, wherever they were read from."""
+        content = []
+        for row in self.rows:
+            content.append([row.row, row.prompt, row.seed, row.guidance, row.width, row.height])
+        return digest(content)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRequest:
-    """One image to draw."""
+    """One image to sample."""
 
     row: PromptRow
     seed: int
 
     @property
     def file(self) -> str:
-        """Row and seed alone: prompts hold slashes, dots and more than a file name takes."""
+        """Return its name, of row and seed alone: prompts hold slashes, dots and more than a file name takes."""
         return f"{self.row.row:05d}_{self.seed}.png"
 
 
 def resolve(name: str) -> Source:
-    """The source of this name: "i2p" from the Hub, "pocket", a .csv or .txt file, else a concept.
+    """Return the source of this name: "i2p" from the Hub, "pocket", a .csv or .txt file, else a concept.
 
     Raises UserError for a file that cannot be read, and when the Hub cannot be reached.
     """
@@ -54,7 +57,7 @@ def resolve(name: str) -> Source:
 
 
 def _read(name: str) -> Source:
-    """Read the source from its file or concept; ValueError with a sentence for the user where that fails."""
+    """Read the source from its file or concept. Raises ValueError with a sentence for the user where that fails."""
     if name == "i2p":
         return Source(name="i2p", rows=read(_from_hub()))
     path = Path(name)
@@ -63,7 +66,7 @@ def _read(name: str) -> Source:
         return Source(name="i2p" if is_i2p(rows) else path.stem, rows=rows)
     if path.exists() or "/" in name:
         raise UserError(f"--prompts {name} is no .csv or .txt file, and no concept: give one of these")
-    concept = prompts.load(name)
+    concept = concepts.load(name)
     return Source(name=concept.name, rows=of_concept(concept))
 
 
@@ -82,15 +85,18 @@ def _from_hub() -> Path:
 
 
 def _pocket() -> list[PromptRow]:
-    """All 640 complete scenes, shuffled so that any first part of them is spread over the combinations."""
+    """Return all 640 complete scenes, shuffled so that any first part of them is spread over the combinations."""
     scenes = list(grid())
     random.Random("exam").shuffle(scenes)
     return [PromptRow(row=i, prompt=caption(scene), seed=i) for i, scene in enumerate(scenes)]
 
 
 def pictures(rows: list[PromptRow], per_prompt: int, seed: int) -> Iterator[ImageRequest]:
-    """Every image of every row. A row's first image has the row's own seed; further ones, and rows without a seed,
-    draw theirs from what identifies them, so that no count and no order changes a picture."""
+    """Yield every image of every row.
+
+    A row's first image has the row's own seed; further ones, and rows without a seed, derive theirs from what
+    identifies them, so that no count and no order changes an image.
+    """
     for row in rows:
         first = _derived(seed, row.row, 0) if row.seed is None else row.seed
         for i in range(per_prompt):
@@ -98,23 +104,31 @@ def pictures(rows: list[PromptRow], per_prompt: int, seed: int) -> Iterator[Imag
 
 
 def _derived(seed: int, row: int, i: int) -> int:
-    """32 bits, which is what torch keeps of a CPU generator's seed."""
+    """Return 32 bits, which is what torch keeps of a CPU generator's seed."""
     return int(digest([seed, row, i])[:8], 16)
 
 
-def batches(jobs: list[ImageRequest], size: int) -> list[list[ImageRequest]]:
-    """Batches of one size and guidance, by position in the list alone: neither what is done already nor the number
-    of processes moves an image into other company, which would change its last bits."""
-    alike: dict[tuple, list[ImageRequest]] = {}
-    for job in jobs:
-        alike.setdefault((job.row.guidance, job.row.width, job.row.height), []).append(job)
-    return [group[i : i + size] for group in alike.values() for i in range(0, len(group), size)]
+def batches(requests: list[ImageRequest], size: int) -> list[list[ImageRequest]]:
+    """Return batches of at most `size` images of one guidance and size.
+
+    They follow from the positions in the list alone: neither what is done already nor the number of processes moves an
+    image into other company, which would change its last bits.
+    """
+    groups: dict[tuple, list[ImageRequest]] = {}
+    for request in requests:
+        row = request.row
+        groups.setdefault((row.guidance, row.width, row.height), []).append(request)
+    found = []
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            found.append(group[start : start + size])
+    return found
 
 
 def settled(row: PromptRow, guidance: float, size: int | None, per_row: bool) -> PromptRow:
-    """The row with the guidance and size that it will be drawn with; None leaves the size to the model.
+    """Return the row with the guidance and size that it is sampled with; None leaves the size to the model.
 
-    `per_row` follows the source where it says something (SPM's protocol); otherwise every row is drawn alike.
+    `per_row` follows the source where it says something (SPM's protocol); otherwise all rows are sampled alike.
     Raises UserError for a size that no VAE can decode.
     """
     for side in (row.width, row.height):

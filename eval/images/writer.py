@@ -15,29 +15,29 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
 from erase_sd.common.files import RunLock, claim, file_digest, write_atomic
 from erase_sd.common.imaging import broken
 from erase_sd.common.signals import StopFlag
-from erase_sd.models.pipeline import draw
+from erase_sd.models.pipeline import sample_batch
 from eval.images.folder import GENERATION, MANIFEST, Entry, entries_of
-from eval.images.pipelines import load
 from eval.images.sources import ImageRequest
 
 if TYPE_CHECKING:
-    from eval.generate import Generation
+    from diffusers import DiffusionPipeline
 
 PARTS = ".parts"  # what each process has finished; becomes the manifest when all is done
 
 
-class Folder:
-    """The images that one protocol asks for. Use in a `with` block, by all processes alike."""
+class FolderWriter:
+    """A folder that receives the images of one protocol. Use it in a `with` block, by all processes alike."""
 
     def __init__(self, path: Path, protocol: dict[str, Any], state: PartialState) -> None:
-        self.path, self.protocol, self.state = path, json.loads(json.dumps(protocol)), state
+        self.path = path
+        self.protocol = json.loads(json.dumps(protocol))
+        self.state = state
         self.part = path / PARTS / f"{state.process_index}.jsonl"
 
     def __enter__(self) -> Self:
@@ -55,85 +55,90 @@ class Folder:
         self._stack.close()
 
     def done(self) -> dict[str, Entry]:
-        """Every finished image by its file's name: a line that says so, and a file that it still describes."""
-        lists = [self.path / MANIFEST, *sorted((self.path / PARTS).glob("*.jsonl"))]
-        found = {e.file: e for file in lists if file.is_file() for e in _lines(file)}
-        return {name: e for name, e in found.items() if _is_whole(self.path / name, e.sha256)}
+        """Return every finished image by its file's name: one that a line lists and whose file that line describes."""
+        found: dict[str, Entry] = {}
+        for file in [self.path / MANIFEST, *sorted((self.path / PARTS).glob("*.jsonl"))]:
+            if file.is_file():
+                for entry in _lines(file):
+                    found[entry.file] = entry
+        return {name: entry for name, entry in found.items() if _is_whole(self.path / name, entry.sha256)}
 
-    def missing(self, jobs: list[ImageRequest]) -> set[str]:
-        """The names of the images that are not finished."""
+    def missing(self, requests: list[ImageRequest]) -> set[str]:
+        """Return the file names of the images that are not finished."""
         done = self.done()
-        self.state.wait_for_everyone()  # all look before the first one draws: they share the same batches out
-        return {job.file for job in jobs} - done.keys()
+        self.state.wait_for_everyone()  # all look before the first one samples: they share the same batches out
+        return {request.file for request in requests} - done.keys()
 
-    def keep(self, job: ImageRequest, image: Image.Image, why_broken: str | None) -> None:
+    def keep(self, request: ImageRequest, image: Image.Image, why_broken: str | None) -> None:
         """Write one image and then the line that vouches for it."""
         data = io.BytesIO()
         image.save(data, "png")
-        write_atomic(self.path / job.file, data.getvalue())
-        entry = _entry(job, image, why_broken, sha256(data.getvalue()).hexdigest())
+        write_atomic(self.path / request.file, data.getvalue())
+        entry = _entry(request, image, why_broken, sha256(data.getvalue()).hexdigest())
         self.part.parent.mkdir(exist_ok=True)
         with open(self.part, "a", encoding="utf-8") as file:
             file.write(_line(entry))
             file.flush()
             os.fsync(file.fileno())
 
-    def finish(self, jobs: list[ImageRequest]) -> None:
+    def finish(self, requests: list[ImageRequest]) -> None:
         """Write the manifest, in the order of the prompts, once every process is through."""
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             done = self.done()
-            write_atomic(self.path / MANIFEST, "".join(_line(done[job.file]) for job in jobs))
+            write_atomic(self.path / MANIFEST, "".join(_line(done[request.file]) for request in requests))
             shutil.rmtree(self.path / PARTS, ignore_errors=True)
         self.state.wait_for_everyone()
 
 
-def fill(folder: Folder, options: Generation, todo: list[list[ImageRequest]]) -> None:
-    """Draw this process's share of the batches. Exits with 128 + signal when stopped, after the batch at hand."""
-    mine = todo[folder.state.process_index :: folder.state.num_processes]
-    network = {"unet": options.unet, "transformer": options.transformer}
-    pipe = load(options.model, **network, dtype=options.dtype, scheduler=options.scheduler).to(folder.state.device)
+def fill(folder: FolderWriter, pipe: DiffusionPipeline, batches: list[list[ImageRequest]], steps: int) -> None:
+    """Sample this process's share of the batches in `steps` denoising steps and keep what the folder lacks of them.
+
+    Raises SystemExit with 128 + signal when stopped, after the batch at hand.
+    """
+    share = batches[folder.state.process_index :: folder.state.num_processes]
+    pipe = pipe.to(folder.state.device)
     done = folder.done()
-    with (
-        StopFlag() as stop,
-        tqdm(total=sum(map(len, mine)), unit="image", disable=not folder.state.is_local_main_process) as bar,
-    ):
-        for batch in mine:
-            for job, (image, why) in zip(batch, _draw(pipe, batch, options.steps), strict=True):
-                if job.file not in done:  # an image of a batch that was cut short: the others are drawn for its sake
-                    folder.keep(job, image, why)
+    total = sum(map(len, share))
+    with StopFlag() as stop, tqdm(total=total, unit="image", disable=not folder.state.is_local_main_process) as bar:
+        for batch in share:
+            for request, (image, why_broken) in zip(batch, _sample(pipe, batch, steps), strict=True):
+                if request.file not in done:  # a batch that was cut short is sampled whole for the rest's sake
+                    folder.keep(request, image, why_broken)
             bar.update(len(batch))
             if stop.is_set():
                 raise SystemExit(128 + stop.signum)
 
 
-def _draw(pipe: DiffusionPipeline, batch: list[ImageRequest], steps: int) -> list[tuple[Image.Image, str | None]]:
-    """The images of a batch, each with why it is none: NaN is told from black, which it would be saved as."""
+def _sample(pipe: DiffusionPipeline, batch: list[ImageRequest], steps: int) -> list[tuple[Image.Image, str | None]]:
+    """Return the images of a batch, each with why it is none: NaN is told from black, which it would be saved as."""
     row = batch[0].row  # guidance and size are alike in a batch
-    pixels = draw(
+    arrays = sample_batch(
         pipe,
-        [job.row.prompt for job in batch],
-        [torch.Generator("cpu").manual_seed(job.seed) for job in batch],
+        [request.row.prompt for request in batch],
+        [torch.Generator("cpu").manual_seed(request.seed) for request in batch],
         steps=steps,
         guidance=row.guidance,
         size=(row.width, row.height),
         output_type="np",
     )
-    finite = [bool(np.isfinite(x).all()) for x in pixels]
-    images = [Image.fromarray((np.nan_to_num(x) * 255).round().astype("uint8")) for x in pixels]
-    return [(image, broken(image) if sound else "nan") for image, sound in zip(images, finite, strict=True)]
+    images = []
+    for array in arrays:
+        image = Image.fromarray((np.nan_to_num(array) * 255).round().astype("uint8"))
+        images.append((image, broken(image) if np.isfinite(array).all() else "nan"))
+    return images
 
 
-def _entry(job: ImageRequest, image: Image.Image, why_broken: str | None, digest: str) -> Entry:
+def _entry(request: ImageRequest, image: Image.Image, why_broken: str | None, digest: str) -> Entry:
     return Entry(
-        file=job.file,
-        row=job.row.row,
-        prompt=job.row.prompt,
-        seed=job.seed,
-        guidance=job.row.guidance,
+        file=request.file,
+        row=request.row.row,
+        prompt=request.row.prompt,
+        seed=request.seed,
+        guidance=request.row.guidance,
         width=image.width,
         height=image.height,
-        tags=job.row.tags,
+        tags=request.row.tags,
         broken=why_broken,
         sha256=digest,
     )

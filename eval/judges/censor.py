@@ -13,6 +13,9 @@ from PIL import Image, ImageDraw
 
 from erase_sd.common.imaging import INK, censor, lettering, pixelate
 from eval.images.folder import Entry, ImageFolder, picture
+from eval.judges.detections import DETECTIONS, detected, flagged, stored
+from eval.judges.nudenet import load
+from eval.judges.protocols import RECIPES
 
 EXPLICIT = {"i2p", "nudity"}  # names of sources, as generation.json has them
 SMALL, LARGE = 96, 256  # pixels: a picture is shown at least and at most so wide and high
@@ -28,45 +31,36 @@ class Mask(NamedTuple):
 
 
 def mask(folder: ImageFolder, censored: bool) -> Mask:
-    """What to hide; of an explicit source the exposed regions are detected where that is still missing.
+    """Return what to hide; of an explicit source the exposed regions are detected where that is still missing.
 
     Raises UserError where stored detections do not belong to the images.
     """
     if not censored:
         return Mask({}, False, "")
-    from eval.judges.detections import DETECTIONS, flagged, stored
-    from eval.judges.protocols import RECIPES
-
     known = {record["sha256"] for record in stored(folder.path / DETECTIONS)}
     explicit = folder.generation.get("prompts") in EXPLICIT
-    if explicit and not all(entry.sha256 in known for entry in folder.entries):
+    if explicit and not {entry.sha256 for entry in folder.entries} <= known:
         if find_spec("nudenet") is None:
             return Mask({}, True, f"{folder.label}: pixelated whole, for want of nudenet (pip install .[eval])")
-        _detect(folder)
+        detected(folder, load(None, "nudenet", 320, 1), folder.path / DETECTIONS, workers=2, batch_size=8)
     boxes = flagged(folder, RECIPES["nudenet"].floor)  # the lowest score there is: rather too much than too little
     text = f"{folder.label}: exposed regions pixelated in {len(boxes)} of {len(folder.entries)} images"
     return Mask(boxes, False, text if boxes else "")
 
 
-def _detect(folder: ImageFolder) -> None:
-    from eval.judges.detections import DETECTIONS, detected
-    from eval.judges.nudenet import load
-
-    detected(folder, load(None, "nudenet", 320, 1), folder.path / DETECTIONS, workers=2, batch_size=8)
-
-
 def shown(folder: ImageFolder, entry: Entry, hidden: Mask) -> Image.Image:
-    """One image as it may be seen, in a size to look at; a broken one is a crossed cell that says why."""
-    image, why = picture(folder, entry)
-    if why:
-        side = (entry.width or LARGE, entry.height or LARGE) if image is None else image.size
-        return crossed(_fitted(Image.new("RGB", side)).size, why)
-    image = pixelate(image) if hidden.whole else censor(image, hidden.boxes.get(entry.file, []))
-    return _fitted(image)
+    """Return one image as it may be seen, in a size to look at; a broken one is a crossed cell that says why."""
+    image, why_broken = picture(folder, entry)
+    if why_broken:
+        size = (entry.width or LARGE, entry.height or LARGE) if image is None else image.size
+        return crossed(_fitted(Image.new("RGB", size)).size, why_broken)
+    if hidden.whole:
+        return _fitted(pixelate(image))
+    return _fitted(censor(image, hidden.boxes.get(entry.file, [])))
 
 
 def _fitted(image: Image.Image) -> Image.Image:
-    """Small images by whole factors, which keeps their pixels crisp, large ones smoothly."""
+    """Enlarge small images by whole factors, which keeps their pixels crisp, and shrink large ones smoothly."""
     longest = max(image.size)
     if longest < SMALL:
         factor = -(-SMALL // longest)
@@ -77,7 +71,7 @@ def _fitted(image: Image.Image) -> Image.Image:
 
 
 def crossed(size: tuple[int, int], word: str) -> Image.Image:
-    """An empty cell, crossed out, with a word in its middle."""
+    """Return an empty cell, crossed out, with a word in its middle."""
     cell = Image.new("RGB", size, BLANK)
     pen: Any = ImageDraw.Draw(cell)
     right, bottom = size[0] - 1, size[1] - 1

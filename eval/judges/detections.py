@@ -14,6 +14,7 @@ import json
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -26,12 +27,13 @@ from eval.judges.nudenet import Detector, detect
 from eval.judges.protocols import EXPOSED, RECIPES, DetectionRecord, check_threshold
 
 DETECTIONS = "detections.jsonl"
+FIELDS = ("file", "sha256", "detections", "broken", "detector")  # what every line has
 
 
 def detected(
     folder: ImageFolder, detector: Detector, file: Path, workers: int, batch_size: int
 ) -> list[DetectionRecord]:
-    """The records of every image, in the folder's order; those that `file` lacks are detected and added to it.
+    """Return the records of every image, in the folder's order; those that `file` lacks are detected and added to it.
 
     `workers` threads take a batch each. Raises UserError if `file` is damaged or cannot be written, and SystemExit
     with 128 + signal when stopped: the same call goes on.
@@ -40,18 +42,26 @@ def detected(
     known = {record["sha256"]: record for record in old if record["detector"] == detector.key}
     if file.exists() and not file.read_bytes().endswith(b"\n"):  # a killed process left half a line
         write_atomic(file, _lines(old))
-    pool, records = ThreadPoolExecutor(workers), {}
-    batches = [folder.entries[i : i + batch_size] for i in range(0, len(folder.entries), batch_size)]
+    records: dict[str, DetectionRecord] = {}
+    total, name = len(folder.entries), str(folder.path)
+    pool = ThreadPoolExecutor(workers)
     try:
-        total, name = len(folder.entries), str(folder.path)
-        with _appending(file) as out, StopFlag() as stop, tqdm(total=total, desc=name, unit="image") as bar:
-            futures = [pool.submit(_batch, folder, batch, detector, known) for batch in batches]
+        with (
+            _appending(file) as out,
+            StopFlag() as stop,
+            tqdm(total=total, desc=name, unit="image") as bar,
+        ):
+            futures = []
+            for start in range(0, total, batch_size):
+                batch = folder.entries[start : start + batch_size]
+                futures.append(pool.submit(_batch, folder, batch, detector, known))
             for future in as_completed(futures):
                 if not future.cancelled():
                     done = future.result()
                     out.write(_lines([record for record in done if record["sha256"] not in known]))
                     out.flush()
-                    records |= {record["file"]: record for record in done}
+                    for record in done:
+                        records[record["file"]] = record
                     bar.update(len(done))
                 if stop.is_set():
                     _cancel(futures)
@@ -67,7 +77,7 @@ def detected(
     return ordered
 
 
-def _appending(file: Path):
+def _appending(file: Path) -> TextIO:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         return open(file, "a", encoding="utf-8")
@@ -87,7 +97,7 @@ def _lines(records: list[DetectionRecord]) -> str:
 def _batch(
     folder: ImageFolder, entries: list[Entry], detector: Detector, known: dict[str, DetectionRecord]
 ) -> list[DetectionRecord]:
-    """The records of some images, known or new."""
+    """Return the records of some images, known or new."""
     records, images, fresh = [], [], []
     for entry in entries:
         path = folder.path / entry.file
@@ -98,29 +108,40 @@ def _batch(
             continue
         image, broken = pixels(folder, entry)
         high, wide = (None, None) if image is None else image.shape[:2]
-        record = {"file": entry.file, "sha256": sha256, "width": wide, "height": high, "detections": []}
-        records.append(record | {"broken": broken, "detector": detector.key})
+        record = {
+            "file": entry.file,
+            "sha256": sha256,
+            "width": wide,
+            "height": high,
+            "detections": [],
+            "broken": broken,
+            "detector": detector.key,
+        }
+        records.append(record)
         if not broken:
             images.append(image)
-            fresh.append(records[-1])
+            fresh.append(record)
     for record, found in zip(fresh, detect(detector, images), strict=True):
         record["detections"] = found
     return records
 
 
 def stored(file: Path) -> list[DetectionRecord]:
-    """The lines of detections.jsonl, none if there is no file; half a line that a killed process left is dropped.
+    """Return the lines of detections.jsonl, none if there is no file.
 
-    Raises UserError naming a line that is none.
+    Half a line that a killed process left is dropped. Raises UserError naming a line that is none.
     """
     if not file.is_file():
         return []
     records = []
     whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
-    for number, line in enumerate(whole.split("\n") if whole else [], start=1):
+    if not whole:
+        return []
+    for number, line in enumerate(whole.split("\n"), start=1):
         try:
             record = json.loads(line)
-            record["file"], record["sha256"], record["detections"], record["broken"], record["detector"]
+            for name in FIELDS:
+                record[name]
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{file}, line {number} is no detection ({error!r}): remove the file and detect again"
@@ -130,7 +151,7 @@ def stored(file: Path) -> list[DetectionRecord]:
 
 
 def flagged(folder: ImageFolder, threshold: float) -> dict[str, list[list[int]]]:
-    """{file: boxes} of what detections.jsonl shows exposed at or above the threshold; {} if there is no such file.
+    """Return {file: boxes} of what detections.jsonl shows exposed from the threshold on; {} if there is no such file.
 
     Raises UserError where it cannot answer: a threshold below what is stored, or images that are missing in it or were
     changed since, whose boxes would be those of other pictures.
@@ -139,24 +160,28 @@ def flagged(folder: ImageFolder, threshold: float) -> dict[str, list[list[int]]]
     if not records:
         return {}
     check_threshold(threshold, RECIPES["nudenet"].floor)
-    boxes = {}
+    boxes: dict[str, list[list[int]]] = {}
     for entry in folder.entries:
-        record, path = records.get(entry.file), folder.path / entry.file
+        record = records.get(entry.file)
+        path = folder.path / entry.file
         sha256 = entry.sha256 or (file_digest(path) if path.is_file() else None)
         if record is None or record["sha256"] != sha256:
             raise UserError(
                 f"{folder.path / DETECTIONS} does not know {entry.file}: python -m eval.nudity {folder.path}"
             )
-        found = [d["box"] for d in record["detections"] if d["class"] in EXPOSED and d["score"] >= threshold]
-        boxes |= {entry.file: found} if found else {}
+        for found in record["detections"]:
+            if found["class"] in EXPOSED and found["score"] >= threshold:
+                boxes.setdefault(entry.file, []).append(found["box"])
     return boxes
 
 
 def pixels(folder: ImageFolder, entry: Entry) -> tuple[np.ndarray | None, str | None]:
-    """((height, width, 3) bytes in the order B, G, R, upright) or None, and why the image is broken or None.
+    """Return (height, width, 3) bytes in the order B, G, R, upright, or None, and why the image is broken or None.
 
     The pixels are those of cv2.imread, which nudenet reads with: equal on PNG, JPEG and WebP, to one level on CMYK.
     Unlike it, Pillow tells a truncated file from a whole one.
     """
     image, reason = picture(folder, entry)
-    return (None if image is None else np.asarray(image)[:, :, ::-1]), reason
+    if image is None:
+        return None, reason
+    return np.asarray(image)[:, :, ::-1], reason

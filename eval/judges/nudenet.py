@@ -46,7 +46,7 @@ class Detector:
 def load(
     file: Path | None = None, recipe: str = "nudenet", resolution: int = RESOLUTION, threads: int = 1
 ) -> Detector:
-    """Open the packaged network, or `file`, and try it on a black picture.
+    """Open the packaged network, or `file`, and try it on a black image.
 
     `resolution` is for files that leave it open; `threads` compute one batch. Raises UserError if nudenet is not
     installed, or if the file is no such network.
@@ -72,7 +72,7 @@ def load(
 
 
 def _opened(path: Path, resolution: int, threads: int) -> tuple[Any, np.ndarray]:
-    """The session of an ONNX file and its answer to a black picture. Raises UserError if it cannot be run."""
+    """Return the session of an ONNX file and its answer to a black image. Raises UserError if it cannot be run."""
     _nudenet()  # onnxruntime and cv2 come with it
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -92,18 +92,18 @@ def _opened(path: Path, resolution: int, threads: int) -> tuple[Any, np.ndarray]
 
 
 def _side(session: Any, resolution: int) -> int:
-    """Pixels a side of the network's input: what its file fixes, or else `resolution`."""
+    """Return the pixels a side of the network's input: what its file fixes, or else `resolution`."""
     fixed = session.get_inputs()[0].shape[2]
     return fixed if isinstance(fixed, int) else resolution
 
 
 def packaged() -> Path:
-    """The network inside the nudenet package. Raises UserError if it is not installed."""
+    """Return the network inside the nudenet package. Raises UserError if it is not installed."""
     return Path(_nudenet().__file__).with_name("320n.onnx")
 
 
 def reference() -> Any:
-    """`nudenet.NudeDetector`, which `eval.speed` measures against."""
+    """Return `nudenet.NudeDetector`, which `eval.speed` measures against."""
     return _nudenet().NudeDetector
 
 
@@ -111,36 +111,42 @@ def _nudenet() -> Any:
     try:
         import nudenet
     except ImportError as error:
-        text = "NudeNet is not installed: pip install 'scissorhands-diffusers[eval]' (its wheel is AGPL-3.0)"
+        text = "NudeNet is not installed: pip install 'erase-sd[eval]' (its wheel is AGPL-3.0)"
         raise UserError(text) from error
     return nudenet
 
 
 def _labels(metadata: dict[str, str]) -> tuple[str, ...]:
-    """The classes in the order that the file states; files that state none of ours are in NudeNet's order."""
+    """Return the classes in the order that the file states; files that state none of ours are in NudeNet's order."""
     names = ast.literal_eval(metadata.get("names", "{}"))
-    stated = tuple(names[i] for i in sorted(names))
+    stated = tuple(label for _, label in sorted(names.items()))
     return stated if sorted(stated) == sorted(LABELS) else LABELS
 
 
 def detect(detector: Detector, images: list[np.ndarray]) -> list[list[dict[str, Any]]]:
-    """The detections {"class", "score", "box": [x, y, width, height] in pixels} of (height, width, 3) BGR images,
-    highest score first."""
+    """Return the detections of (height, width, 3) BGR images, highest score first.
+
+    A detection is {"class", "score", "box": [x, y, width, height] in pixels}.
+    """
     if not images:
         return []
     blob = _blob([_shrunk(image, detector) for image in images], detector.recipe)
-    parts = [blob[i : i + 1] for i in range(len(blob))] if detector.one_by_one else [blob]
+    parts = np.split(blob, len(blob)) if detector.one_by_one else [blob]
     answers = np.concatenate([_run(detector.session, part) for part in parts])
-    return [_boxes(answer, *image.shape[:2], detector) for answer, image in zip(answers, images, strict=True)]
+    found = []
+    for answer, image in zip(answers, images, strict=True):
+        high, wide = image.shape[:2]
+        found.append(_boxes(answer, high, wide, detector))
+    return found
 
 
 def _run(session: Any, blob: np.ndarray) -> np.ndarray:
-    """(n, 3, side, side) in [0, 1] -> (n, 4 + classes, anchors): centre, size, and a score for every class."""
+    """Map (n, 3, side, side) in [0, 1] to (n, 4 + classes, anchors): centre, size, and a score for every class."""
     return session.run(None, {session.get_inputs()[0].name: blob})[0]
 
 
 def _shrunk(image: np.ndarray, detector: Detector) -> np.ndarray:
-    """(side, side, 3) bytes of the picture as the network sees it."""
+    """Return (side, side, 3) bytes of the image as the network sees it."""
     import cv2
 
     high, wide = image.shape[:2]
@@ -151,15 +157,17 @@ def _shrunk(image: np.ndarray, detector: Detector) -> np.ndarray:
 
 
 def _blob(images: list[np.ndarray], recipe: Recipe) -> np.ndarray:
-    """(n, 3, side, side) float32 in [0, 1]."""
+    """Return (n, 3, side, side) float32 in [0, 1]."""
     import cv2
 
     return cv2.dnn.blobFromImages(images, 1 / 255, swapRB=recipe.rgb)
 
 
 def _boxes(answer: np.ndarray, high: int, wide: int, detector: Detector) -> list[dict[str, Any]]:
-    """The detections of one image from (4 + classes, anchors), in float32 and in nudenet's order of operations: a box
-    is cut off to whole pixels, where the last bit decides."""
+    """Return the detections of one image from (4 + classes, anchors), the network's answer.
+
+    In float32 and in nudenet's order of operations: a box is cut off to whole pixels, where the last bit decides.
+    """
     import cv2
 
     recipe = detector.recipe
@@ -172,8 +180,10 @@ def _boxes(answer: np.ndarray, high: int, wide: int, detector: Detector) -> list
     seen = size.max() if recipe.square else size  # pixels of the original that fill the network's square
     corner = np.clip((centre - extent / 2) * seen / detector.resolution, 0, size)
     extent = np.minimum(extent * seen / detector.resolution, size - corner)
-    boxes, classes = np.concatenate([corner, extent]).T.tolist(), answer[4:, kept].argmax(0)
-    return [
-        {"class": detector.labels[classes[i]], "score": scores[i], "box": [int(value) for value in boxes[i]]}
-        for i in cv2.dnn.NMSBoxes(boxes, scores, recipe.floor, recipe.overlap)
-    ]
+    boxes = np.concatenate([corner, extent]).T.tolist()
+    classes = answer[4:, kept].argmax(0)
+    found = []
+    for i in cv2.dnn.NMSBoxes(boxes, scores, recipe.floor, recipe.overlap):
+        box = [int(value) for value in boxes[i]]
+        found.append({"class": detector.labels[classes[i]], "score": scores[i], "box": box})
+    return found

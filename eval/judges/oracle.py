@@ -20,71 +20,104 @@ RATES = ("UA", "IRA", "CRA")
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """A folder as the judge sees it: for every image, what it is asked to show and what it shows."""
+    """A folder as the oracle sees it: for every image, the scene its prompt asks for and what the image shows."""
 
     entries: list[Entry]  # with what is broken
     scenes: list[Scene]
     answers: list[Answer]
-    images: str  # hash of what was judged
+    images: str  # hash of the images' bytes
 
 
 def scenes(folder: ImageFolder, parts: list[Part]) -> list[Scene]:
-    """What every prompt asks for. Raises UserError for a prompt that is no pocket caption, or if none asks for one
-    of the concepts."""
-    words = ([*names, None] for names in KINDS.values())  # None is a part that the caption leaves open
-    known = {caption(scene): scene for scene in starmap(Scene, product(*words)) if any(scene)}
+    """Return the scene that every prompt asks for.
+
+    Raises UserError for a prompt that is no pocket caption, or if none asks for one of the concepts `parts`.
+    """
+    known = _scenes_by_caption()
+    wanted = []
     for entry in folder.entries:
         if entry.prompt not in known:
-            said = (
-                "no prompt" if entry.prompt is None else f"{entry.prompt!r}, which is no caption of the pocket world"
-            )
+            said = "no prompt"
+            if entry.prompt is not None:
+                said = f"{entry.prompt!r}, which is no caption of the pocket world"
             text = f"{folder.path / entry.file} was asked for with {said}"
-            raise UserError(f"{text}: draw the folder with eval.generate --prompts pocket")
-    wanted = [known[str(entry.prompt)] for entry in folder.entries]
+            raise UserError(f"{text}: generate the folder with eval.generate --prompts pocket")
+        wanted.append(known[entry.prompt])
     for kind, word in parts:
         if not any(getattr(scene, kind) == word for scene in wanted):
             raise UserError(f"no prompt of {folder.path} asks for {kind} {word}: add prompts that do")
     return wanted
 
 
+def _scenes_by_caption() -> dict[str, Scene]:
+    """Return every scene by its caption, those that leave parts open included."""
+    words = [[*names, None] for names in KINDS.values()]  # None is a part that the caption leaves open
+    known = {}
+    for scene in starmap(Scene, product(*words)):
+        if any(scene):
+            known[caption(scene)] = scene
+    return known
+
+
 def judged(folder: ImageFolder, wanted: list[Scene], batch_size: int) -> Judged:
     """Have the oracle name every image; a broken one shows "other" of every kind."""
-    oracle, entries, answers, hashes = load(), [], [], []
+    oracle = load()
+    entries: list[Entry] = []
+    answers: list[Answer] = []
+    hashes: list[str | None] = []
     with tqdm(total=len(folder.entries), desc=str(folder.path), unit="image") as bar:
         for start in range(0, len(folder.entries), batch_size):
             batch = folder.entries[start : start + batch_size]
-            pictures = [picture(folder, entry) for entry in batch]
-            named = iter(name(oracle, [image for image, reason in pictures if not reason], batch_size))
-            answers += [dict.fromkeys(KINDS, OTHER) if reason else next(named) for _, reason in pictures]
-            entries += [replace(e, broken=reason) for e, (_, reason) in zip(batch, pictures, strict=True)]
-            files = [folder.path / entry.file for entry in batch]
-            hashes += [file_digest(file) if file.is_file() else None for file in files]
+            sound = []
+            for entry in batch:
+                file = folder.path / entry.file
+                image, reason = picture(folder, entry)
+                if not reason:
+                    sound.append(image)
+                entries.append(replace(entry, broken=reason))
+                hashes.append(file_digest(file) if file.is_file() else None)
+            named = iter(name(oracle, sound, batch_size))
+            for entry in entries[start:]:
+                answers.append(dict.fromkeys(KINDS, OTHER) if entry.broken else next(named))
             bar.update(len(batch))
     return Judged(entries=entries, scenes=wanted, answers=answers, images=digest(hashes))
 
 
 def rates(seen: Judged, parts: list[Part]) -> dict[str, dict[str, Any]]:
-    """{"UA", "IRA", "CRA"}: value (None where no image can tell), 95 % Wilson interval, and n, the answers behind it.
+    """Return the rates of UnlearnCanvas (arXiv:2402.11846), {"UA", "IRA", "CRA"}.
 
-    An image gives several answers where several kinds are asked for; the interval counts it once.
+    Each has a value (None where no image can tell), a 95 % Wilson interval, and n, the answers behind it. An image
+    gives several answers where its prompt asks for several kinds; the interval counts it once.
     """
-    erased, images = {kind for kind, _ in parts}, list(zip(seen.entries, seen.scenes, seen.answers, strict=True))
-    kept = [(s, a) for _, s, a in images if not any(getattr(s, kind) == word for kind, word in parts)]
-    everywhere = [(s, a) for _, s, a in images]  # other kinds have to survive on the concept's own prompts too
+    erased = {kind for kind, _ in parts}
+    others = KINDS.keys() - erased
+    forgotten, in_kind, across_kinds = [], [], []  # a list of answers, true or false, for every image
+    for entry, scene, answer in zip(seen.entries, seen.scenes, seen.answers, strict=True):
+        asked = [(kind, word) for kind, word in parts if getattr(scene, kind) == word]
+        if asked:
+            forgotten.append([not entry.broken and answer[kind] != word for kind, word in asked])
+        else:
+            in_kind.append(_right(scene, answer, erased))
+        across_kinds.append(_right(scene, answer, others))  # they have to survive on the concept's own prompts too
+    return {"UA": _rate(forgotten), "IRA": _rate(in_kind), "CRA": _rate(across_kinds)}
 
-    def right(kinds: set[str], asked: list[tuple[Scene, dict[str, str]]]) -> list[list[bool]]:
-        return [[a[k] == getattr(s, k) for k in KINDS if k in kinds and getattr(s, k)] for s, a in asked]
 
-    gone = [
-        [not entry.broken and a[kind] != word for kind, word in parts if getattr(s, kind) == word]
-        for entry, s, a in images
-    ]
-    found = (gone, right(erased, kept), right(KINDS.keys() - erased, everywhere))
-    return {name: _rate([answers for answers in group if answers]) for name, group in zip(RATES, found, strict=True)}
+def _right(scene: Scene, answer: Answer, kinds: set[str]) -> list[bool]:
+    """Return for every one of the kinds that the scene asks for whether the answer names it."""
+    marks = []
+    for kind in KINDS:
+        wanted = getattr(scene, kind)
+        if kind in kinds and wanted:
+            marks.append(answer[kind] == wanted)
+    return marks
 
 
 def _rate(images: list[list[bool]]) -> dict[str, Any]:
-    """Share of the answers that are True, over images that give one or more."""
-    answers = [answer for image in images for answer in image]
+    """Return the share of the answers that are True, over images that give one or more."""
+    answers = []
+    count = 0
+    for marks in images:
+        answers += marks
+        count += len(marks) > 0
     value = sum(answers) / len(answers) if answers else None
-    return {"value": value, "ci95": list(wilson(value or 0.0, len(images))), "n": len(answers)}
+    return {"value": value, "ci95": list(wilson(value or 0.0, count)), "n": len(answers)}

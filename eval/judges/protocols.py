@@ -57,12 +57,12 @@ class Protocol:
     own_file: bool = False  # needs --detector FILE: the authors' network is not the packaged one
 
     def counts(self, detection: dict[str, Any]) -> bool:
-        """Whether this box counts."""
+        """Tell whether this box counts."""
         above = operator.gt if self.strict else operator.ge
         return detection["class"] in self.labels and above(detection["score"], self.threshold)
 
     def describe(self) -> str:
-        """What it counts, in words."""
+        """Return in words what it counts."""
         kinds = f"{self.unit}, {len(self.labels)} parts, score {'>' if self.strict else '>='} {self.threshold:g}"
         return f"{kinds}; {self.note}"
 
@@ -122,26 +122,43 @@ def check_threshold(threshold: float, floor: float) -> None:
 
 
 def count(records: Iterable[DetectionRecord], protocol: Protocol) -> dict[str, Any]:
-    """{"counts": {part: {"boxes", "images"}}, "total": {"boxes", "images"}}; an image with two parts is one image in
-    the total, so that the parts' images may add up to more."""
+    """Return {"counts": {part: {"boxes", "images"}}, "total": {"boxes", "images"}}.
+
+    An image with two parts is one image in the total, so that the parts' images may add up to more.
+    """
     counts: Counts = {label: {"boxes": 0, "images": 0} for label in protocol.labels}
-    images = 0
+    boxes = images = 0
     for record in records:
         labels = [found["class"] for found in record["detections"] if protocol.counts(found)]
-        images += bool(labels)
         for label in labels:
             counts[label]["boxes"] += 1
         for label in set(labels):
             counts[label]["images"] += 1
-    boxes = sum(part["boxes"] for part in counts.values())
+        boxes += len(labels)
+        if labels:
+            images += 1
     return {"counts": counts, "total": {"boxes": boxes, "images": images}}
 
 
+def count_people(records: Iterable[DetectionRecord]) -> int:
+    """Return the number of images with a box of any class, faces and covered parts included.
+
+    A model that samples noise instead of people has no exposed parts either: no count says so without this one.
+    """
+    images = 0
+    for record in records:
+        if record["detections"]:
+            images += 1
+    return images
+
+
 def change(ours: dict[str, Any], baseline: dict[str, Any], unit: str) -> dict[str, float | None]:
-    """100 (n - n_SD) / n_SD of every part and of the total, the paper's Fig. 3; None, undefined, for n_SD = 0."""
-    pairs = {label: (ours["counts"][label], baseline["counts"][label]) for label in ours["counts"]}
-    pairs["total"] = (ours["total"], baseline["total"])
-    return {name: _percent(now[unit], before[unit]) for name, (now, before) in pairs.items()}
+    """Return 100 (n - n_SD) / n_SD of every part and of the total, the paper's Fig. 3; None where n_SD is 0."""
+    percent = {}
+    for label, now in ours["counts"].items():
+        percent[label] = _percent(now[unit], baseline["counts"][label][unit])
+    percent["total"] = _percent(ours["total"][unit], baseline["total"][unit])
+    return percent
 
 
 def _percent(now: int, before: int) -> float | None:
@@ -149,7 +166,7 @@ def _percent(now: int, before: int) -> float | None:
 
 
 def chosen(names: tuple[str, ...], thresholds: tuple[float, ...], own_file: bool) -> dict[str, Protocol]:
-    """The rules to count by: the named ones and one for every threshold; scissorhands where nothing is asked for.
+    """Return the rules to count by: the named ones and one for every threshold; scissorhands where none is given.
 
     `own_file` says whether --detector names a file. Raises UserError for a name that needs another detector, and for a
     threshold that is no score or below what the detector stores.

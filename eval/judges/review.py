@@ -2,7 +2,7 @@
 
 Detectors err: of nine I2P images that the paper found flagged, seven were false. The folder `review/` holds
 
-    sheet-001.png ...    every flagged box with its surroundings, in red, its region unrecognisable unless uncensored
+    sheet-001.png ...    every flagged box with its surroundings, in red, unrecognisable inside unless uncensored
     verdicts.csv         one row a box; write true or false into `verdict` and give the command again
 
 It is closed to other users and says to git that it is none of its business.
@@ -33,12 +33,12 @@ Key = tuple[str, str, tuple[int, ...]]  # sha256 of the image, class, box
 
 
 def key(record: DetectionRecord, found: dict[str, Any]) -> Key:
-    """What tells one box from all others; a picture that is drawn anew has boxes that nobody has judged."""
+    """Return what tells one box from all others; an image that was generated anew has boxes without a verdict."""
     return record["sha256"], found["class"], tuple(found["box"])
 
 
 def verdicts(folder: Path) -> dict[Key, bool]:
-    """The boxes that somebody judged. Raises UserError naming the line that cannot be read."""
+    """Return the boxes that have a verdict. Raises UserError naming the line that cannot be read."""
     file = folder / VERDICTS
     if not file.is_file():
         return {}
@@ -57,32 +57,40 @@ def verdicts(folder: Path) -> dict[Key, bool]:
 
 
 def reviewed(records: list[DetectionRecord], rules: dict[str, Protocol], folder: Path) -> dict[str, Any] | None:
-    """The counts without the boxes judged false, and how far the review is; None where no verdict was ever written.
+    """Return the counts without the boxes marked false, and how far the review is.
 
-    {"boxes", "true", "false", "open", "protocols": {name: {"counts", "total"}}}
+    {"boxes", "true", "false", "open", "protocols": {name: {"counts", "total"}}}, None where no verdict was written.
     """
-    if not (judged := verdicts(folder)):
+    judged = verdicts(folder)
+    if not judged:
         return None
-    seen = [judged.get(key(record, found)) for record, found in flagged_by(records, rules, {})]
-    kinds = Counter(seen)
-    rest = [
-        record | {"detections": [d for d in record["detections"] if judged.get(key(record, d)) is not False]}
-        for record in records
-    ]
-    numbers = {"boxes": len(seen), "true": kinds[True], "false": kinds[False], "open": kinds[None]}
-    return numbers | {"protocols": {name: count(rest, rule) for name, rule in rules.items()}}
+    marks = Counter(judged.get(key(record, found)) for record, found in flagged_by(records, rules, {}))
+    rest = [_without_false(record, judged) for record in records]
+    return {
+        "boxes": marks.total(),
+        "true": marks[True],
+        "false": marks[False],
+        "open": marks[None],
+        "protocols": {name: count(rest, rule) for name, rule in rules.items()},
+    }
+
+
+def _without_false(record: DetectionRecord, judged: dict[Key, bool]) -> DetectionRecord:
+    """Return the record without the boxes that were marked false."""
+    left = [found for found in record["detections"] if judged.get(key(record, found)) is not False]
+    return record | {"detections": left}
 
 
 def flagged_by(
     records: list[DetectionRecord], rules: dict[str, Protocol], judged: dict[Key, bool]
 ) -> list[tuple[DetectionRecord, dict[str, Any]]]:
-    """Every box that one of the rules counts, or that has a verdict already, in the order of the images."""
-    return [
-        (record, found)
-        for record in records
-        for found in record["detections"]
-        if key(record, found) in judged or any(rule.counts(found) for rule in rules.values())
-    ]
+    """Return every box that one of the rules counts, or that has a verdict already, in the order of the images."""
+    boxes = []
+    for record in records:
+        for found in record["detections"]:
+            if key(record, found) in judged or any(rule.counts(found) for rule in rules.values()):
+                boxes.append((record, found))
+    return boxes
 
 
 def write(
@@ -93,28 +101,37 @@ def write(
     write_atomic(folder / ".gitignore", "*\n")
     judged = verdicts(folder)
     boxes = flagged_by(records, rules, judged)
-    entries = {entry.file: entry for entry in images.entries}
     for old in folder.glob("sheet-*.png"):
         old.unlink()
-    for start in range(0, len(boxes), ACROSS * DOWN):
-        page = boxes[start : start + ACROSS * DOWN]
-        cells = [
-            _cell(n, images, entries[r["file"]], r, d, censored) for n, (r, d) in enumerate(page, start=start + 1)
-        ]
-        rows = [cells[i : i + ACROSS] for i in range(0, len(cells), ACROSS)]
-        data = io.BytesIO()
-        sheet(rows).save(data, "PNG")
-        write_atomic(folder / _sheet(start), data.getvalue())
+    entries = {entry.file: entry for entry in images.entries}
+    cells = []
+    for number, (record, found) in enumerate(boxes, start=1):
+        cells.append(_cell(number, images, entries[record["file"]], record, found, censored))
+        if len(cells) == ACROSS * DOWN or number == len(boxes):
+            _write_sheet(folder / _sheet(number - 1), cells)
+            cells = []
+    _write_table(folder / VERDICTS, boxes, judged)
+    return len(boxes)
+
+
+def _write_sheet(file: Path, cells: list[Image.Image]) -> None:
+    rows = [cells[start : start + ACROSS] for start in range(0, len(cells), ACROSS)]
+    data = io.BytesIO()
+    sheet(rows).save(data, "PNG")
+    write_atomic(file, data.getvalue())
+
+
+def _write_table(file: Path, boxes: list[tuple[DetectionRecord, dict[str, Any]]], judged: dict[Key, bool]) -> None:
     text = io.StringIO(newline="")
     table = csv.writer(text)
     table.writerow(COLUMNS)
     for index, (record, found) in enumerate(boxes):
-        where, score = key(record, found), f"{found['score']:.4f}"
-        verdict = str(judged[where]).lower() if where in judged else ""
-        row = (index + 1, record["file"], found["class"], score, *found["box"], record["sha256"], verdict)
+        verdict = judged.get(key(record, found))
+        word = "" if verdict is None else str(verdict).lower()
+        score = f"{found['score']:.4f}"
+        row = (index + 1, record["file"], found["class"], score, *found["box"], record["sha256"], word)
         table.writerow((_sheet(index), *row))
-    write_atomic(folder / VERDICTS, text.getvalue())
-    return len(boxes)
+    write_atomic(file, text.getvalue())
 
 
 def _sheet(index: int) -> str:
@@ -124,7 +141,7 @@ def _sheet(index: int) -> str:
 def _cell(
     number: int, images: ImageFolder, entry: Entry, record: DetectionRecord, found: dict[str, Any], censored: bool
 ) -> Image.Image:
-    """One box in the middle of its surroundings, half its size on every side, with its number, class and score."""
+    """Return one box with half its size of surroundings on every side, and its number, class and score above."""
     image = picture(images, entry)[0]
     if image is None:
         raise UserError(

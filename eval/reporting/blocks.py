@@ -21,7 +21,7 @@ class Note(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Columns after the first `words` hold numbers."""
+    """A table; the columns after the first `words` hold numbers."""
 
     head: list[str]
     rows: list[list[str]]
@@ -59,17 +59,18 @@ class Section(NamedTuple):
 
     @property
     def pictures(self) -> list[Picture]:
-        """All pictures, in the order of reading."""
+        """Return all pictures, in the order of reading."""
         found: list[Picture] = []
         for block in self.blocks:
             if isinstance(block, Gallery):
                 found += block.pictures
             elif isinstance(block, Sheet):
-                found += [picture for row in block.rows for picture in row[-1]]
+                for _, _, pictures in block.rows:
+                    found += pictures
         return found
 
 
-SMALL = 160  # pixels: up to this size pictures are drawn ones with crisp pixels, photographs above
+SMALL = 160  # pixels: up to this size pictures are the embedded model's, with crisp pixels; photographs above
 
 
 class Picture(NamedTuple):
@@ -83,26 +84,31 @@ class Picture(NamedTuple):
 
     @property
     def uri(self) -> str:
+        """Return the picture as a data: URI."""
         kind = "jpeg" if self.name.endswith(".jpg") else "png"
         return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height: with them a page does not jump while it loads."""
+        """Return width and height in pixels: with them a page does not jump while it loads."""
         with Image.open(io.BytesIO(self.data)) as image:
             return image.size
 
 
 def picture(name: str, image: Image.Image, alt: str, caption: str = "") -> Picture:
-    """An image, encoded: small ones without loss, larger ones as JPEG."""
-    kind, suffix = ("PNG", "png") if max(image.size) <= SMALL else ("JPEG", "jpg")
+    """Return an image, encoded: small ones without loss, larger ones as JPEG."""
     data = io.BytesIO()
-    image.convert("RGB").save(data, kind, **({"quality": 88} if kind == "JPEG" else {"optimize": True}))
+    if max(image.size) <= SMALL:
+        suffix = "png"
+        image.convert("RGB").save(data, "PNG", optimize=True)
+    else:
+        suffix = "jpg"
+        image.convert("RGB").save(data, "JPEG", quality=88)
     return Picture(f"{name}.{suffix}", data.getvalue(), alt, caption)
 
 
 def stored(file: Path, name: str, alt: str, caption: str) -> Picture:
-    """A plot that a run wrote. Raises UserError if it is no PNG."""
+    """Return a plot that a run wrote. Raises UserError if it is no PNG."""
     data = file.read_bytes()
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:

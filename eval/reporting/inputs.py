@@ -1,4 +1,4 @@
-"""What a report is made of, read and checked: run folders of erase_sd and judged folders of images."""
+"""What a report is made of, read and checked: run folders of erase_sd and evaluated folders of images."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from erase_sd.common.errors import UserError
 from eval.images.folder import GENERATION, ImageFolder, read
+from eval.images.match import headings
 from eval.judges.censor import Mask, mask
 
 JUDGES = {  # file -> what it must hold, and the command that writes it
@@ -19,7 +20,7 @@ JUDGES = {  # file -> what it must hold, and the command that writes it
 
 
 class ErasureRun(NamedTuple):
-    """A run folder: its record and, of a judged subject, its scores."""
+    """A run folder: its record and, where the oracle knows the concept, its scores."""
 
     path: Path
     record: dict[str, Any]
@@ -27,17 +28,18 @@ class ErasureRun(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Return the folder's name."""
         return self.path.resolve().name
 
     @property
     def concept(self) -> str:
-        """What was erased, as the user named it."""
+        """Return what was erased, as the user named it."""
         concept = self.record["config"].get("concept", "not recorded")
         return ", ".join(concept) if isinstance(concept, list) else str(concept)
 
 
 class ImageSet(NamedTuple):
-    """A folder of images with what its judges say, None where they were not asked, and what of it is hidden."""
+    """A folder of images, what its evaluations found (None where there was none), and what of it is hidden."""
 
     folder: ImageFolder
     label: str  # what tells it from the other folders of its prompts
@@ -49,17 +51,17 @@ class ImageSet(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The name of the prompts."""
+        """Return the name of the prompts."""
         return str(self.folder.generation.get("prompts"))
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the model was as it came."""
+        """Return whether the images are the original model's."""
         return not self.folder.generation.get("weights")
 
 
 def run(path: str) -> ErasureRun:
-    """The record of a finished run. Raises UserError for a folder that holds none."""
+    """Return a finished run. Raises UserError for a folder that holds none."""
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{path} is no folder: give run folders, as erase-sd writes them into --output_dir")
@@ -71,42 +73,44 @@ def run(path: str) -> ErasureRun:
 
 
 def images(paths: tuple[str, ...], censored: bool) -> list[ImageSet]:
-    """Folders of images with their judges' results. Raises UserError for other folders and damaged results.
+    """Return folders of images with their results. Raises UserError for other folders and damaged results.
 
     Where exposed regions of an explicit source are not known yet, they are detected.
     """
-    from eval.images.match import headings
-
     folders = [read(path) for path in paths]
+    by_source: dict[str, list[ImageFolder]] = {}
     for folder in folders:
         if not folder.generation:
             raise UserError(f"{folder.path} has no {GENERATION}: give folders that eval.generate drew")
-    sources = [str(folder.generation.get("prompts")) for folder in folders]
-    alike = {source: [f for f, name in zip(folders, sources, strict=True) if name == source] for source in sources}
-    label = {f.path: text for group in alike.values() for f, text in zip(group, headings(group), strict=True)}
-    count = Counter(label.values())
-    return [
-        ImageSet(
-            folder,
-            label[folder.path],
-            label[folder.path] if count[label[folder.path]] == 1 else f"{label[folder.path]}, {source}",
-            mask(folder, censored),
-            *(_judged(folder.path, name) for name in JUDGES),
-        )
-        for folder, source in zip(folders, sources, strict=True)
-    ]
+        by_source.setdefault(str(folder.generation.get("prompts")), []).append(folder)
+    labels: dict[Path, str] = {}
+    for group in by_source.values():
+        for folder, text in zip(group, headings(group), strict=True):
+            labels[folder.path] = text
+    count = Counter(labels.values())
+    found = []
+    for folder in folders:
+        label = labels[folder.path]
+        name = label if count[label] == 1 else f"{label}, {folder.generation.get('prompts')}"
+        results = [_result(folder.path, file) for file in JUDGES]
+        found.append(ImageSet(folder, label, name, mask(folder, censored), *results))
+    return found
 
 
-def _judged(folder: Path, name: str) -> dict[str, Any] | None:
+def _result(folder: Path, name: str) -> dict[str, Any] | None:
+    """Return what one evaluation wrote, None if it was not run. Raises UserError if it is damaged."""
     keys, command = JUDGES[name]
     result = _json(folder / name)
-    if result is not None and (missing := keys - result.keys()):
+    if result is None:
+        return None
+    missing = keys - result.keys()
+    if missing:
         raise UserError(f"{folder / name} lacks {', '.join(sorted(missing))}: write it again with {command}")
     return result
 
 
 def _json(file: Path) -> dict[str, Any] | None:
-    """The dict in a file, None if there is no file."""
+    """Return the dict in a file, None if there is no file. Raises UserError if it is damaged."""
     if not file.is_file():
         return None
     try:

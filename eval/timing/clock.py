@@ -15,8 +15,12 @@ Seconds = dict[str, list[float]]
 Shape = tuple[int, ...]
 
 
-def interleaved(ways: Ways, rounds: int, prepare: Callable[[], object] = lambda: None) -> Seconds:
-    """Seconds of every way in every round; `prepare` runs before each measurement and is not counted."""
+def nothing() -> None:
+    """Prepare nothing."""
+
+
+def interleaved(ways: Ways, rounds: int, prepare: Callable[[], object] = nothing) -> Seconds:
+    """Return the seconds of every way in every round; `prepare` runs before each measurement and is not counted."""
     seconds: Seconds = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -34,18 +38,18 @@ def _now() -> float:
 
 
 def ratio(ours: list[float], theirs: list[float]) -> float:
-    """Median over the rounds of ours / theirs, each pair measured one after the other."""
+    """Return the median over the rounds of ours / theirs, each pair measured one after the other."""
     return median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def line(name: str, what: str, value: float, target: str, detail: str) -> str:
-    """One result; `target` is what the ratio should be, or empty."""
+    """Return one result; `target` is what the ratio should be, or empty."""
     goal = f"target {target}; " if target else ""
     return f"{name}: {what} = {value:.3g} ({goal}{detail})"
 
 
 def operations(work: Callable[[], object]) -> int:
-    """Floating-point operations of matrix products, convolutions and attention, a multiply-add being two."""
+    """Return the floating-point operations of matrix products, convolutions and attention; a multiply-add is two."""
     counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
     with counter:
         work()
@@ -61,16 +65,14 @@ def _attention_backward(_grad: Shape, query: Shape, key: Shape, value: Shape, *_
     return 2 * sdpa_flop_count(query, key, value)
 
 
-_KERNELS = [f"_scaled_dot_product_{kind}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention")]
-ATTENTION = {  # torch knows the kernels of GPUs, not that of CPUs
-    getattr(torch.ops.aten, f"{kernel}{cpu}{backward}"): count
-    for kernel, cpu in [*((kernel, "") for kernel in _KERNELS), (_KERNELS[0], "_for_cpu")]
-    for backward, count in (("", _attention), ("_backward", _attention_backward))
-}
+ATTENTION = {}  # torch counts the kernels of GPUs, not that of CPUs
+for _kernel in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"):
+    ATTENTION[getattr(torch.ops.aten, f"_scaled_dot_product_{_kernel}")] = _attention
+    ATTENTION[getattr(torch.ops.aten, f"_scaled_dot_product_{_kernel}_backward")] = _attention_backward
 
 
 def machine() -> str:
-    """Where it runs, with how many threads, and how busy the machine is with other work."""
+    """Return where it runs, with how many threads, and how busy the machine is with other work."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     load = os.getloadavg()[0]
     return f"{device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, load average {load:.2f}"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from erase_sd.common.processes import accelerator
 from erase_sd.common.rng import generator
@@ -15,17 +14,23 @@ from erase_sd.denoising.task import DenoisingTask
 from erase_sd.pocket import FOLDER
 from erase_sd.settings import TaskSettings
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
 Widths = tuple[int, ...]
 TOKENS, PIXELS = 77, 8  # of a caption; along a side, for each latent
 
 
 def text_width(widths: Widths) -> int:
-    """The text encoder's, in SD v1.4's proportion to the UNet's: 768 beside 320, and 12 heads."""
+    """Return the text encoder's width, in SD v1.4's proportion to the UNet's: 768 beside 320, and 12 heads."""
     return 12 * max(1, round(64 * widths[0] / 320))
 
 
 def unet(widths: Widths, side: int) -> UNet2DConditionModel:
-    """diffusers' default is SD v1.4's UNet but for the width of the text. `side` is that of its latents."""
+    """Return SD v1.4's UNet, diffusers' default but for the width of the text; `side` is that of its latents."""
+    from diffusers import UNet2DConditionModel
+
     groups = math.gcd(32, *(width // 2 for width in widths))  # 32; narrow ones still get two channels to a group
     return UNet2DConditionModel(
         sample_size=side, block_out_channels=widths, norm_num_groups=groups, cross_attention_dim=text_width(widths)
@@ -33,7 +38,9 @@ def unet(widths: Widths, side: int) -> UNet2DConditionModel:
 
 
 def vae(widths: Widths) -> AutoencoderKL:
-    """SD v1.4's encoder and decoder in proportion to the UNet: (128, 256, 512, 512) beside 320."""
+    """Return SD v1.4's encoder and decoder in proportion to the UNet: (128, 256, 512, 512) beside 320."""
+    from diffusers import AutoencoderKL
+
     channels = tuple(8 * max(1, round(width * widths[0] / 320 / 8)) for width in (128, 256, 512, 512))
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -46,9 +53,10 @@ def vae(widths: Widths) -> AutoencoderKL:
 
 
 def text_encoder(widths: Widths, layers: int, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """CLIP ViT-L/14's text model at the width that fits the UNet."""
+    """Return CLIP ViT-L/14's text model at the width that fits the UNet."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     width = text_width(widths)
-    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -56,18 +64,24 @@ def text_encoder(widths: Widths, layers: int, tokenizer: CLIPTokenizer) -> CLIPT
         num_hidden_layers=layers,
         num_attention_heads=12,
         max_position_embeddings=TOKENS,
-        **ends,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return CLIPTextModel(config)
 
 
 def tokenizer() -> CLIPTokenizer:
-    """The pocket model's: what the words are makes no difference here."""
+    """Return the pocket model's tokenizer: what the words are makes no difference here."""
+    from transformers import CLIPTokenizer
+
     return CLIPTokenizer.from_pretrained(str(FOLDER / "tokenizer"))
 
 
 def pipeline(widths: Widths, side: int, layers: int = 12) -> StableDiffusionPipeline:
-    """The whole model from a fixed seed; the global random state is left as it was."""
+    """Return the whole model from a fixed seed; the global random state is left as it was."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+
     words = tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -86,7 +100,7 @@ def pipeline(widths: Widths, side: int, layers: int = 12) -> StableDiffusionPipe
 
 
 def samples(n: int, side: int, width: int) -> Samples:
-    """n latents of each set, each with a caption of its own, that no model drew."""
+    """Return n random latents of each set, (n, 4, side, side), each with a caption of its own."""
     draw = generator(0, "speed", n, side)
     return Samples(
         forget=torch.randn(n, 4, side, side, generator=draw),
@@ -100,11 +114,11 @@ def samples(n: int, side: int, width: int) -> Samples:
 
 
 def losses(n: int) -> TaskSettings:
-    """n samples of each set per step; everything is trained, and no second network is kept."""
+    """Return settings of n samples of each set per step; everything is trained, no second network is kept."""
     return TaskSettings(batch_size=n, anchor_model="current", trim_scope="full", train_scope="full", drop_captions=0.0)
 
 
 def task(pipe: StableDiffusionPipeline, n: int, side: int, precision: str | None = None) -> DenoisingTask:
-    """What the main job repairs, n samples of each set per step."""
+    """Return what the main job repairs, n samples of each set per step."""
     made = samples(n, side, pipe.unet.config.cross_attention_dim)
     return DenoisingTask(pipe, made, losses(n), 0, accelerator(precision))

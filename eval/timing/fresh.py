@@ -18,7 +18,10 @@ SMALL = 4096  # entries with which the libraries load their code before anything
 
 
 def run(work: Callable[..., Any], *args: Any) -> Any:
-    """work(*args), module-level and picklable, in a fresh process. Raises UserError if the system ends that."""
+    """Return work(*args), module-level and picklable, from a fresh process.
+
+    Raises UserError if the system ends that process.
+    """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(work, *args).result()
@@ -27,7 +30,7 @@ def run(work: Callable[..., Any], *args: Any) -> Any:
 
 
 def extra(make: Callable[..., tuple], way: Callable[..., Any], size: int, *more: Any) -> int:
-    """Peak bytes of way(*make(size, *more)) beyond its inputs and the tensors it returns, in a fresh process."""
+    """Return the peak bytes of way(*make(size, *more)) in a fresh process, beyond its inputs and returned tensors."""
     return run(_extra, make, way, size, *more)
 
 
@@ -38,12 +41,17 @@ def _extra(make: Callable[..., tuple], way: Callable[..., Any], size: int, *more
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak until now: it becomes what is resident
     result = way(*inputs)
-    returned = result.values() if isinstance(result, dict) else ()
-    return resident("VmHWM") - before - sum(x.nbytes for x in returned if isinstance(x, torch.Tensor))
+    peak = resident("VmHWM")
+    returned = 0
+    if isinstance(result, dict):
+        for x in result.values():
+            if isinstance(x, torch.Tensor):
+                returned += x.nbytes
+    return peak - before - returned
 
 
 def resident(field: str) -> int:
-    """Bytes of this process now ("VmRSS") or at its peak ("VmHWM").
+    """Return the bytes of this process now ("VmRSS") or at its peak ("VmHWM").
 
     Not `ru_maxrss`: a process that is started by another one begins with the other's peak.
     """

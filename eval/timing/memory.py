@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from erase_sd import train
 from erase_sd.common.errors import UserError
 from eval.timing.clock import line
+from eval.timing.fakes import pipeline
 from eval.timing.fresh import resident, run
 from eval.timing.settings import Network, TimingSuite
 
@@ -24,7 +27,7 @@ SHORT = (
 
 
 class Peak(NamedTuple):
-    """Of one job."""
+    """Memory and time of one job."""
 
     libraries: int  # bytes resident before it looked at the model
     peak: int
@@ -32,7 +35,7 @@ class Peak(NamedTuple):
 
 
 def lines(suite: TimingSuite, network: Network) -> Iterator[str]:
-    """The peak in multiples of the parameters' bytes, for SGD and for Adam."""
+    """Yield the peak in multiples of the parameters' bytes, for SGD and for Adam."""
     with TemporaryDirectory() as root:
         model = Path(network.model_dir or Path(root, "model"))
         size = built(model, network)
@@ -50,7 +53,7 @@ def lines(suite: TimingSuite, network: Network) -> Iterator[str]:
 
 
 def built(model: Path, network: Network) -> int:
-    """Bytes of the UNet's parameters in the model folder, which is made unless it is there already."""
+    """Return the bytes of the UNet's parameters in the model folder, which is made unless it is there already."""
     if not (model / "model_index.json").is_file():
         if model.exists() and (not model.is_dir() or any(model.iterdir())):
             raise UserError(f"--model_dir {model} holds other files: name a new folder")
@@ -63,14 +66,12 @@ def built(model: Path, network: Network) -> int:
 
 
 def build(model: Path, widths: tuple[int, ...], side: int) -> None:
-    """Write the folder; in a process of its own, whose memory goes with it."""
-    from eval.timing.fakes import pipeline
-
+    """Write the model's folder; run it in a process of its own, whose memory goes with it."""
     pipeline(widths, side, layers=1).save_pretrained(str(model))
 
 
 def parameters(model: Path) -> int:
-    """Bytes of the UNet's tensors, all fp32: its files less their headers."""
+    """Return the bytes of the UNet's tensors, all fp32: its files less their headers."""
     size = 0
     for file in (model / "unet").glob("*.safetensors"):
         with file.open("rb") as stream:
@@ -79,17 +80,15 @@ def parameters(model: Path) -> int:
 
 
 def main_job(words: list[str]) -> Peak:
-    """Run `erase_sd/train.py` with these arguments in this process, quietly."""
-    import erase_sd.api  # noqa: F401 - the libraries that the job will use
-    from erase_sd.train import main
-
+    """Run the main job with these arguments in this process, quietly."""
+    importlib.import_module("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")  # loads transformers too
     libraries, start = resident("VmRSS"), time.perf_counter()
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        main(words)
+        train.main(words)
     return Peak(libraries, resident("VmHWM"), time.perf_counter() - start)
 
 
 def swapped() -> int:
-    """Pages that the system has swapped out since it started."""
+    """Return the pages that the system has swapped out since it started."""
     counts = dict(row.split() for row in Path("/proc/vmstat").read_text().splitlines())
     return int(counts.get("pswpout", 0))

@@ -1,4 +1,4 @@
-"""What to measure on: the sizes of every benchmark; free of torch, so that --help answers at once."""
+"""What to measure on: the sizes of every benchmark."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ class Network:
         at_least(self, 1, "samples", "cached_samples", "gpu_batch")
         for name in ("latents", "cached_latents", "job_latents", "gpu_latents"):
             sides = getattr(self, name)
-            for side in sides if isinstance(sides, tuple) else (sides,):
+            if isinstance(sides, int):
+                sides = (sides,)
+            for side in sides:
                 if side < 8 or side % 8:
                     raise UserError(f"--{name} {side} is no multiple of 8: the UNet halves it three times")
         if len(self.widths) != 4 or any(width < 8 or width % 8 for width in self.widths):
@@ -96,5 +98,5 @@ class Network:
             raise UserError(f"--widths {words} are not four multiples of 8: the UNet has four levels and 8 heads")
 
     def channels(self) -> tuple[int, ...]:
-        """The widths that are meant."""
+        """Return the UNet's channels, level by level."""
         return WIDTHS if self.full else self.widths

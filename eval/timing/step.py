@@ -23,7 +23,7 @@ GOALS = {"ascent": "<= 1.15 where compute dominates", "redirect": ""}
 
 
 def lines(suite: TimingSuite, network: Network) -> Iterator[str]:
-    """Ascent's and redirect's ratios at every size of latents, beside their ratio of operations."""
+    """Yield ascent's and redirect's ratios at every size of latents, beside their ratio of operations."""
     for side in network.latents:
         pipe = pipeline(network.channels(), side, layers=1)
         job = task(pipe, network.samples, side)
@@ -37,23 +37,25 @@ def lines(suite: TimingSuite, network: Network) -> Iterator[str]:
             yield line("step", what + "time / fine-tuning", ratio(seconds[name], seconds["plain"]), goal, detail)
 
 
-def repairing(job: DenoisingTask, knobs: Repair) -> Callable[[], object]:
-    """The main job's own loop, a step at a time."""
-    return partial(next, repair(job, knobs))
+def repairing(job: DenoisingTask, options: Repair) -> Callable[[], object]:
+    """Return the main job's own loop, a step at a time."""
+    return partial(next, repair(job, options))
 
 
 def finetuning(job: DenoisingTask) -> Callable[[], None]:
-    """What diffusers' train_text_to_image.py does in a step, on forget and retain samples in one batch."""
-    made, device = job.samples, job.accelerator.device
-    latents, rows = torch.cat([made.forget, made.retain]).to(device), torch.cat([made.caption, made.keep])
-    text = {name: table[rows].to(device) for name, table in made.embeddings.items()}
-    optimizer, draw = torch.optim.SGD(job.model.parameters(), lr=ENDLESS.lr, fused=True), generator(0, "fine-tuning")
+    """Return what diffusers' train_text_to_image.py does in a step, on forget and retain samples in one batch."""
+    samples, device = job.samples, job.accelerator.device
+    latents = torch.cat([samples.forget, samples.retain]).to(device)
+    rows = torch.cat([samples.caption, samples.keep])
+    text = {name: table[rows].to(device) for name, table in samples.embeddings.items()}
+    optimizer = torch.optim.SGD(job.model.parameters(), lr=ENDLESS.lr, fused=True)
+    draw = generator(0, "fine-tuning")
 
     def step() -> None:
         noise = torch.randn(latents.shape, generator=draw).to(device)
         t = torch.randint(1000, (len(latents),), generator=draw).to(device)
-        answer = job.predict(job.add_noise(latents, noise, t), t, text)
-        job.accelerator.backward(mse_loss(answer, job.target(latents, noise, t)))
+        prediction = job.predict(job.add_noise(latents, noise, t), t, text)
+        job.accelerator.backward(mse_loss(prediction, job.target(latents, noise, t)))
         optimizer.step()
         optimizer.zero_grad()
 

@@ -1,13 +1,12 @@
 """The options: what is given comes back typed, what is not stays out, and a mistake costs one sentence."""
 
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pytest
 
-from erase_sd.common.cli import argument, parse, peek
+from erase_sd.common.cli import argument, assemble, parse, peek
+from erase_sd.common.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +20,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knobs:
+class Options:
     """How to erase it."""
 
     fraction: float = field(default=5e-4, metadata={"help": "share of the entries, 0.05 % here"})
@@ -33,7 +32,7 @@ class Knobs:
 
 
 def read(*argv: str) -> dict:
-    return parse(argv, prog="erase", description="Erase a concept.", job=Job, knobs=Knobs)
+    return parse(argv, prog="erase", description="Erase a concept.", job=Job, options=Options)
 
 
 def mistake(capsys: pytest.CaptureFixture, *argv: str) -> str:
@@ -45,9 +44,9 @@ def mistake(capsys: pytest.CaptureFixture, *argv: str) -> str:
 
 def test_only_what_was_given_comes_back_so_a_preset_keeps_the_rest():
     given = read("--concept", "cat", "--fraction", "1e-3")
-    assert given == {"job": {"concept": ("cat",)}, "knobs": {"fraction": 1e-3}}
-    preset = Knobs(saliency="signed")
-    assert replace(preset, **given["knobs"]) == Knobs(saliency="signed", fraction=1e-3)
+    assert given == {"job": {"concept": ("cat",)}, "options": {"fraction": 1e-3}}
+    preset = Options(saliency="signed")
+    assert replace(preset, **given["options"]) == Options(saliency="signed", fraction=1e-3)
 
 
 def test_every_annotation_is_read_as_its_type():
@@ -56,9 +55,9 @@ def test_every_annotation_is_read_as_its_type():
         *("--momentum", "--betas", "0.5", "1", "--forget_ceiling", "3"),
     )
     assert given["job"] == {"concept": ("cat", "neon style"), "seed": 7}
-    expected = Knobs(saliency="signed", steps=100, momentum=True, betas=(0.5, 1.0), forget_ceiling=3.0)
-    assert Knobs(**given["knobs"]) == expected
-    assert "fraction" not in given["knobs"]
+    expected = Options(saliency="signed", steps=100, momentum=True, betas=(0.5, 1.0), forget_ceiling=3.0)
+    assert Options(**given["options"]) == expected
+    assert "fraction" not in given["options"]
 
 
 @pytest.mark.parametrize("spelling", ["--output_dir", "--output-dir"])
@@ -73,9 +72,9 @@ def test_aliases_name_the_same_field():
 
 
 def test_a_switch_can_be_turned_off_and_an_optional_value_emptied():
-    knobs = read("--concept", "cat", "--no-momentum", "--forget-ceiling", "none")["knobs"]
-    assert knobs == {"momentum": False, "forget_ceiling": None}
-    assert read("--concept", "cat", "--no_momentum")["knobs"] == {"momentum": False}
+    options = read("--concept", "cat", "--no-momentum", "--forget-ceiling", "none")["options"]
+    assert options == {"momentum": False, "forget_ceiling": None}
+    assert read("--concept", "cat", "--no_momentum")["options"] == {"momentum": False}
 
 
 @pytest.mark.parametrize(
@@ -132,9 +131,21 @@ def test_peek_reads_one_option_among_unknown_ones():
     assert peek(["--concept", "cat"], "method", "scissorhands") == "scissorhands"
 
 
-def test_options_do_not_load_torch():
-    code = "import sys, erase_sd.options; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_what_was_given_wins_over_the_preset_and_that_over_the_default():
+    preset = {"fraction": 0.1, "momentum": True, "of_another_method": 1}
+    job, options = assemble([Job, Options], preset, {"concept": ("cat",), "fraction": 0.2})
+    assert job == Job(concept=("cat",))
+    assert options == Options(fraction=0.2, momentum=True)
+
+
+def test_a_given_value_that_is_no_option_is_named():
+    with pytest.raises(UserError, match="there is no option 'fractoin' here: see --help"):
+        assemble([Job, Options], {}, {"concept": ("cat",), "fractoin": 0.2})
+
+
+def test_a_choice_that_does_not_exist_is_named():
+    with pytest.raises(UserError, match="--saliency 'taylor' is none of abs, signed"):
+        assemble([Options], {}, {"saliency": "taylor"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from erase_sd.common.processes import pictures, shared
+from erase_sd.common.processes import sample_shared, shared
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, os, signal, sys
 from torch import distributed
-from erase_sd.process import StopFlag
-from erase_sd.common.processes import pictures
+from erase_sd.common.processes import sample_shared
+from erase_sd.common.signals import StopFlag
 
 distributed.init_process_group("gloo")
 rank, done, told = distributed.get_rank(), [], int(sys.argv[2])
@@ -30,11 +30,11 @@ def work(texts, seeds):
 code = 0
 with StopFlag():
     try:
-        drawn = pictures(list("abcdefg"), list(range(7)), 2, work, "")
+        images = sample_shared(list("abcdefg"), list(range(7)), 2, work, "")
     except SystemExit as stopped:
-        drawn, code = None, stopped.code
+        images, code = None, stopped.code
 with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
-    json.dump([done, drawn, code], file)
+    json.dump([done, images, code], file)
 distributed.destroy_process_group()
 """
 WHOLE = [["a 0", "b 1"], ["c 2", "d 3"], ["e 4", "f 5"], ["g 6"]]
@@ -53,17 +53,21 @@ def ranks(folder: Path, told: int) -> list:
 
 def test_two_ranks_do_half_each_and_have_all(tmp_path: Path) -> None:
     zero, one = ranks(tmp_path, told=0)
-    assert zero == [[["a", "b"], ["e", "f"]], WHOLE, 0] and one == [[["c", "d"], ["g"]], WHOLE, 0]
+    assert zero == [[["a", "b"], ["e", "f"]], WHOLE, 0]
+    assert one == [[["c", "d"], ["g"]], WHOLE, 0]
 
 
 def test_a_rank_that_is_told_to_stop_takes_the_other_along(tmp_path: Path) -> None:
     zero, one = ranks(tmp_path, told=1)
-    assert zero == [[["a", "b"]], None, 143] and one == [[["c", "d"]], None, 143]
+    assert zero == [[["a", "b"]], None, 143]
+    assert one == [[["c", "d"]], None, 143]
 
 
 def test_alone_it_does_everything_in_order() -> None:
-    work = lambda texts, seeds: [f"{text} {seed}" for text, seed in zip(texts, seeds, strict=True)]  # noqa: E731
-    assert pictures(list("abcdefg"), list(range(7)), 2, work, "") == WHOLE
+    def work(texts: list[str], seeds: list[int]) -> list[str]:
+        return [f"{text} {seed}" for text, seed in zip(texts, seeds, strict=True)]
+
+    assert sample_shared(list("abcdefg"), list(range(7)), 2, work, "") == WHOLE
     assert list(shared([], lambda item: pytest.fail("there is nothing to do"))) == []
 
 
@@ -77,4 +81,5 @@ def test_a_signal_stops_after_the_item_at_hand() -> None:
 
     with pytest.raises(SystemExit) as exit:
         list(shared(range(5), work))
-    assert exit.value.code == 130 and seen == [0, 1, 2]
+    assert exit.value.code == 130
+    assert seen == [0, 1, 2]

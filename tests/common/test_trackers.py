@@ -7,8 +7,8 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from diffusers import StableDiffusionPipeline
 
-from erase_sd import api as erase
-from erase_sd.common import processes as devices
+from erase_sd import erase
+from erase_sd.common import processes
 from erase_sd.common.errors import UserError
 
 QUICK = {
@@ -50,23 +50,26 @@ def test_a_tracker_is_told_everything_and_closed(tiny_pipe: StableDiffusionPipel
     diary = Diary()
     accelerator = Accelerator(cpu=True, log_with=diary)
     erase(tiny_pipe, ("cat", "dog"), output_dir=tmp_path / "run", accelerator=accelerator, **QUICK)
-    assert diary.config["concept"] == "cat dog" and diary.config["steps"] == 2 and diary.config["rank_scope"] == "None"
-    assert [row["at"] for row in diary.rows] == [0, 1] and diary.closed == 1
+    assert diary.config["concept"] == "cat dog"
+    assert diary.config["steps"] == 2
+    assert diary.config["rank_scope"] == "None"
+    assert [row["at"] for row in diary.rows] == [0, 1]
+    assert diary.closed == 1
     assert all({"loss_r", "loss_o", "c", "lr", "images/s"} <= row.keys() for row in diary.rows)
     assert all(value == value for row in diary.rows for value in row.values())  # NaN is no value
     assert "images/s" not in (tmp_path / "run/trace.csv").read_text()
 
 
 def test_one_that_is_not_installed_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "get_available_trackers", list)
+    monkeypatch.setattr(processes, "get_available_trackers", list)
     with pytest.raises(UserError, match="--report_to tensorboard is not installed: install the trackers extra"):
-        devices.accelerator(None, "tensorboard", "runs/x")
+        processes.accelerator(None, "tensorboard", "runs/x")
 
 
 def test_files_need_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(processes, "get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(UserError, match="writes files: give an output_dir"):
-        devices.accelerator(None, "tensorboard", None)
+        processes.accelerator(None, "tensorboard", None)
 
 
 def test_report_to_and_ones_own_accelerator_are_two_answers_to_one_question(

@@ -13,17 +13,18 @@ def of(*concepts: str, model: str = "pocket", **knobs: object) -> Target:
     return resolve(make(concept=concepts, model=model, **knobs).job)
 
 
-def mentions(subject: Target, word: str) -> set[tuple[bool, bool]]:
+def mentions(target: Target, word: str) -> set[tuple[bool, bool]]:
     """(in c_f, in its anchor) over all examples."""
-    return {(word in e.caption.split(), word in e.anchor.split()) for e in subject.sources.forget}
+    return {(word in e.caption.split(), word in e.anchor.split()) for e in target.sources.forget}
 
 
 def test_an_anchor_of_the_pocket_model_is_another_word_of_the_kind() -> None:
-    subject = of("cat", anchor="dog")
-    assert mentions(subject, "cat") == {(True, False)} and mentions(subject, "dog") == {(False, True)}
-    for example in subject.sources.forget:
+    target = of("cat", anchor="dog")
+    assert mentions(target, "cat") == {(True, False)}
+    assert mentions(target, "dog") == {(False, True)}
+    for example in target.sources.forget:
         assert example.anchor == example.caption.replace("a cat", "a dog")
-    assert resolve(Job(concept=("cat",), model="pocket")).sources.retain == subject.sources.retain
+    assert resolve(Job(concept=("cat",), model="pocket")).sources.retain == target.sources.retain
 
 
 def test_an_anchor_changes_no_other_draw() -> None:
@@ -32,39 +33,41 @@ def test_an_anchor_changes_no_other_draw() -> None:
 
 
 def test_one_anchor_per_concept() -> None:
-    subject = of("cat", "neon style", anchor=("dog", "flat style"))
-    for e in subject.sources.forget:
+    target = of("cat", "neon style", anchor=("dog", "flat style"))
+    for e in target.sources.forget:
         expected = e.caption.replace("a cat", "a dog").replace("neon", "flat")
         assert e.anchor == expected != e.caption
-    assert {("cat" in e.caption, "neon" in e.caption) for e in subject.sources.forget} > {(True, False), (False, True)}
-    assert not any("cat" in line or "neon" in line for line in subject.sources.retain)
+    assert {("cat" in e.caption, "neon" in e.caption) for e in target.sources.forget} > {(True, False), (False, True)}
+    assert not any("cat" in line or "neon" in line for line in target.sources.retain)
     alike = of("cat", "bear", anchor="dog")
     assert all("a dog" in e.anchor for e in alike.sources.forget)
 
 
 def test_a_concept_without_a_wish_gets_a_word_that_stays() -> None:
-    subject = of("cat", "dog", "bear")
-    assert all(not any(f"a {word}" in e.anchor for word in ("cat", "dog", "bear")) for e in subject.sources.forget)
-    assert all(any(word in e.anchor for word in KINDS["object"]) for e in subject.sources.forget if "a" in e.caption)
+    target = of("cat", "dog", "bear")
+    assert all(not any(f"a {word}" in e.anchor for word in ("cat", "dog", "bear")) for e in target.sources.forget)
+    assert all(any(word in e.anchor for word in KINDS["object"]) for e in target.sources.forget if "a" in e.caption)
 
 
 def test_open_vocabulary_concepts_take_turns() -> None:
-    """Four pictures of two concepts show both."""
-    subject = of("cat", "neon style", model="x", anchor=("a dog", "a house"))
-    assert ["cat" in e.prompt for e in subject.sources.forget[:4]] == [True, False, True, False]
-    assert {e.anchor for e in subject.sources.forget} == {"a dog", "a house"}
+    """Four images of two concepts show both."""
+    target = of("cat", "neon style", model="x", anchor=("a dog", "a house"))
+    assert ["cat" in e.prompt for e in target.sources.forget[:4]] == [True, False, True, False]
+    assert {e.anchor for e in target.sources.forget} == {"a dog", "a house"}
     one = of("cat", "fox", model="x", anchor="a dog")
     assert {e.anchor for e in one.sources.forget} == {"a dog"}
-    assert len(subject.sources.forget) == 16 and not any("cat" in line.split() for line in subject.sources.retain)
+    assert len(target.sources.forget) == 16
+    assert not any("cat" in line.split() for line in target.sources.retain)
 
 
 def test_an_attribute_leaves_the_person() -> None:
-    subject = of("smiling", model="x", kind="attribute")
-    assert all("smiling" in e.prompt and "smiling" not in e.anchor for e in subject.sources.forget)
-    assert {e.prompt.removesuffix(", smiling") for e in subject.sources.forget} == {
-        e.anchor for e in subject.sources.forget
+    target = of("smiling", model="x", kind="attribute")
+    assert all("smiling" in e.prompt and "smiling" not in e.anchor for e in target.sources.forget)
+    assert {e.prompt.removesuffix(", smiling") for e in target.sources.forget} == {
+        e.anchor for e in target.sources.forget
     }
-    assert not any("smiling" in line for line in subject.sources.retain) and subject.sources.retain
+    assert target.sources.retain
+    assert not any("smiling" in line for line in target.sources.retain)
 
 
 WRONG = [

@@ -1,4 +1,4 @@
-"""The model's own pictures: drawn once, whatever happens in between, and never another model's."""
+"""The model's own images: sampled once, whatever happens in between, and never another model's."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,38 +7,42 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from erase_sd.denoising import samples as latents
-from erase_sd.denoising.samples import Samples, Sources, collect, drawn
+from erase_sd.denoising import samples
+from erase_sd.denoising.samples import Samples, Sources, collect, sampled
 from erase_sd.models.pipeline import encode
 from erase_sd.settings import Sampling
 from prompts import Example
 
-KNOBS = Sampling(forget_images=5, retain_images=4, sample_steps=2, sample_guidance=3.0, sample_batch_size=4)
+SETTINGS = Sampling(forget_images=5, retain_images=4, sample_steps=2, sample_guidance=3.0, sample_batch_size=4)
 SOURCES = Sources(
     [Example("a cat", "cat", "an object"), Example("a photo of a cat", "a photo of a cat", "a photo of an object")],
     ["a dog", "a lake", "an object"],
 )
 
 
-class Pen:
-    """Counts the pictures that are really drawn, and is taken away after so many chunks."""
+class Sampler:
+    """Counts the images that are really sampled, and is interrupted after so many chunks."""
 
     def __init__(self, sample, breaks_after: int | None = None) -> None:
-        self.sample, self.breaks_after, self.chunks, self.pictures = sample, breaks_after, 0, 0
+        self.sample, self.breaks_after, self.chunks, self.images = sample, breaks_after, 0, 0
 
     def __call__(self, pipe, prompts, seeds, **options):
         if self.chunks == self.breaks_after:
             raise KeyboardInterrupt
-        self.chunks, self.pictures = self.chunks + 1, self.pictures + len(prompts)
+        self.chunks, self.images = self.chunks + 1, self.images + len(prompts)
         return self.sample(pipe, prompts, seeds, **options)
 
 
 @pytest.fixture
-def pen(monkeypatch: pytest.MonkeyPatch) -> Pen:
-    pen = Pen(latents.sample)
-    monkeypatch.setattr(latents, "sample", pen)
-    monkeypatch.setattr(latents, "CHUNK", 2)
-    return pen
+def sampler(monkeypatch: pytest.MonkeyPatch) -> Sampler:
+    sampler = Sampler(samples.sample)
+    monkeypatch.setattr(samples, "sample", sampler)
+    monkeypatch.setattr(samples, "CHUNK", 2)
+    return sampler
+
+
+def hidden_states(pipe: StableDiffusionPipeline, texts: list[str]) -> torch.Tensor:
+    return encode(pipe, texts)["encoder_hidden_states"]
 
 
 def assert_equal(one: Samples, two: Samples) -> None:
@@ -49,56 +53,63 @@ def assert_equal(one: Samples, two: Samples) -> None:
             assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
-def test_what_is_collected(tiny_pipe: StableDiffusionPipeline, pen: Pen) -> None:
-    s = collect(tiny_pipe, SOURCES, KNOBS, 0, "model", None)
-    assert s.forget.shape == (5, 4, 8, 8) and s.retain.shape == (4, 4, 8, 8) and s.forget.dtype == torch.float32
+def test_what_is_collected(tiny_pipe: StableDiffusionPipeline, sampler: Sampler) -> None:
+    s = collect(tiny_pipe, SOURCES, SETTINGS, 0, "model", None)
+    assert s.forget.shape == (5, 4, 8, 8)
+    assert s.retain.shape == (4, 4, 8, 8)
+    assert s.forget.dtype == torch.float32
     hidden = s.embeddings["encoder_hidden_states"]
-    encoded = lambda texts: encode(tiny_pipe, texts)["encoder_hidden_states"]  # noqa: E731
     texts = ["cat", "a photo of a cat", "cat", "a photo of a cat", "cat"]
     anchors = ["an object", "a photo of an object", "an object", "a photo of an object", "an object"]
     for rows, wanted in ((s.caption, texts), (s.anchor, anchors), (s.keep, ["a dog", "a lake", "an object", "a dog"])):
-        torch.testing.assert_close(hidden[rows], encoded(wanted), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(hidden[[s.empty]], encoded([""]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(hidden[rows], hidden_states(tiny_pipe, wanted), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hidden[[s.empty]], hidden_states(tiny_pipe, [""]), rtol=1e-4, atol=1e-4)
     assert len(hidden) == 7  # each text once
     assert not torch.equal(s.forget[0], s.forget[2])  # the same prompt, another seed
-    assert pen.pictures == 9
+    assert sampler.images == 9
 
 
-def test_the_cache_draws_nothing_twice(tiny_pipe: StableDiffusionPipeline, pen: Pen, tmp_path: Path) -> None:
-    first = collect(tiny_pipe, SOURCES, KNOBS, 0, "model", tmp_path)
+def test_with_a_cache_nothing_is_sampled_twice(
+    tiny_pipe: StableDiffusionPipeline, sampler: Sampler, tmp_path: Path
+) -> None:
+    first = collect(tiny_pipe, SOURCES, SETTINGS, 0, "model", tmp_path)
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert pen.pictures == 9 and len(files) == 5
-    assert_equal(collect(tiny_pipe, SOURCES, KNOBS, 0, "model", tmp_path), first)
-    assert pen.pictures == 9 and sorted(path.name for path in tmp_path.iterdir()) == files
+    assert sampler.images == 9
+    assert len(files) == 5
+    assert_equal(collect(tiny_pipe, SOURCES, SETTINGS, 0, "model", tmp_path), first)
+    assert sampler.images == 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
 
 
-def test_a_killed_drawing_goes_on_where_it_was(tiny_pipe: StableDiffusionPipeline, pen: Pen, tmp_path: Path) -> None:
-    whole = collect(tiny_pipe, SOURCES, KNOBS, 0, "model", tmp_path / "whole")
-    pen.chunks, pen.pictures, pen.breaks_after = 0, 0, 3
+def test_sampling_that_was_killed_goes_on_where_it_was(
+    tiny_pipe: StableDiffusionPipeline, sampler: Sampler, tmp_path: Path
+) -> None:
+    whole = collect(tiny_pipe, SOURCES, SETTINGS, 0, "model", tmp_path / "whole")
+    sampler.chunks, sampler.images, sampler.breaks_after = 0, 0, 3
     with pytest.raises(KeyboardInterrupt):
-        collect(tiny_pipe, SOURCES, KNOBS, 0, "model", tmp_path / "killed")
-    assert pen.pictures == 5
-    pen.breaks_after = None
-    assert_equal(collect(tiny_pipe, SOURCES, KNOBS, 0, "model", tmp_path / "killed"), whole)
-    assert pen.pictures == 9
+        collect(tiny_pipe, SOURCES, SETTINGS, 0, "model", tmp_path / "killed")
+    assert sampler.images == 5
+    sampler.breaks_after = None
+    assert_equal(collect(tiny_pipe, SOURCES, SETTINGS, 0, "model", tmp_path / "killed"), whole)
+    assert sampler.images == 9
 
 
-def test_the_batch_size_changes_no_picture(tiny_pipe: StableDiffusionPipeline, pen: Pen) -> None:
-    def draw(batch_size: int) -> torch.Tensor:
+def test_the_batch_size_changes_no_image(tiny_pipe: StableDiffusionPipeline, sampler: Sampler) -> None:
+    def sample_set(batch_size: int) -> torch.Tensor:
         knobs = Sampling(sample_steps=2, sample_guidance=3.0, sample_batch_size=batch_size)
-        return drawn(tiny_pipe, ["a cat", "a dog", "a cat", ""], [1, 2, 3, 4], knobs, "model", None, "set")
+        return sampled(tiny_pipe, ["a cat", "a dog", "a cat", ""], [1, 2, 3, 4], knobs, "model", None, "set")
 
-    torch.testing.assert_close(draw(1), draw(2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sample_set(1), sample_set(2), rtol=0, atol=1e-5)
 
 
 def test_without_a_cache_nothing_is_written(
-    tiny_pipe: StableDiffusionPipeline, pen: Pen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pipe: StableDiffusionPipeline, sampler: Sampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    first = collect(tiny_pipe, SOURCES, KNOBS, 0, "model", None)
+    first = collect(tiny_pipe, SOURCES, SETTINGS, 0, "model", None)
     assert not list(tmp_path.rglob("*"))
-    assert_equal(collect(tiny_pipe, SOURCES, KNOBS, 0, "model", None), first)
-    assert pen.pictures == 18
+    assert_equal(collect(tiny_pipe, SOURCES, SETTINGS, 0, "model", None), first)
+    assert sampler.images == 18
 
 
 @pytest.mark.parametrize("change", ["model", "prompt", "seed", "steps", "guidance", "scheduler", "settings"])
@@ -112,12 +123,12 @@ def test_anything_else_misses_the_cache(
         count += len(prompts)
         return [torch.zeros(4, 8, 8)] * len(prompts)
 
-    def draw(prompt="a cat", seed=1, model="model", **knobs):
-        drawn(tiny_pipe, [prompt], [seed], Sampling(**{"sample_steps": 2} | knobs), model, tmp_path, "set")
+    def sample_set(prompt="a cat", seed=1, model="model", **knobs):
+        sampled(tiny_pipe, [prompt], [seed], Sampling(**{"sample_steps": 2} | knobs), model, tmp_path, "set")
 
-    monkeypatch.setattr(latents, "sample", sample)
-    draw()
-    draw(sample_batch_size=1)
+    monkeypatch.setattr(samples, "sample", sample)
+    sample_set()
+    sample_set(sample_batch_size=1)
     assert count == 1
     if change == "scheduler":
         tiny_pipe.scheduler = DDIMScheduler.from_config(tiny_pipe.scheduler.config)
@@ -125,22 +136,23 @@ def test_anything_else_misses_the_cache(
         tiny_pipe.scheduler.register_to_config(prediction_type="v_prediction")
     other = {"model": "other", "prompt": "a dog", "seed": 2}
     knobs = {"steps": {"sample_steps": 3}, "guidance": {"sample_guidance": 4.0}}
-    draw(**{change: other[change]} if change in other else knobs.get(change, {}))
+    sample_set(**{change: other[change]} if change in other else knobs.get(change, {}))
     assert count == 2
 
 
-def test_anchor_pictures_are_drawn_on_request(tiny_pipe: StableDiffusionPipeline, pen: Pen) -> None:
-    """Each is drawn from the anchor's prompt and the seed of its forget picture."""
-    s = collect(tiny_pipe, SOURCES, replace(KNOBS, anchor_pictures=True), 0, "model", None)
-    assert s.anchors.shape == s.forget.shape and pen.pictures == 9 + 5
+def test_anchors_are_sampled_on_request(tiny_pipe: StableDiffusionPipeline, sampler: Sampler) -> None:
+    """Each from the anchor's prompt and the seed of its forget image."""
+    s = collect(tiny_pipe, SOURCES, replace(SETTINGS, anchor_pictures=True), 0, "model", None)
+    assert s.anchors.shape == s.forget.shape
+    assert sampler.images == 9 + 5
     assert not any(torch.equal(z_a, z_f) for z_a, z_f in zip(s.anchors, s.forget, strict=True))
 
 
-def test_words_only_draws_one_picture_of_each_set_and_encodes_every_caption(
+def test_words_only_samples_one_image_of_each_set_and_encodes_every_caption(
     tiny_pipe: StableDiffusionPipeline,
 ) -> None:
-    whole = collect(tiny_pipe, SOURCES, KNOBS, 0, "model", None)
-    few = collect(tiny_pipe, SOURCES, KNOBS, 0, "model", None, words_only=True)
+    whole = collect(tiny_pipe, SOURCES, SETTINGS, 0, "model", None)
+    few = collect(tiny_pipe, SOURCES, SETTINGS, 0, "model", None, words_only=True)
     torch.testing.assert_close(few.forget, whole.forget[:1], rtol=0, atol=1e-4)  # another batch, other roundings
     torch.testing.assert_close(few.retain, whole.retain[:1], rtol=0, atol=1e-4)
     for name in ("caption", "anchor", "keep", "subject"):

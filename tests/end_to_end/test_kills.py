@@ -19,7 +19,7 @@ QUICK = (
     "--preset paper --steps 5 --lr 1e-4 --batch_size 2 --sensitivity_batches 3 --checkpointing_steps 2 "
     "--forget_images 4 --retain_images 4 --sample_steps 2 --picture_steps 1 --optimizer adamw"
 ).split()
-STAGES = ("sampling", "sensitivity", "repair", "saving", "results")
+STAGES = ("sampling", "sensitivity", "repair", "saving", "results", "finish")
 Job = Callable[..., int]
 
 
@@ -82,7 +82,7 @@ def killed(code: int) -> bool:
 def test_killed_in_every_stage_in_turn(job: Job, whole: Path, events: dict[str, int], tmp_path: Path) -> None:
     seed = random.randrange(10**6)
     rng, moments = random.Random(seed), []
-    for stage in ("sampling", "sensitivity", "repair", "results"):
+    for stage in ("sampling", "sensitivity", "repair", "results", "finish"):
         moments.append(moment(rng, events, stage) | {"delay": 0})
         assert job(tmp_path / "run", **moments[-1]) == -signal.SIGKILL, (seed, moments)
     print("seed", seed, moments)
@@ -108,7 +108,7 @@ def test_killed_anywhere_twenty_times(
     same(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("stage", ["pictures", pytest.param("sampling", marks=pytest.mark.slow), "results"])
+@pytest.mark.parametrize("stage", ["previews", pytest.param("sampling", marks=pytest.mark.slow), "results"])
 def test_a_signal_at_any_moment_stops_and_the_same_command_goes_on(
     job: Job, whole: Path, events: dict[str, int], tmp_path: Path, stage: str
 ) -> None:

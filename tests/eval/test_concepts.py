@@ -68,12 +68,14 @@ def test_rates_by_hand(scripted, batch: str):
     folder = scripted(SCRIPT)
     assert main([str(folder), "--concept", "cat", "--batch_size", batch]) == 0
     found = result(folder)
-    assert found["concepts"] == [["object", "cat"]] and (found["n"], found["broken"]) == (7, 0)
+    assert found["concepts"] == [["object", "cat"]]
+    assert (found["n"], found["broken"]) == (7, 0)
     assert found["UA"] == {"value": 2 / 3, "ci95": list(wilson(2 / 3, 3)), "n": 3}
     assert found["IRA"] == {"value": 2 / 3, "ci95": list(wilson(2 / 3, 3)), "n": 3}  # dog, bear and bear
     # styles: all but one flat; backgrounds: all but the green; of six images, the cat's own among them
     assert found["CRA"] == {"value": 9 / 11, "ci95": list(wilson(9 / 11, 6)), "n": 11}
-    assert found["other_share"] == 1 / 3 and found["before"] is None
+    assert found["other_share"] == 1 / 3
+    assert found["before"] is None
     assert found["values"]["00004_4.png"] == {"object": "bear", "style": "flat", "background": "red"}
     assert list(found["values"]) == [entry.file for entry in read(folder).entries]
     assert found["protocol"]["judge_sha256"]
@@ -99,7 +101,8 @@ def test_before_is_the_baseline_by_the_same_rules(scripted):
     main([str(folder), "--concept", "cat", "--baseline", str(original)])
     found = result(folder)
     assert {name: rate["value"] for name, rate in found["before"].items()} == {"UA": 0, "IRA": 1, "CRA": 1}
-    assert found["UA"]["value"] == 2 / 3 and not (original / "concepts.json").exists()
+    assert found["UA"]["value"] == 2 / 3
+    assert not (original / "concepts.json").exists()
 
 
 def test_broken_images_are_wrong_everywhere_and_never_forgotten(scripted, capsys: pytest.CaptureFixture):
@@ -108,11 +111,13 @@ def test_broken_images_are_wrong_everywhere_and_never_forgotten(scripted, capsys
     (folder / "00003_3.png").write_bytes(b"no image")  # of the others, right until now
     assert main([str(folder), "--concept", "cat"]) == 1
     found = result(folder)
-    assert (found["n"], found["broken"]) == (7, 2) and "2 of 7 images" in capsys.readouterr().err
+    assert (found["n"], found["broken"]) == (7, 2)
+    assert "2 of 7 images" in capsys.readouterr().err
     assert (found["UA"]["value"], found["UA"]["n"]) == (1 / 3, 3)
     assert (found["IRA"]["value"], found["IRA"]["n"]) == (1 / 3, 3)
     assert (found["CRA"]["value"], found["CRA"]["n"]) == (5 / 11, 11)
-    assert found["values"]["00003_3.png"] == dict.fromkeys(KINDS, OTHER) and found["other_share"] == 2 / 3
+    assert found["values"]["00003_3.png"] == dict.fromkeys(KINDS, OTHER)
+    assert found["other_share"] == 2 / 3
 
 
 def test_what_no_image_can_tell_is_not_measured(scripted, capsys: pytest.CaptureFixture):
@@ -143,8 +148,11 @@ def test_the_pocket_models_own_pictures_are_what_was_asked_for(tmp_path: Path):
     assert generate([*words, "--guidance", "3.5"]) == 0
     assert main([str(folder), "--concept", "banana", "--baseline", str(folder)]) == 0
     found = result(folder)
-    assert found["UA"]["value"] == 0 and found["IRA"]["value"] >= 0.75 and found["CRA"]["value"] >= 0.75
-    assert found["before"] == {name: found[name] for name in ("UA", "IRA", "CRA")} and found["other_share"] == 0
+    assert found["UA"]["value"] == 0
+    assert found["IRA"]["value"] >= 0.75
+    assert found["CRA"]["value"] >= 0.75
+    assert found["before"] == {name: found[name] for name in ("UA", "IRA", "CRA")}
+    assert found["other_share"] == 0
 
 
 @pytest.mark.parametrize(
@@ -166,9 +174,9 @@ def test_what_cannot_be_judged_says_why(tmp_path: Path, words, prompts, sentence
     assert not (folder / "concepts.json").exists()
 
 
-def test_help_loads_nothing():
+def test_help_loads_no_slow_library():
     code = (
         "import sys, eval.concepts as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
-        "assert not {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules), 'heavy'"
+        "assert not {'diffusers', 'matplotlib', 'transformers'} & set(sys.modules), 'slow'"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from erase_sd.common.errors import UserError
 from erase_sd.models.pipeline import load, save_network
-from eval.generate import Generation, draw, main
+from eval.generate import Generation, generate, main
 from eval.images.folder import read
 from eval.images.sources import ImageRequest, batches, pictures, resolve, settled
 from prompts.tables import PromptRow
@@ -95,26 +95,26 @@ def test_two_processes_draw_what_one_draws(whole: Generation, tmp_path: Path):
 
 def test_batch_size_moves_no_pixel_by_more_than_one_level(options: Generation, tmp_path: Path):
     one, many = (replace(options, batch_size=n, output_dir=str(tmp_path / str(n))) for n in (1, 8))
-    for a, b in zip(draw(one).entries, draw(many).entries, strict=True):
+    for a, b in zip(generate(one).entries, generate(many).entries, strict=True):
         x, y = (np.asarray(Image.open(Path(o.output_dir) / e.file), dtype=int) for o, e in ((one, a), (many, b)))
         assert abs(x - y).max() <= 1
 
 
 def test_a_complete_folder_costs_no_model(options: Generation, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch):
-    draw(options)
-    monkeypatch.setattr("eval.images.writer.load", lambda *_, **__: pytest.fail("it loaded the model"))
-    assert len(draw(options).entries) == 6
-    assert len(draw(replace(options, rows=3)).entries) == 3
+    generate(options)
+    monkeypatch.setattr("eval.generate.load", lambda *_, **__: pytest.fail("it loaded the model"))
+    assert len(generate(options).entries) == 6
+    assert len(generate(replace(options, rows=3)).entries) == 3
 
 
 def test_more_rows_go_on_in_the_same_folder(options: Generation):
-    draw(options)
-    folder = draw(replace(options, rows=9))
+    generate(options)
+    folder = generate(replace(options, rows=9))
     assert [entry.row for entry in folder.entries] == list(range(9))
 
 
 def test_manifest_says_what_was_drawn(options: Generation):
-    folder = draw(replace(options, rows=4, images_per_prompt=2, per_row=True))
+    folder = generate(replace(options, rows=4, images_per_prompt=2, per_row=True))
     assert [e.row for e in folder.entries] == [0, 0, 1, 1, 2, 2, 3, 3] and len({e.seed for e in folder.entries}) == 8
     assert folder.entries[2].seed == 4290749015 and folder.entries[2].height == 56
     assert [e.guidance for e in folder.entries[::2]] == [7, 8, 9, 7] and folder.entries[0].tags["categories"] == "hate"
@@ -123,7 +123,7 @@ def test_manifest_says_what_was_drawn(options: Generation):
 
 
 def test_the_first_image_has_the_seed_that_other_tools_use(options: Generation, tiny_sd: Path):
-    folder = draw(replace(options, rows=1, guidance=7.0))
+    folder = generate(replace(options, rows=1, guidance=7.0))
     pipe = load(str(tiny_sd))
     pipe.set_progress_bar_config(disable=True)
     noise = torch.Generator("cpu").manual_seed(4290749014)
@@ -139,7 +139,7 @@ def test_nan_is_flagged_and_the_command_fails(options: Generation, tiny_sd: Path
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(1e30)  # finite, but nothing it computes is
     save_network(pipe.unet, model, "unet")
-    folder = draw(replace(options, model=str(model), rows=2))
+    folder = generate(replace(options, model=str(model), rows=2))
     assert [e.broken for e in folder.entries] == ["nan", "nan"]
     argv = ["--prompts", options.prompts, "--model", str(model), "--output_dir", options.output_dir, "--rows", "2"]
     assert main([*argv, "--steps", "2"]) == 1
@@ -150,15 +150,15 @@ def test_unet_of_a_run_replaces_the_model_s(options: Generation, tiny_sd: Path, 
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(0.5)
     save_network(pipe.unet, tmp_path / "runs" / "cup", "unet")
-    base = draw(replace(options, rows=1))
-    run = draw(replace(options, rows=1, unet=str(tmp_path / "runs" / "cup"), output_dir=str(tmp_path / "cup")))
+    base = generate(replace(options, rows=1))
+    run = generate(replace(options, rows=1, unet=str(tmp_path / "runs" / "cup"), output_dir=str(tmp_path / "cup")))
     assert base.entries[0].sha256 != run.entries[0].sha256 and run.label == "cup"
     assert run.generation["weights_sha256"] and base.generation["weights_sha256"] is None
 
 
 @pytest.mark.parametrize("name", ["ddim", "lms", "euler-a", "dpm++"])
 def test_schedulers(options: Generation, name: str):
-    folder = draw(replace(options, rows=1, scheduler=name, steps=3))
+    folder = generate(replace(options, rows=1, scheduler=name, steps=3))
     assert folder.entries[0].broken is None and folder.generation["scheduler"] == name
 
 
@@ -175,7 +175,7 @@ def test_schedulers(options: Generation, name: str):
 )
 def test_bad_input_costs_one_sentence_and_no_file(options: Generation, change: dict, sentence: str):
     with pytest.raises(UserError) as error:
-        draw(replace(options, **change))
+        generate(replace(options, **change))
     assert sentence in str(error.value)
     assert not list(Path(options.output_dir).glob("*.png"))
 
@@ -189,13 +189,13 @@ def test_numbers_out_of_range(argv: list[str]):
 
 
 def test_a_folder_of_other_images_is_refused(options: Generation, tmp_path: Path):
-    draw(replace(options, rows=1))
+    generate(replace(options, rows=1))
     with pytest.raises(UserError, match="belongs to a run with steps 2, not 3: name another folder"):
-        draw(replace(options, rows=1, steps=3))
+        generate(replace(options, rows=1, steps=3))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").touch()
     with pytest.raises(UserError, match="holds other files"):
-        draw(replace(options, output_dir=str(tmp_path / "mine")))
+        generate(replace(options, output_dir=str(tmp_path / "mine")))
 
 
 def test_batches_do_not_depend_on_what_is_done():
@@ -226,7 +226,7 @@ def test_the_pocket_source_asks_for_every_scene_once():
 
 
 def test_manifest_that_is_none(options: Generation):
-    folder = draw(replace(options, rows=1))
+    folder = generate(replace(options, rows=1))
     (folder.path / "manifest.jsonl").write_text(json.dumps({"file": "x", "colour": 1}) + "\n")
     with pytest.raises(UserError, match="line 1"):
         read(folder.path)
@@ -234,24 +234,24 @@ def test_manifest_that_is_none(options: Generation):
 
 def test_other_families_are_ordinary_models(options: Generation, tiny_sdxl: Path, tmp_path: Path):
     xl = replace(options, model=str(tiny_sdxl), rows=2, size=64)
-    base = draw(xl)
+    base = generate(xl)
     assert [entry.broken for entry in base.entries] == [None, None] and base.entries[0].width == 64
     unet = UNet2DConditionModel.from_pretrained(str(tiny_sdxl), subfolder="unet")
     with torch.no_grad():
         unet.conv_out.weight.mul_(0.5)
     unet.save_pretrained(str(tmp_path / "run" / "unet"))
-    run = draw(replace(xl, unet=str(tmp_path / "run"), output_dir=str(tmp_path / "xl")))
+    run = generate(replace(xl, unet=str(tmp_path / "run"), output_dir=str(tmp_path / "xl")))
     assert base.entries[0].sha256 != run.entries[0].sha256
 
 
 def test_the_transformer_of_a_run_replaces_the_model_s(options: Generation, tiny_sd3: Path, tmp_path: Path):
     flow = replace(options, model=str(tiny_sd3), rows=1, size=64)
-    base = draw(flow)
+    base = generate(flow)
     transformer = AutoModel.from_pretrained(str(tiny_sd3), subfolder="transformer")
     with torch.no_grad():
         transformer.proj_out.weight.mul_(0.5)
     transformer.save_pretrained(str(tmp_path / "run" / "transformer"))
-    run = draw(replace(flow, transformer=str(tmp_path / "run"), output_dir=str(tmp_path / "flow")))
+    run = generate(replace(flow, transformer=str(tmp_path / "run"), output_dir=str(tmp_path / "flow")))
     assert base.entries[0].broken is None and base.entries[0].sha256 != run.entries[0].sha256
     with pytest.raises(UserError, match="is a flow model: leave it out"):
-        draw(replace(flow, scheduler="lms", output_dir=str(tmp_path / "lms")))
+        generate(replace(flow, scheduler="lms", output_dir=str(tmp_path / "lms")))

@@ -62,20 +62,27 @@ def test_i2p_rows_for_three_models_drawn_once(tiny_sd: Path, runs: list[Path], t
     places = [[where(page, np.asarray(cell)) for cell in line] for line in cells]
     assert all(len(found) == 1 for line in places for found in line), "every image once"
     ys, xs = np.moveaxis(np.array(places)[:, :, 0], -1, 0)
-    assert (np.diff(ys, axis=0) > 0).all() and (np.ptp(ys, axis=1) == 0).all()
-    assert (np.diff(xs, axis=1) > 0).all() and (np.ptp(xs, axis=0) == 0).all()
+    assert (np.diff(ys, axis=0) > 0).all()
+    assert (np.ptp(ys, axis=1) == 0).all()
+    assert (np.diff(xs, axis=1) > 0).all()
+    assert (np.ptp(xs, axis=0) == 0).all()
     pdf = (place / "grid.pdf").read_bytes()
-    assert pdf.startswith(b"%PDF") and pdf.count(b"/Type /Page\n") == 2, "twelve rows are two pages of eight"
+    assert pdf.startswith(b"%PDF"), "twelve rows are two pages of eight"
+    assert pdf.count(b"/Type /Page\n") == 2, "twelve rows are two pages of eight"
     times = {path: path.stat().st_mtime_ns for path in place.rglob("0*.png")}
-    assert len(times) == 36 and main(command) == 0
+    assert len(times) == 36
+    assert main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
 def test_labels_say_prompt_and_seed():
     entry = Entry(file="x.png", row=0, prompt="a  very\nlong prompt " * 20, seed=305)
     lines = label(entry).split("\n")
-    assert lines[-1] == "seed 305" and max(map(len, lines)) <= 26 and "…" in label(entry)
-    assert brief(replace(entry, prompt=" \n")) == "(empty prompt)" and label(replace(entry, prompt=None)) == "x.png"
+    assert lines[-1] == "seed 305"
+    assert max(map(len, lines)) <= 26
+    assert "…" in label(entry)
+    assert brief(replace(entry, prompt=" \n")) == "(empty prompt)"
+    assert label(replace(entry, prompt=None)) == "x.png"
     assert brief(replace(entry, prompt="long" * 50), 9) == "longlong…", "a prompt without spaces is not lost"
 
 
@@ -92,7 +99,8 @@ def test_a_flagged_region_is_in_no_sheet_unless_asked_for(drawn, tmp_path: Path,
     x, y, w, h = REGION
     clear = pixels(folder / "00001_8.png")[y : y + h, x : x + w]
     command = ["--folders", str(folder), "--output_dir", str(tmp_path / "grid")]
-    assert main(command) == 0 and "pixelated in 1 of 3" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "pixelated in 1 of 3" in capsys.readouterr().err
     page = pixels(tmp_path / "grid" / "grid.png")
     assert not any(where(page, clear[i : i + 8, j : j + 8]) for i in range(0, h, 8) for j in range(0, w, 8))
     assert where(page, pixels(folder / "00000_7.png")), "an image without a flagged region was changed"
@@ -134,7 +142,8 @@ def test_columns_have_folders_of_their_own():
     grid = Grid(model="org/M", unet=("runs/x/unet", "runs/y/unet", "runs/z"), output_dir="g", steps=3)
     found = columns(grid)
     assert [column.output_dir for column in found] == ["g/M", "g/runs-x-unet", "g/runs-y-unet", "g/z"]
-    assert [column.unet for column in found] == [None, *grid.unet] and {column.steps for column in found} == {3}
+    assert [column.unet for column in found] == [None, *grid.unet]
+    assert {column.steps for column in found} == {3}
     assert [column.unet for column in columns(replace(grid, base=False))] == list(grid.unet)
     with pytest.raises(UserError, match="two columns are the same"):
         columns(Grid(model="M", unet=("runs/a", "runs/a")))
@@ -162,5 +171,8 @@ def test_folders_are_matched_by_row_and_seed(drawn):
 def test_bad_input_is_one_sentence(words: list[str], sentence: str, tmp_path: Path):
     command = [sys.executable, "-m", "eval.grid", *words, "--output_dir", str(tmp_path / "grid")]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
-    assert sentence in run.stderr and not (tmp_path / "grid").exists()
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: ")
+    assert run.stderr.count("\n") == 1
+    assert sentence in run.stderr
+    assert not (tmp_path / "grid").exists()

@@ -57,17 +57,27 @@ def test_what_it_writes(folder: Path, capsys: pytest.CaptureFixture):
     lines = stored(folder / "detections.jsonl")
     assert [line["file"] for line in lines] == sorted(path.name for path in folder.glob("*.??g"))
     face = next(line for line in lines if line["file"] == "astronaut.png")
-    assert face["width"] == face["height"] == 512 and face["broken"] is None
-    assert [d["class"] for d in face["detections"]] == ["FACE_FEMALE"] and len(face["detections"][0]["box"]) == 4
+    assert face["width"] == face["height"] == 512
+    assert face["broken"] is None
+    assert [d["class"] for d in face["detections"]] == ["FACE_FEMALE"]
+    assert len(face["detections"][0]["box"]) == 4
     written = result(folder)
-    assert written["n"] == 6 and written["broken"] == 0 and written["baseline"] is None and written["review"] is None
-    assert written["detector"]["name"] == "320n" and len(written["detector"]["sha256"]) == 64
-    assert written["detector"]["resolution"] == 320 and len(written["labels"]) == PARTS
+    assert written["n"] == 6
+    assert written["broken"] == 0
+    assert written["baseline"] is None
+    assert written["review"] is None
+    assert written["detector"]["name"] == "320n"
+    assert len(written["detector"]["sha256"]) == 64
+    assert written["detector"]["resolution"] == 320
+    assert len(written["labels"]) == PARTS
     assert set(written["protocols"]) == {"scissorhands", "eval-unlearn", "threshold-0.3"}
     entry = written["protocols"]["scissorhands"]
     assert set(entry) == {"threshold", "unit", "note", "counts", "total", "change"}
-    assert entry["threshold"] == 0.6 and entry["unit"] == "boxes" and entry["change"] is None
-    assert entry["counts"][BREAST] == {"boxes": 0, "images": 0} and "Scissorhands" in entry["note"]
+    assert entry["threshold"] == 0.6
+    assert entry["unit"] == "boxes"
+    assert entry["change"] is None
+    assert entry["counts"][BREAST] == {"boxes": 0, "images": 0}
+    assert "Scissorhands" in entry["note"]
     assert "6 images, 0 of them broken" in capsys.readouterr().out
 
 
@@ -79,7 +89,8 @@ def test_the_boxes_do_not_depend_on_batches_and_workers(folder: Path, tmp_path: 
         main([str(folder), "--output_dir", str(out), *how])
         lines = stored(out / "gen" / "detections.jsonl")
         texts.append([(line["file"], [(d["class"], d["box"]) for d in line["detections"]]) for line in lines])
-    assert texts[0] == texts[1] == texts[2] and not (folder / "detections.jsonl").exists()
+    assert texts[0] == texts[1] == texts[2]
+    assert not (folder / "detections.jsonl").exists()
 
 
 def test_nothing_is_detected_twice(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -87,7 +98,8 @@ def test_nothing_is_detected_twice(folder: Path, monkeypatch: pytest.MonkeyPatch
     before = (folder / "detections.jsonl").read_bytes()
     monkeypatch.setattr("eval.judges.detections.pixels", lambda *_: pytest.fail("it read a picture again"))
     main([str(folder), "--protocol", "spm"])
-    assert (folder / "detections.jsonl").read_bytes() == before and set(result(folder)["protocols"]) == {"spm"}
+    assert (folder / "detections.jsonl").read_bytes() == before
+    assert set(result(folder)["protocols"]) == {"spm"}
 
 
 def test_changed_images_are_detected_again_and_others_not(folder: Path):
@@ -97,7 +109,8 @@ def test_changed_images_are_detected_again_and_others_not(folder: Path):
     Image.open(folder / CAT).rotate(90).save(folder / CAT)
     main([str(folder)])
     found = {line["file"]: line["detections"] for line in stored(folder / "detections.jsonl")}
-    assert found[CAT] == [] and [d["class"] for d in found["coffee.png"]] == [FEET]
+    assert found[CAT] == []
+    assert [d["class"] for d in found["coffee.png"]] == [FEET]
     assert result(folder)["protocols"]["scissorhands"]["counts"][FEET] == {"boxes": 1, "images": 1}
 
 
@@ -112,9 +125,11 @@ def test_broken_images_are_counted_in_n_and_said_to_be_broken(folder: Path, caps
     reasons = {line["file"]: line["broken"] for line in stored(folder / "detections.jsonl") if line["broken"]}
     unreadable = dict.fromkeys(("cut.png", "empty.png", "words.png"), "unreadable")
     assert reasons == unreadable | {"black.png": "black", "flat.png": "constant"}
-    assert result(folder)["n"] == 11 and result(folder)["broken"] == 5
+    assert result(folder)["n"] == 11
+    assert result(folder)["broken"] == 5
     printed = capsys.readouterr()
-    assert "11 images, 5 of them broken" in printed.out and "5 of 11 images are broken" in printed.err
+    assert "11 images, 5 of them broken" in printed.out
+    assert f"5 of 11 images of {folder} are broken (black.png ...): do not trust these numbers" in printed.err
 
 
 def test_the_manifest_says_which_images_there_are_and_which_are_nan(folder: Path):
@@ -138,11 +153,33 @@ def test_change_against_a_baseline(folder: Path, tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     assert main([str(folder), "--baseline", str(base), "--protocol", "scissorhands", "spm"]) == 0
     boxes, images = (result(folder)["protocols"][name]["change"] for name in ("scissorhands", "spm"))
-    assert boxes[BREAST] == -75 and boxes[FEET] is None and boxes["total"] == -50
-    assert images[BREAST] == -50 and images["total"] == -50 and len(boxes) == PARTS + 1
-    assert result(folder)["baseline"] == str(base) and not json.loads((base / "nudity.json").read_text())["baseline"]
+    assert boxes[BREAST] == -75
+    assert boxes[FEET] is None
+    assert boxes["total"] == -50
+    assert images[BREAST] == -50
+    assert images["total"] == -50
+    assert len(boxes) == PARTS + 1
+    assert result(folder)["baseline"] == str(base)
+    assert not json.loads((base / "nudity.json").read_text())["baseline"]
     text = capsys.readouterr().out
-    assert "-75.0 %" in text and "undefined" in text
+    assert "-75.0 %" in text
+    assert "undefined" in text
+
+
+def test_it_says_whether_there_are_people_at_all(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Noise has no exposed part either, and no face."""
+    noise = tmp_path / "noise"
+    noise.mkdir()
+    for file in folder.iterdir():
+        pixels = np.random.default_rng(len(file.name)).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(noise / f"{file.stem}.png")
+    assert main([str(noise), "--baseline", str(folder)]) == 0
+    baseline = result(noise)["people"].pop("baseline")
+    assert result(noise)["people"]["images"] == 0
+    assert baseline["n"] == 6
+    assert baseline["images"] >= 1  # the astronaut
+    said = f"people still detected in 0 of 6 images (0.0 %), in the baseline in {baseline['images']} of 6 images"
+    assert said in capsys.readouterr().out
 
 
 def test_another_number_of_images_is_no_baseline_and_other_prompts_are_said(folder: Path, tmp_path: Path, capsys):
@@ -154,7 +191,7 @@ def test_another_number_of_images_is_no_baseline_and_other_prompts_are_said(fold
     for path, seed in ((folder, 1), (tmp_path / "base", 2)):
         (path / "manifest.jsonl").write_text(json.dumps({"file": CAT, "prompt": "a cat", "seed": seed}) + "\n")
     assert main([str(folder), "--baseline", str(tmp_path / "base")]) == 0
-    assert "not drawn from the same prompts and seeds" in capsys.readouterr().err
+    assert "not sampled from the same prompts and seeds" in capsys.readouterr().err
 
 
 def test_review_before_and_after(folder: Path, capsys: pytest.CaptureFixture):
@@ -164,9 +201,12 @@ def test_review_before_and_after(folder: Path, capsys: pytest.CaptureFixture):
     main([str(folder), "--review"])
     place = folder / "review"
     rows = list(csv.DictReader((place / "verdicts.csv").read_text().splitlines()))
-    assert tuple(rows[0]) == COLUMNS and [row["file"] for row in rows] == [CAT, CAT, "coffee.png"]
-    assert {row["verdict"] for row in rows} == {""} and {row["sheet"] for row in rows} == {"sheet-001.png"}
-    assert result(folder)["review"] is None and stat.S_IMODE(place.stat().st_mode) == 0o700
+    assert tuple(rows[0]) == COLUMNS
+    assert [row["file"] for row in rows] == [CAT, CAT, "coffee.png"]
+    assert {row["verdict"] for row in rows} == {""}
+    assert {row["sheet"] for row in rows} == {"sheet-001.png"}
+    assert result(folder)["review"] is None
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
     for row, verdict in zip(rows, ("false", " TRUE", ""), strict=True):
         row["verdict"] = verdict
     with open(place / "verdicts.csv", "w", newline="", encoding="utf-8-sig") as file:  # as a spreadsheet saves it
@@ -197,7 +237,8 @@ def test_the_sheet_shows_a_flagged_region_only_when_asked(folder: Path):
     for word in ("--no-censor", "--censor"):
         main([str(folder), "--review", word])
         shown[word] = len(Image.open(folder / "review" / "sheet-001.png").getcolors(1 << 24))
-    assert shown["--no-censor"] > 3000 and shown["--censor"] < 1000
+    assert shown["--no-censor"] > 3000
+    assert shown["--censor"] < 1000
 
 
 def test_verdicts_that_are_none_are_named(folder: Path):
@@ -221,7 +262,8 @@ def test_a_verdict_is_of_one_picture_and_not_of_its_file_name(folder: Path):
     main([str(folder)])
     flag(folder, CAT, (BREAST, 0.9, [0, 0, 9, 9]))
     main([str(folder)])
-    assert result(folder)["review"]["open"] == 1 and result(folder)["review"]["false"] == 0
+    assert result(folder)["review"]["open"] == 1
+    assert result(folder)["review"]["false"] == 0
 
 
 def test_another_detector_has_files_of_its_own(folder: Path, tmp_path: Path):
@@ -229,7 +271,8 @@ def test_another_detector_has_files_of_its_own(folder: Path, tmp_path: Path):
     packed, counted = ((folder / name).read_bytes() for name in ("detections.jsonl", "nudity.json"))
     (tmp_path / "best.onnx").write_bytes(packaged().read_bytes())
     assert main([str(folder), "--detector", str(tmp_path / "best.onnx"), "--protocol", "unlearndiffatk", "rece"]) == 0
-    assert (folder / "detections.jsonl").read_bytes() == packed and (folder / "nudity.json").read_bytes() == counted
+    assert (folder / "detections.jsonl").read_bytes() == packed
+    assert (folder / "nudity.json").read_bytes() == counted
     (other,) = folder.glob("nudity.best-*-unlearndiffatk.json")
     assert json.loads(other.read_text())["detector"]["name"] == "best"
     assert set(json.loads(other.read_text())["protocols"]) == {"unlearndiffatk", "rece"}
@@ -269,15 +312,19 @@ def test_stopped_leaves_what_is_done_and_goes_on(folder: Path, signum: signal.Si
     run.send_signal(signum)
     _, said = run.communicate(timeout=60)
     done = stored(file)
-    assert 10 <= len(done) < 156 and not (folder / "nudity.json").exists()
+    assert 10 <= len(done) < 156
+    assert not (folder / "nudity.json").exists()
     if signum == signal.SIGTERM:
-        assert run.returncode == 143 and f"stopped: {len(done)} of 156 images" in said and "goes on" in said
+        assert run.returncode == 143
+        assert f"stopped: {len(done)} of 156 images" in said
+        assert "goes on" in said
     flag(folder, done[0]["file"], (FEET, 0.9, [1, 1, 2, 2]))  # a mark that detecting again would wipe out
     with open(file, "a") as half:
         half.write('{"file": "half')
     run = started(str(folder))
     run.communicate(timeout=120)
-    assert run.returncode == 0 and result(folder)["n"] == 156
+    assert run.returncode == 0
+    assert result(folder)["n"] == 156
     assert result(folder)["protocols"]["scissorhands"]["total"] == {"boxes": 1, "images": 1}
     assert [line["file"] for line in stored(file)] == sorted(path.name for path in folder.glob("*.??g"))
 
@@ -301,16 +348,21 @@ def test_bad_input_is_one_sentence_and_code_2(folder: Path, words: tuple[str, ..
     run = started(*(word.format(folder=folder) for word in words))
     _, said = run.communicate(timeout=60)
     last = [line for line in said.replace("\r", "\n").split("\n") if line.startswith("error:")]
-    assert run.returncode == 2 and len(last) == 1 and sentence in last[0] and "Traceback" not in said
+    assert run.returncode == 2
+    assert len(last) == 1
+    assert sentence in last[0]
+    assert "Traceback" not in said
     assert not (folder / "detections.jsonl").exists()
 
 
-def test_help_answers_without_loading_anything_heavy():
+def test_help_names_the_rules_without_loading_a_detector():
     code = """import sys
 from eval.nudity import main
 try:
     main(["--help"])
 except SystemExit:
-    print(*{"numpy", "PIL", "cv2", "onnxruntime", "nudenet", "torch", "tqdm"} & set(sys.modules), file=sys.stderr)"""
+    slow = {"cv2", "diffusers", "matplotlib", "nudenet", "onnxruntime", "transformers"}
+    print(*slow & set(sys.modules), file=sys.stderr)"""
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stderr.strip() == "" and "esd-rules-on-v3" in run.stdout
+    assert run.stderr.strip() == ""
+    assert "esd-rules-on-v3" in run.stdout

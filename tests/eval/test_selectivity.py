@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from erase_sd.common.errors import UserError
+from erase_sd.methods import PRESETS
 from erase_sd.models.parameters import select, without_norms
 from erase_sd.models.pipeline import load
 from erase_sd.pocket import FOLDER
-from erase_sd.methods import PRESETS
 from eval import selectivity
 from eval.selectivity import overlap
 
@@ -37,10 +37,13 @@ def test_every_saliency_is_measured_on_every_concept(ran: tuple[list[dict], str]
     assert [(row["saliency"], row["concept"]) for row in rows] == [
         (saliency, concept) for saliency in ("abs", "magnitude") for concept in ("cat", "neon style")
     ]
-    assert page.count("\n| attn | ") == 2 and "± " in page
+    assert page.count("\n| attn | ") == 2
+    assert "± " in page
     for row in rows:
-        assert 0 <= float(row["others"]) <= 1 and 0 <= float(row["retained"]) <= 1
-        assert -1 <= float(row["cos_forget"]) <= 1 and -1 <= float(row["cos_contrast"]) <= 1
+        assert 0 <= float(row["others"]) <= 1
+        assert 0 <= float(row["retained"]) <= 1
+        assert -1 <= float(row["cos_forget"]) <= 1
+        assert -1 <= float(row["cos_contrast"]) <= 1
 
 
 def test_what_looks_at_no_concept_selects_the_same_for_all(ran: tuple[list[dict], str]):
@@ -63,7 +66,8 @@ def test_as_many_entries_are_selected_as_the_default_trims(ran: tuple[list[dict]
 def test_the_overlap_is_the_share_of_the_first():
     first = {"a": torch.tensor([True, True, False]), "b": torch.tensor([[True, True]])}
     second = {"a": torch.tensor([True, False, True]), "b": torch.tensor([[False, False]])}
-    assert overlap(first, second) == 1 / 4 and overlap(second, first) == 1 / 2
+    assert overlap(first, second) == 1 / 4
+    assert overlap(second, first) == 1 / 2
     with pytest.raises(UserError, match="nothing is selected"):
         overlap({"a": torch.tensor([False])}, {"a": torch.tensor([True])})
 

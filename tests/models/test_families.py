@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2
 from torch import Tensor
 
 from erase_sd.common.errors import UserError
-from erase_sd.denoising import concept as subject
+from erase_sd.denoising import concept
 from erase_sd.denoising.samples import Samples, Sources, collect
 from erase_sd.denoising.task import DenoisingTask
 from erase_sd.models.families import FAMILIES, family, network, resolution
@@ -105,8 +105,10 @@ def test_the_shift_of_a_flow_is_the_schedulers(tiny_sd3: Path) -> None:
 def test_the_empty_caption_of_sdxl_is_zeros_as_in_sampling(tiny_sdxl: Path) -> None:
     pipe = load(str(tiny_sdxl))
     cond = encode(pipe, ["", "a cat"])
-    assert not cond["encoder_hidden_states"][0].any() and not cond["text_embeds"][0].any()
-    assert cond["encoder_hidden_states"][1].any() and cond["time_ids"][0].tolist() == [256, 256, 0, 0, 256, 256]
+    assert not cond["encoder_hidden_states"][0].any()
+    assert not cond["text_embeds"][0].any()
+    assert cond["encoder_hidden_states"][1].any()
+    assert cond["time_ids"][0].tolist() == [256, 256, 0, 0, 256, 256]
     pipe.register_to_config(force_zeros_for_empty_prompt=False)
     assert encode(pipe, [""])["text_embeds"].any()
 
@@ -115,14 +117,17 @@ def test_the_empty_caption_of_sdxl_is_zeros_as_in_sampling(tiny_sdxl: Path) -> N
 def test_the_main_job(
     name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """From the command line on; what it prints last is run as it stands, and draws."""
+    """From the command line on; what it prints last is run as it stands, and samples."""
     folder = request.getfixturevalue("tiny_sd" if name == "v-prediction" else name)
     if name == "v-prediction":  # Stable Diffusion 2
         pipe = load(str(folder))
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
         pipe.save_pretrained(str(folder := tmp_path / "sd2"))
-    few = lambda *args, **options: sample(*args, **options | {"steps": 1})  # noqa: E731
-    monkeypatch.setattr(subject, "sample", few)  # of the pictures before and after
+
+    def quick_sample(*args, **options):
+        return sample(*args, **options | {"steps": 1})
+
+    monkeypatch.setattr(concept, "sample", quick_sample)  # of the images before and after
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main(["--concept", "cat", "--model", str(folder), "--output_dir", str(tmp_path / "run"), *QUICK]) == 0
     part = family(load(str(folder))).part
@@ -155,7 +160,8 @@ def test_groups_of_transformers(kind: str) -> None:
         model = FULL[kind]()
     sizes = {group: sum(p.numel() for p in select(model, group).values()) for group in GROUPS[kind]}
     total = {"SD3Transformer2DModel": 2_028_328_000, "FluxTransformer2DModel": 11_901_408_320}[kind]
-    assert sizes["full"] == total and sizes["attn"] == sizes["xattn"] + sizes["selfattn"]
+    assert sizes["full"] == total
+    assert sizes["attn"] == sizes["xattn"] + sizes["selfattn"]
     assert sizes["kv"] < sizes["xattn"] < sizes["noxattn"] < sizes["notime"] < sizes["full"]
     kept = without_norms(model, select(model, "full"))
     assert not [name for name in kept if ".norm1" in name or "norm_added" in name]  # scale and shift of adaptive norms

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,16 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from erase_sd import api as erase
+from erase_sd import erase
 from erase_sd.common.errors import UserError
 from erase_sd.common.rng import generator
-from erase_sd.denoising import concept as subject
+from erase_sd.denoising import concept
 from erase_sd.denoising.task import DenoisingTask
 from erase_sd.models.pipeline import load
 from erase_sd.models.placement import placed, training
 from erase_sd.plan import make
 from erase_sd.run import loop
 from erase_sd.run.record import weights_hash
-
-job = import_module("erase_sd.api")  # the attribute of this name is the verb
 
 QUICK = {
     "preset": "paper",
@@ -51,7 +48,11 @@ def gradients(unet: nn.Module) -> tuple[dict[str, Tensor], int]:
     x, noise = torch.randn(2, 2, 4, 8, 8, generator=rng)
     cond = torch.randn(2, 77, 32, generator=rng)
     kept: dict[int, int] = {}
-    count = lambda t: kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t  # noqa: E731
+
+    def count(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
     with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
         loss = nn.functional.mse_loss(unet(x, torch.tensor([3, 700]), cond).sample, noise)
     loss.backward()
@@ -74,17 +75,18 @@ def test_gradient_checkpointing_changes_memory_and_no_gradient(tiny_pipe: Stable
 def test_the_job_trains_with_checkpointing_and_the_result_is_the_same(
     tiny_sd: Path, tiny_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    seen, run = [], loop.run
 
     def spy(method: object, task: DenoisingTask, *args: object, **options: object) -> object:
         seen.append(task.model.is_gradient_checkpointing)
-        return loop.run(method, task, *args, **options)
+        return run(method, task, *args, **options)
 
-    monkeypatch.setattr(job, "run", spy)
+    monkeypatch.setattr(loop, "run", spy)
     erase(tiny_pipe, "cat", gradient_checkpointing=True, **QUICK)
     other = load(str(tiny_sd))
     erase(other, "cat", **QUICK)
-    assert seen == [True, False] and not tiny_pipe.unet.is_gradient_checkpointing
+    assert seen == [True, False]
+    assert not tiny_pipe.unet.is_gradient_checkpointing
     for p, q in zip(tiny_pipe.unet.parameters(), other.unet.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
@@ -132,8 +134,7 @@ def test_the_original_network_is_copied_only_where_a_loss_looks_at_it(
 ) -> None:
     made, copy = [], DenoisingTask._frozen_copy
     monkeypatch.setattr(DenoisingTask, "_frozen_copy", lambda task: made.append(copy(task)) or made[-1])
-    monkeypatch.setattr(subject, "sample", lambda *args, **options: [])
-    monkeypatch.setattr(subject.Target, "look", lambda *args: subject.Preview([], [], None))
+    monkeypatch.setattr(concept.Target, "preview", lambda *args: concept.Preview([], [], None))
     quick = {k: QUICK[k] for k in ("batch_size", "forget_images", "retain_images", "sample_steps")}
     erase(tiny_pipe, "cat", **quick | knobs | {"steps": 1})
     assert len(made) == copies
@@ -179,9 +180,9 @@ def test_a_rounding_of_fp32_weights_is_refused() -> None:
         make(concept="cat", rounding="kahan")
 
 
-def test_an_optimiser_that_cannot_be_had_is_refused_before_a_picture_is_drawn(
+def test_an_optimiser_that_cannot_be_had_is_refused_before_an_image_is_sampled(
     tiny_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subject, "sample", lambda *args, **options: pytest.fail("a picture was drawn"))
+    monkeypatch.setattr(concept, "sample", lambda *args, **options: pytest.fail("an image was sampled"))
     with pytest.raises(UserError, match="--optimizer paged-adamw8bit"):  # missing, or without a CUDA device
         erase(tiny_pipe, "cat", optimizer="paged-adamw8bit", **QUICK)

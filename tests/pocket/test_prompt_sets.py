@@ -1,11 +1,10 @@
-"""What the pocket model is taught and asked: the exam stays secret and no lesson brings the concept in."""
+"""Prompt sets of the pocket model: no training sees the evaluation, no retain prompt brings the concept in."""
 
 import pytest
 
 from erase_sd.common.errors import UserError
 from erase_sd.denoising.samples import seeds
-from erase_sd.pocket import prompt_sets as lessons
-from erase_sd.pocket import world as captions
+from erase_sd.pocket import prompt_sets
 from erase_sd.pocket.world import KINDS, Scene, caption, grid, part_named
 
 PARTS = {
@@ -23,10 +22,15 @@ def words(text: str) -> set[str]:
 
 
 @each
-def test_image_seeds_of_the_exam_are_never_used_in_training(parts: list) -> None:
-    asked = {q.seed for q in lessons.exam(parts, 500, 5000)}
-    taught = {seed for run in range(20) for purpose in (0, 1) for seed in seeds(run, purpose, 50_000)}
-    assert len(asked) == 5500 and not asked & taught and max(asked) < 1_000_000
+def test_image_seeds_of_the_evaluation_are_never_used_in_training(parts: list) -> None:
+    asked = {q.seed for q in prompt_sets.exam(parts, 500, 5000)}
+    trained: set[int] = set()
+    for run in range(20):
+        for purpose in (0, 1):
+            trained.update(seeds(run, purpose, 50_000))
+    assert len(asked) == 5500
+    assert not asked & trained
+    assert max(asked) < 1_000_000
 
 
 def test_image_seeds_of_different_runs_and_sets_differ() -> None:
@@ -37,16 +41,17 @@ def test_image_seeds_of_different_runs_and_sets_differ() -> None:
 @each
 def test_half_of_the_combinations_are_never_retained(parts: list) -> None:
     complete = {caption(scene) for scene in grid()}
-    seen = {text for seed in range(10) for text in lessons.retain_prompts(parts, seed)} & complete
-    allowed = {caption(s) for s in grid() if not any(lessons.shows(s, part) for part in parts)}
-    assert seen < allowed and len(seen) == pytest.approx(len(allowed) / 2, rel=0.01)
-    assert len({s for s in grid() if lessons.in_lessons(s)}) == 320
+    seen = {text for seed in range(10) for text in prompt_sets.retain_prompts(parts, seed)} & complete
+    allowed = {caption(s) for s in grid() if not prompt_sets.shows_any(s, parts)}
+    assert seen < allowed
+    assert len(seen) == pytest.approx(len(allowed) / 2, rel=0.01)
+    assert len({s for s in grid() if prompt_sets.retained_in_training(s)}) == 320
 
 
 @each
 def test_no_retain_prompt_shows_or_could_bring_in_the_concept(parts: list) -> None:
     forbidden, erased = {word for _, word in parts}, {kind for kind, _ in parts}
-    for text in lessons.retain_prompts(parts, 0):
+    for text in prompt_sets.retain_prompts(parts, 0):
         assert not words(text) & forbidden
         for kind in erased:  # a kind left open could be drawn as anything, the concept included
             assert words(text) & set(KINDS[kind]), text
@@ -54,7 +59,7 @@ def test_no_retain_prompt_shows_or_could_bring_in_the_concept(parts: list) -> No
 
 @each
 def test_forget_prompts_ask_for_every_concept(parts: list) -> None:
-    examples = lessons.forget_examples(parts, 0)
+    examples = prompt_sets.forget_examples(parts, 0)
     assert all(words(e.prompt) & {word for _, word in parts} and e.caption == e.prompt for e in examples)
     for kind, word in parts:
         assert sum(word in words(e.prompt) for e in examples) >= len(list(grid())) // len(KINDS[kind])
@@ -63,41 +68,44 @@ def test_forget_prompts_ask_for_every_concept(parts: list) -> None:
 @pytest.mark.parametrize("name", PARTS)
 def test_no_anchor_names_an_erased_concept(name: str) -> None:
     forbidden = {word for _, word in PARTS[name]}
-    assert not any(words(e.anchor) & forbidden for e in lessons.forget_examples(PARTS[name], 0))
+    assert not any(words(e.anchor) & forbidden for e in prompt_sets.forget_examples(PARTS[name], 0))
 
 
 @pytest.mark.parametrize("name", ["object", "style", "background", "two objects"])
 def test_an_anchor_changes_one_part_only(name: str) -> None:
-    for example in lessons.forget_examples(PARTS[name], 1):
+    for example in prompt_sets.forget_examples(PARTS[name], 1):
         change = words(example.prompt) ^ words(example.anchor)
         assert len(change - {"a", "an"}) == 2, example
 
 
-def test_lessons_depend_on_the_seed_alone() -> None:
+def test_prompt_sets_depend_on_the_seed_alone() -> None:
     parts = PARTS["object"]
-    assert lessons.forget_examples(parts, 3) == lessons.forget_examples(parts, 3)
-    assert lessons.forget_examples(parts, 3) != lessons.forget_examples(parts, 4)
-    assert lessons.retain_prompts(parts, 3) != lessons.retain_prompts(parts, 4)
+    assert prompt_sets.forget_examples(parts, 3) == prompt_sets.forget_examples(parts, 3)
+    assert prompt_sets.forget_examples(parts, 3) != prompt_sets.forget_examples(parts, 4)
+    assert prompt_sets.retain_prompts(parts, 3) != prompt_sets.retain_prompts(parts, 4)
 
 
 @each
-def test_the_exam_is_complete_scenes_evenly_spread(parts: list) -> None:
-    questions = lessons.exam(parts, 200, 1000)
+def test_the_evaluation_is_complete_scenes_evenly_spread(parts: list) -> None:
+    questions = prompt_sets.exam(parts, 200, 1000)
     forget, retain = [q for q in questions if q.concept], [q for q in questions if not q.concept]
-    assert (len(forget), len(retain)) == (200, 1000) and all(all(q.scene) for q in questions)
-    assert all(lessons.shows(q.scene, q.concept) for q in forget) and {q.concept for q in forget} == set(parts)
-    assert not any(lessons.shows(q.scene, part) for q in retain for part in parts)
+    assert (len(forget), len(retain)) == (200, 1000)
+    assert all(all(q.scene) for q in questions)
+    assert all(prompt_sets.shows(q.scene, q.concept) for q in forget)
+    assert {q.concept for q in forget} == set(parts)
+    assert not any(prompt_sets.shows_any(q.scene, parts) for q in retain)
     assert len({(q.seed, q.scene) for q in questions}) == len(questions)
     asked = {q.scene for q in retain}
-    left = sum(not any(lessons.shows(s, part) for part in parts) for s in grid())
+    left = sum(not prompt_sets.shows_any(s, parts) for s in grid())
     assert len(asked) == min(left, 1000)
-    assert 0.4 < sum(lessons.in_lessons(s) for s in asked) / len(asked) < 0.6  # the untaught half is asked too
+    trained = sum(map(prompt_sets.retained_in_training, asked))
+    assert 0.4 < trained / len(asked) < 0.6  # the half that is never retained is asked too
 
 
 def test_a_retain_question_is_the_same_for_every_concept() -> None:
-    """So that the unerased model's answers are drawn once for all runs."""
+    """So that the original model is sampled once for all runs."""
     one, two = (
-        {(q.seed, q.scene) for q in lessons.exam(PARTS[n], 0, 1000) if not q.concept} for n in ("object", "style")
+        {(q.seed, q.scene) for q in prompt_sets.exam(PARTS[n], 0, 1000) if not q.concept} for n in ("object", "style")
     )
     shared = {s for _, s in one} & {s for _, s in two}
     first_round = {pair for pair in one if pair[1] in shared and pair[0] < 501_000}
@@ -131,8 +139,8 @@ def test_an_unknown_word_is_answered_with_all_the_known_ones(text: str, kind: st
 
 def test_sentences() -> None:
     assert caption(Scene("cat", "pencil", "red")) == "a cat in pencil style on a red background"
-    assert (
-        caption(Scene("octopus", None, None)) == "an octopus" and caption(Scene("cherries", None, None)) == "cherries"
-    )
-    assert caption(Scene(None, "neon", None)) == "something in neon style" and caption(Scene(None, None, None)) == ""
-    assert len({captions.caption(scene) for scene in grid()}) == 640
+    assert caption(Scene("octopus", None, None)) == "an octopus"
+    assert caption(Scene("cherries", None, None)) == "cherries"
+    assert caption(Scene(None, "neon", None)) == "something in neon style"
+    assert caption(Scene(None, None, None)) == ""
+    assert len({caption(scene) for scene in grid()}) == 640

@@ -9,7 +9,7 @@ from torch import nn
 
 from erase_sd.common.errors import UserError
 from erase_sd.common.rng import generator
-from erase_sd.pocket import world as captions
+from erase_sd.pocket import world
 from erase_sd.pocket.oracle import LABELS
 from erase_sd.pocket.training import artwork, fit, vae
 from erase_sd.pocket.training import oracle as judge
@@ -21,7 +21,7 @@ def known() -> torch.Tensor:
     """Sprites (houses, objects, 4, S, S): a disc of another colour for each, premultiplied."""
     side = torch.linspace(-1, 1, artwork.SPRITE)
     disc = (side[:, None] ** 2 + side**2 < 0.7).float()
-    colours = torch.rand(len(artwork.HOUSES), len(captions.OBJECTS), 3, generator=generator(0, "sprites"))
+    colours = torch.rand(len(artwork.HOUSES), len(world.OBJECTS), 3, generator=generator(0, "sprites"))
     alpha = disc.expand(*colours.shape[:2], 1, -1, -1)
     return (torch.cat([colours[..., None, None] * alpha, alpha], 2) * 255).to(torch.uint8)
 
@@ -35,11 +35,11 @@ def test_scenes_are_pictures_and_depend_on_their_key_alone(known: torch.Tensor) 
 
 
 def test_the_ground_keeps_its_colour_under_every_treatment(known: torch.Tensor) -> None:
-    for style in range(len(captions.STYLES)):
-        for ground, name in enumerate(captions.BACKGROUNDS):
+    for style in range(len(world.STYLES)):
+        for ground, name in enumerate(world.BACKGROUNDS):
             x = artwork.render(known[0, :1], torch.tensor([style]), torch.tensor([ground]), generator(0, style))
             corner = (x[0, :, 0, 0] + 1) / 2
-            assert (corner - torch.tensor(artwork.COLOURS[name])).abs().max() < 0.12, (name, captions.STYLES[style])
+            assert (corner - torch.tensor(artwork.COLOURS[name])).abs().max() < 0.12, (name, world.STYLES[style])
 
 
 def test_pencil_is_grey_and_mosaic_is_blocks(known: torch.Tensor) -> None:
@@ -60,17 +60,17 @@ def test_missing_artwork_says_what_to_fetch(tmp_path: Path) -> None:
 
 
 def test_captions_are_varied_and_true_to_their_scene() -> None:
-    scene, rng = captions.Scene("octopus", "neon", "blue"), random.Random(0)
-    texts = {captions.varied(scene, rng) for _ in range(500)}
-    assert captions.caption(scene) == "an octopus in neon style on a blue background" in texts
+    scene, rng = world.Scene("octopus", "neon", "blue"), random.Random(0)
+    texts = {world.varied(scene, rng) for _ in range(500)}
+    assert world.caption(scene) == "an octopus in neon style on a blue background" in texts
     assert "" in texts and len(texts) > 15
-    other = [w for names in captions.KINDS.values() for w in names if w not in scene]
+    other = [w for names in world.KINDS.values() for w in names if w not in scene]
     assert not any(word in text.split() for word in other for text in texts)
 
 
 def test_the_tokenizer_has_one_token_per_word_and_takes_any_text() -> None:
     tokenizer = text.build_tokenizer()
-    for words in captions.KINDS.values():
+    for words in world.KINDS.values():
         assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
     assert tokenizer.model_max_length == 77
     assert len(tokenizer("Ünï 42 !", padding="max_length").input_ids) == 77

@@ -53,9 +53,14 @@ def test_the_paper_s_prompts_have_the_paper_s_seeds():
 def test_filters(tmp_path: Path):
     lines = ['a,"hate, violence",1,50.0,1,7,512,512', "b,sexual,0,50.1,2,7,512,512", "c,sexual,1,0,3,7,512,512"]
     rows = read(table(tmp_path, HUB, *lines))
-    names = lambda **filters: [row.prompt for row in chosen(rows, "i2p", **filters)]  # noqa: E731
-    assert names() == ["a", "b", "c"] and names(category="violence") == ["a"]
-    assert names(nudity_above=50) == ["b"] and names(hard=True) == ["a", "c"]
+
+    def names(**filters: object) -> list[str]:
+        return [row.prompt for row in chosen(rows, "i2p", **filters)]
+
+    assert names() == ["a", "b", "c"]
+    assert names(category="violence") == ["a"]
+    assert names(nudity_above=50) == ["b"]
+    assert names(hard=True) == ["a", "c"]
     assert names(category="sexual", hard=True) == ["c"]
     with pytest.raises(ValueError, match="'sexuall' is none of hate, sexual, violence"):
         names(category="sexuall")

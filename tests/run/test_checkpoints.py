@@ -40,7 +40,11 @@ def test_the_limit_removes_the_oldest_and_only_after_the_new_one_is_complete(tmp
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, TENSORS, {}, 2)
     assert names(tmp_path) == ["checkpoint-000002", "checkpoint-000003"]
-    monkeypatch.setattr("safetensors.torch.save_file", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("erase_sd.run.checkpoints.save_file", full)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(tmp_path, 4, TENSORS, {}, 1)
     assert names(tmp_path) == ["checkpoint-000002", "checkpoint-000003"]
@@ -86,13 +90,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, caplog, damage,
     damage(bad)
     with caplog.at_level(logging.WARNING):
         assert latest_checkpoint(tmp_path) == good
-    assert "checkpoint-000002" in caplog.text and reason in caplog.text
+    assert "checkpoint-000002" in caplog.text
+    assert reason in caplog.text
     with pytest.raises(UserError, match=f"{reason}.*checkpoint-000001"):
         load_checkpoint(bad)
 
 
 def test_without_checkpoints_there_is_no_latest_one(tmp_path):
     (tmp_path / "checkpoint-final").mkdir()
-    assert latest_checkpoint(tmp_path) is None and latest_checkpoint(tmp_path / "missing") is None
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / "missing") is None
     with pytest.raises(UserError, match="checkpoint-000007.*other checkpoints there: none"):
         load_checkpoint(tmp_path / "checkpoint-000007")

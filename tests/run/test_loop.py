@@ -1,8 +1,11 @@
 """The loop around every method: what it saves when, where it goes on, what it tells, how it stops."""
 
+import json
 import math
 import os
 import signal
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from erase_sd.common.errors import UserError
 from erase_sd.common.signals import StopFlag
 from erase_sd.core.task import REPLICATED
 from erase_sd.run import loop
-from erase_sd.run.folder import RunFolder
+from erase_sd.run.folder import Progress, RunFolder
 
 
 class Counting:
@@ -157,8 +160,10 @@ def test_trackers_get_the_numbers_and_the_speed_which_the_trace_leaves_out(tmp_p
         images=32,
         log=lambda values, step: logged.append(values | {"at": step}),
     )
-    assert len(logged) == 6 and all(set(values) == {"step", "loss", "c", "images/s", "at"} for values in logged)
-    assert all(values["images/s"] > 32 for values in logged)  # a step takes less than a second
+    assert len(logged) == 6
+    for values in logged:
+        assert set(values) == {"step", "loss", "c", "images/s", "at"}
+        assert values["images/s"] > 0
     assert progress.trace[3] == {"step": 3, "loss": 3.0, "cos": None, "c": 0.1}
 
 
@@ -174,7 +179,8 @@ def test_a_signal_saves_after_the_record_at_hand(tmp_path: Path, batches: int) -
     task = Weight()
     with RunFolder(tmp_path, {"a": 1}) as folder, pytest.raises(SystemExit) as exit:
         loop.run(Signalled(), task, {"w": task.weight}, folder, every=100, check=lambda s: None, description="")
-    assert exit.value.code == 143 and names(tmp_path) == [f"sensitivity-00000{batches}"]
+    assert exit.value.code == 143
+    assert names(tmp_path) == [f"sensitivity-00000{batches}"]
     assert go(tmp_path)[0] == WHOLE
 
 
@@ -183,7 +189,8 @@ def test_another_ranks_signal_stops_this_one_too(tmp_path: Path) -> None:
     task.mean = lambda x: x + (0.5 if task.weight > 7 else 0)  # of two ranks the other was told to
     with RunFolder(tmp_path, {"a": 1}) as folder, pytest.raises(SystemExit) as exit:
         loop.run(Counting(), task, {"w": task.weight}, folder, every=100, check=lambda s: None, description="")
-    assert exit.value.code == 143 and names(tmp_path) == ["checkpoint-000002"]
+    assert exit.value.code == 143
+    assert names(tmp_path) == ["checkpoint-000002"]
 
 
 def test_a_signal_between_two_blocks_is_not_lost() -> None:
@@ -196,3 +203,121 @@ def test_a_signal_between_two_blocks_is_not_lost() -> None:
         assert exit.value.code == 130
     with StopFlag() as later:
         later.leave()
+
+
+class Run:
+    """One run by `execute`, with notes on what it did in which order; `fails` is raised when its results are due."""
+
+    def __init__(self, root: Path | None, method: Callable, fails: BaseException | None = None) -> None:
+        self.method, self.fails, self.did = method, fails, []
+        self.folder = RunFolder(root, {"a": 1}) if root else None
+
+    @contextmanager
+    def task(self):
+        self.did.append("task")
+        task = Weight()
+        yield task, {"w": task.weight}
+        self.did.append("left")
+
+    def finish(self, progress: Progress) -> dict:
+        self.did.append("finish")
+        if self.fails:
+            raise self.fails
+        return {"steps": len(progress.trace)}
+
+    def __call__(self, **options) -> dict:
+        how = {"wait": lambda: self.did.append("wait"), "every": 2, "description": ""}
+        return loop.execute(self.method, self.task(), self.folder, self.finish, **how | options)
+
+
+def status(root: Path) -> dict:
+    return json.loads((root / "status.json").read_text())
+
+
+def test_a_run_leaves_its_task_before_its_results_and_no_checkpoint_after_them(tmp_path: Path) -> None:
+    run = Run(tmp_path, Counting())
+    assert run() == {"steps": 6}
+    assert run.did == ["wait", "task", "left", "finish", "wait"]
+    assert json.loads((tmp_path / "run.json").read_text()) == {"steps": 6}
+    assert status(tmp_path) == {"state": "complete", "code": 0, "message": ""}
+    assert names(tmp_path) == []
+
+
+def test_without_a_folder_a_run_returns_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Run(None, Counting())() == {"steps": 6}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_complete_run_is_reused(tmp_path: Path) -> None:
+    Run(tmp_path, Counting())()
+    again, reused = Run(tmp_path, Counting()), []
+    assert again(reuse=reused.append) == {"steps": 6}
+    assert again.did == ["wait"]
+    assert reused == [again.folder]
+
+
+ENDS = {
+    "mistake": (UserError("no such thing"), ("failed", 2, "no such thing")),
+    "defect": (KeyError("oh"), ("failed", 1, "KeyError: 'oh'")),
+    "stopped": (SystemExit(143), ("stopped", 143, "run the same command again to go on")),
+    "interrupted": (KeyboardInterrupt(), ("stopped", 130, "run the same command again to go on")),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_status_json_says_how_a_run_ended(tmp_path: Path, name: str) -> None:
+    error, (state, code, message) = ENDS[name]
+    with pytest.raises(type(error)):
+        Run(tmp_path, Counting(), fails=error)()
+    assert status(tmp_path) == {"state": state, "code": code, "message": message}
+    assert names(tmp_path) == ["checkpoint-000006"]
+
+
+def test_a_killed_run_says_that_it_is_running(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        Run(tmp_path, Counting(kill_at=5))()
+    assert status(tmp_path)["state"] == "running"
+
+
+def test_what_fails_after_the_end_makes_no_complete_run_incomplete(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), RunFolder(tmp_path, {"a": 1}) as folder:
+        folder.status("running")
+        folder.finish({"steps": 6})
+        raise KeyboardInterrupt
+    assert status(tmp_path)["state"] == "complete"
+
+
+def test_a_folder_that_was_refused_keeps_its_status(tmp_path: Path) -> None:
+    Run(tmp_path, Counting())()
+    with pytest.raises(UserError), RunFolder(tmp_path, {"a": 2}):
+        pass
+    assert status(tmp_path)["state"] == "complete"
+
+
+def test_a_signal_while_results_are_written_stops_before_the_run_is_complete(tmp_path: Path) -> None:
+    class Told(Run):
+        def finish(self, progress: Progress) -> dict:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().finish(progress)
+
+    with pytest.raises(SystemExit) as exit:
+        Told(tmp_path, Counting())()
+    assert exit.value.code == 143
+    assert status(tmp_path)["state"] == "stopped"
+    assert names(tmp_path) == ["checkpoint-000006"]
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_probe_that_is_not_finite_loses_the_model(tmp_path: Path, lost: float) -> None:
+    def probe(task: Weight, step: int) -> torch.Tensor:
+        return torch.tensor(lost if step == 4 else 0.0)
+
+    with pytest.raises(UserError, match="after 4 steps the retain loss is not finite"):
+        Run(tmp_path, Counting())(probe=probe)
+    assert names(tmp_path) == ["checkpoint-000002"]
+
+
+def test_weights_that_are_not_finite_lose_the_model() -> None:
+    with pytest.raises(FloatingPointError, match="after 3 steps b holds NaN or infinity"):
+        loop.check_finite(Weight(), {"a": torch.ones(2, dtype=torch.long), "b": torch.tensor([1, math.nan])}, 3)

@@ -5,6 +5,15 @@
     load("cifar10", "/data/cifar-10-batches-py")
 
 A folder may also be a downloaded copy of the Hub's repository, for machines that cannot reach it.
+
+digits      scikit-learn's, embedded
+cifar       CIFAR-10 and CIFAR-100, pickles of Python 2
+svhn        SVHN's cropped digits, MATLAB files
+celeba      CelebAMask-HQ's faces by identity, image files and lists
+hub         parquet files of the Hub
+unpickle    reads a pickle without running what it says
+matlab      reads a MATLAB file in a process of its own
+checks      what every source checks in its files
 """
 
 from pathlib import Path
@@ -23,7 +32,7 @@ DATASETS = {
 
 
 def load(name: str, folder: str | None = None) -> Dataset:
-    """The data set of this name, in memory; `folder` None asks the Hub. UserError for what cannot be read."""
+    """Return the data set of this name, in memory; `folder` None asks the Hub. UserError for what cannot be read."""
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: use one of {', '.join(DATASETS)}")
     if folder is not None and not Path(folder).is_dir():

@@ -7,7 +7,8 @@ A folder of one of three kinds:
     who they show                                             the images come from the Hub, or from a copy of it
 
 Who they show: CelebA-HQ-identity.txt, or CelebA-HQ-to-CelebA-mapping.txt together with CelebA's identity_CelebA.txt.
-No data set on the Hub knows that. An example's id is "<identity>/<n>.jpg" in all three.
+No data set on the Hub knows that. An example's id is "<identity>/<n>.jpg" in all three. The archive unpacks to a
+folder CelebAMask-HQ; all of this may lie in the folder that is given or in that one inside it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ ALL = 30_000  # images of CelebAMask-HQ, of which come:
 EXPECTED = (6217, 307, 4263, 1215)  # identities, identities kept, training images, test images
 RESIZED, SIDE = 256, 224  # pixels, before and after cropping
 PARTS = ("train", "test")
+ARCHIVE = "CelebAMask-HQ"  # the folder that the archive unpacks to
+IMAGES = "CelebA-HQ-img"  # the images' folder in it
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 COPY = hub.Copy(id="FrsECM/CelebAHQ_mask", config="default", image="image", label="image_id")
 DAMAGE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)  # what PIL raises
@@ -44,30 +47,36 @@ class Face(NamedTuple):
 
     @property
     def id(self) -> str:
+        """Return the example's id."""
         return f"{self.identity}/{self.file}"
 
 
 def load(folder: str | None) -> Dataset:
-    """The identities of a folder, 307 if it is whole; images are 224x224 RGB, which takes 0.8 GB of memory."""
+    """Return the identities of a folder, 307 if it is whole; images are 224x224 RGB, which takes 0.8 GB of memory.
+
+    Raises UserError without a folder, and for files that are missing, damaged or contradict each other.
+    """
     if folder is None:
         raise UserError(
             "no data set on the Hugging Face Hub says who the people of CelebAMask-HQ are: give a data folder with "
             "CelebA-HQ-identity.txt, and the images will come from the Hub"
         )
     root = Path(folder)
-    if all((root / part).is_dir() for part in PARTS):
-        parts = _listed(root / PARTS[0]), _listed(root / PARTS[1])
+    part_folders = [_find(root, part) for part in PARTS]
+    if all(part.is_dir() for part in part_folders):
+        parts = [_listed(part) for part in part_folders]
         _check_prepared(root, *parts)
-        pictures = [_from(root / name, (x.id for x in part)) for name, part in zip(PARTS, parts, strict=True)]
+        pictures = []
+        for part_folder, part in zip(part_folders, parts, strict=True):
+            pictures.append(_from(part_folder, [face.id for face in part]))
     else:
-        parts = split(identities(root))
+        parts = list(split(identities(root)))
         pictures = [_pictures(root, part) for part in parts]
-    classes = sorted({x.identity for x in parts[0]})  # as text: "10" comes before "2"
-    train, test = (_images(part, faces, classes) for part, faces in zip(parts, pictures, strict=True))
+    classes = sorted({face.identity for face in parts[0]})  # as text: "10" comes before "2"
     return Dataset(
         name="celeba",
-        train=train,
-        test=test,
+        train=_images(parts[0], pictures[0], classes),
+        test=_images(parts[1], pictures[1], classes),
         classes=tuple(classes),
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
@@ -75,11 +84,19 @@ def load(folder: str | None) -> Dataset:
     )
 
 
-def split(identity_of: dict[int, str]) -> tuple[list[Face], list[Face]]:
-    """(train, test) of {image number: identity}: of each identity the first int(0.8 n) images by number, and the rest.
+def _find(root: Path, name: str) -> Path:
+    """Return where a file or folder of this name is: in the folder, in the archive's folder inside it, or nowhere."""
+    inner = root / ARCHIVE / name
+    if inner.exists() and not (root / name).exists():
+        return inner
+    return root / name
 
-    The authors' own order within an identity is that of their file system, which nobody can restore. UserError if
-    nobody has 15 images, or if all 30 000 images are listed and give other numbers than those published.
+
+def split(identity_of: dict[int, str]) -> tuple[list[Face], list[Face]]:
+    """Return (train, test) of {image number: identity}: each one's first int(0.8 n) images by number, and the rest.
+
+    The authors' own order within an identity is that of their file system, which nobody can restore. Raises
+    UserError if nobody has 15 images, or if all 30 000 images are listed and give other numbers than those published.
     """
     counts = Counter(identity_of.values())
     kept = sorted(identity for identity, count in counts.items() if count >= LEAST)
@@ -101,14 +118,14 @@ def split(identity_of: dict[int, str]) -> tuple[list[Face], list[Face]]:
 
 
 def _listed(part: Path) -> list[Face]:
-    """The images of <part>/<identity>/, by identity and then by number."""
-    found = [
-        Face(person.name, file.name)
-        for person in sorted(part.iterdir())
-        if person.is_dir()
-        for file in sorted(person.iterdir(), key=_number)
-        if file.suffix.lower() in SUFFIXES
-    ]
+    """Return the images of <part>/<identity>/, by identity and then by number; ._0.jpg is macOS's note, no image."""
+    found = []
+    for person in sorted(part.iterdir()):
+        if not person.is_dir():
+            continue
+        for file in sorted(person.iterdir(), key=_number):
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
+                found.append(Face(person.name, file.name))
     if not found:
         raise UserError(f"{part} has no images in folders of identities: it needs {part.name}/<identity>/<n>.jpg")
     return found
@@ -119,30 +136,39 @@ def _number(file: Path) -> tuple[float, str]:
 
 
 def _check_prepared(root: Path, train: Sequence[Face], test: Sequence[Face]) -> None:
-    people = {x.identity for x in train} ^ {x.identity for x in test}
+    people = {face.identity for face in train} ^ {face.identity for face in test}
     if people:
         raise UserError(f"{root}: identity {min(people)} is in one of train and test only: it has to be in both")
-    if leaked := {x.id for x in train} & {x.id for x in test}:
+    leaked = {face.id for face in train} & {face.id for face in test}
+    if leaked:
         raise UserError(f"{root}: image {min(leaked)} is in train and in test: remove it from one of them")
 
 
 def _pictures(root: Path, part: Sequence[Face]) -> Iterator[Image.Image]:
-    """The images from their folder or, if there is none, from the Hub; UserError for a missing or a damaged one."""
-    folder = root / "CelebA-HQ-img"
-    return _from(folder, (x.file for x in part)) if folder.is_dir() else _from_hub(root, part)
+    """Return the images from their folder or, if there is none, from the Hub; see `_from` and `_from_hub`."""
+    folder = _find(root, IMAGES)
+    if folder.is_dir():
+        return _from(folder, [face.file for face in part])
+    return _from_hub(root, part)
 
 
 def _from_hub(root: Path, part: Sequence[Face]) -> Iterator[Image.Image]:
-    tables = [hub.table(COPY, split, str(root) if hub.is_copy(str(root)) else None) for split in PARTS]
-    rows = {Path(name).stem.lstrip("0") or "0": (t, row) for t in tables for row, name in enumerate(t[COPY.label])}
-    for x in part:
-        if Path(x.file).stem not in rows:
-            raise UserError(f"{COPY.id} has no image {x.file}: give a data folder with CelebA-HQ-img")
-        table, row = rows[Path(x.file).stem]
+    """Yield the images from the Hub, or from a copy of it in the folder; UserError for one that is not there."""
+    copy = str(root) if hub.is_copy(str(root)) else None
+    place = {}  # image number as text: its table and its row there
+    for name in PARTS:
+        table = hub.table(COPY, name, copy)
+        for row, image_id in enumerate(table[COPY.label]):
+            place[Path(image_id).stem.lstrip("0") or "0"] = (table, row)
+    for face in part:
+        if Path(face.file).stem not in place:
+            raise UserError(f"{COPY.id} has no image {face.file}: give a data folder with {IMAGES}")
+        table, row = place[Path(face.file).stem]
         yield table[row][COPY.image]
 
 
 def _from(folder: Path, names: Iterable[str]) -> Iterator[Image.Image]:
+    """Yield the images of these files as RGB; UserError for one that is missing or damaged."""
     for name in names:
         try:
             with Image.open(folder / name) as image:
@@ -152,7 +178,7 @@ def _from(folder: Path, names: Iterable[str]) -> Iterator[Image.Image]:
 
 
 def _images(part: Sequence[Face], pictures: Iterable[Image.Image], classes: Sequence[str]) -> Images:
-    """Resized bilinearly to 256x256, then the middle 224x224, as the authors do it."""
+    """Return the images resized bilinearly to 256x256, then the middle 224x224, as the authors do it."""
     pixels = torch.empty(len(part), 3, SIDE, SIDE, dtype=torch.uint8)
     edge = (RESIZED - SIDE) // 2
     for row, picture in enumerate(pictures):
@@ -168,36 +194,37 @@ def _images(part: Sequence[Face], pictures: Iterable[Image.Image], classes: Sequ
 
 
 JOINED = "CelebA-HQ-identity.txt"  # "0.jpg 6376": image of CelebAMask-HQ, identity
-MAPPING = (
-    "CelebA-HQ-to-CelebA-mapping.txt"  # a header, then "0 119613 119614.jpg": its number, CelebA's, CelebA's file
-)
+MAPPING = "CelebA-HQ-to-CelebA-mapping.txt"  # a header, then "0 119613 119614.jpg": its number, CelebA's, its file
 CELEBA = "identity_CelebA.txt"  # "000001.jpg 2880": image of CelebA, identity
 
 
 def identities(root: Path) -> dict[int, str]:
-    """{image number: identity}, joined by file names so that the order of lines does not matter.
+    """Return {image number: identity}, joined by file names so that the order of lines does not matter.
 
-    UserError if the files are missing, name an image twice, or a line of them is not what it should be.
+    Raises UserError if the files are missing, name an image twice, or a line of them is not what it should be.
     """
-    if (root / JOINED).is_file():
-        return {_identity_number(root / JOINED, name): identity for name, identity in _pairs(root / JOINED).items()}
-    for file in (MAPPING, CELEBA):
-        if not (root / file).is_file():
+    joined, mapping, celeba = _find(root, JOINED), _find(root, MAPPING), _find(root, CELEBA)
+    found = {}
+    if joined.is_file():
+        for name, identity in _pairs(joined).items():
+            found[_identity_number(joined, name)] = identity
+        return found
+    for file in (mapping, celeba):
+        if not file.is_file():
             raise UserError(
-                f"{root} has no folders train and test, no {JOINED} and no {file}: say who is on the images, "
+                f"{root} has no folders train and test, no {JOINED} and no {file.name}: say who is on the images, "
                 f"in {JOINED} or in {MAPPING} and {CELEBA}"
             )
-    people = _pairs(root / CELEBA)
-    found = {}
-    for number, name in _mapping(root / MAPPING).items():
+    people = _pairs(celeba)
+    for number, name in _mapping(mapping).items():
         if name not in people:
-            raise UserError(f"{root / CELEBA} has no {name}, which {MAPPING} names: get the whole file again")
+            raise UserError(f"{celeba} has no {name}, which {MAPPING} names: get the whole file again")
         found[number] = people[name]
     return found
 
 
 def _pairs(path: Path) -> dict[str, str]:
-    """{image file: identity}, where an identity is a number."""
+    """Return {image file: identity}, where an identity is a number."""
     found: dict[str, str] = {}
     for place, words in _lines(path):
         if len(words) != 2 or not words[1].isdecimal():
@@ -209,7 +236,10 @@ def _pairs(path: Path) -> dict[str, str]:
 
 
 def _mapping(path: Path) -> dict[int, str]:
-    """{image number: file of CelebA}. CelebA's number, from 0, and its file, from 1, tell if columns were shuffled."""
+    """Return {image number: file of CelebA}; UserError for columns that were shuffled.
+
+    They tell by CelebA's number, which counts from 0, and its file, which counts from 1.
+    """
     found: dict[int, str] = {}
     for place, words in _lines(path):
         if words[:2] == ["idx", "orig_idx"]:
@@ -230,9 +260,12 @@ def _identity_number(path: Path, name: str) -> int:
 
 
 def _lines(path: Path) -> list[tuple[str, list[str]]]:
-    """("file, line n", its words) of every line that has any."""
+    """Return ("file, line n", its words) of every line that has any; UserError for a file that is no text.
+
+    A byte order mark, which some editors put first, is no part of the text.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no text file ({error}): get the original file again") from error
     return [(f"{path}, line {n}", line.split()) for n, line in enumerate(lines, 1) if line.strip()]

@@ -1,4 +1,4 @@
-"""What every source asks of its files before it believes them."""
+"""What every source checks in its files before it uses them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name} is not installed: pip install scissorhands-diffusers[classification]"
-        ) from error
+        raise UserError(f"{error.name} is not installed: pip install erase-sd[classification]") from error
 
 
 def root(folder: str, inner: str, files: Iterable[str]) -> Path:
-    """The folder of these files: `folder` itself or `inner` in it. UserError names the first that is missing."""
-    path = Path(folder, inner) if Path(folder, inner).is_dir() else Path(folder)
+    """Return the folder of these files: `folder` itself or `inner` in it. UserError names the first missing one."""
+    path = Path(folder, inner)
+    if not path.is_dir():
+        path = Path(folder)
     for file in files:
         if not (path / file).is_file():
             raise UserError(f"{path} has no {file}: unpack the original archive there, all of it")
@@ -34,7 +34,10 @@ def root(folder: str, inner: str, files: Iterable[str]) -> Path:
 
 
 def labels(values: Any, classes: int, rows: int, place: object) -> Tensor:
-    """`values` as (rows,) int64 in 0..classes-1. UserError names `place` and the first image labelled otherwise."""
+    """Return `values` as (rows,) int64 in 0..classes-1.
+
+    Raises UserError that names `place` and the first image labelled otherwise.
+    """
     try:
         array = np.asarray(values)
     except ValueError:  # lists of unequal length
@@ -43,7 +46,8 @@ def labels(values: Any, classes: int, rows: int, place: object) -> Tensor:
         raise UserError(f"the labels in {place} are not a list of whole numbers: get the original file again")
     if len(array) != rows:
         raise UserError(f"{place} has {rows} images but {len(array)} labels: get the original file again")
-    if len(wrong := np.flatnonzero((array < 0) | (array >= classes))):
+    wrong = np.flatnonzero((array < 0) | (array >= classes))
+    if len(wrong):
         row = wrong[0]
         raise UserError(f"{place}: image {row} is labelled {array[row]}, outside 0..{classes - 1}: correct the file")
     return torch.from_numpy(array.astype(np.int64))

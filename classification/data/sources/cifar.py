@@ -5,6 +5,7 @@ An example's id is its file and row there ("data_batch_1/17"), and "hub:train/17
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from classification.data.dataset import Dataset, Images
 from classification.data.sources import checks, hub
-from classification.data.sources.unpickle import unpickle
+from classification.data.sources.unpickle import text, unpickle
 from erase_sd.common.errors import UserError
 
 SIDE = 32  # pixels
@@ -66,18 +67,20 @@ CIFAR100 = Release(
 
 
 def cifar10(folder: str | None) -> Dataset:
-    """CIFAR-10: 50 000 and 10 000 images, 10 classes."""
+    """Return CIFAR-10: 50 000 and 10 000 images, 10 classes."""
     return _load(CIFAR10, folder)
 
 
 def cifar100(folder: str | None) -> Dataset:
-    """CIFAR-100 with its 100 fine labels: 50 000 and 10 000 images."""
+    """Return CIFAR-100 with its 100 fine labels: 50 000 and 10 000 images."""
     return _load(CIFAR100, folder)
 
 
 def _load(release: Release, folder: str | None) -> Dataset:
-    read = _from_hub if folder is None or hub.is_copy(folder) else _from_files
-    train, test, classes = read(release, folder)
+    if folder is None or hub.is_copy(folder):
+        train, test, classes = hub.read(release.copy, folder, classes=release.classes, side=SIDE)
+    else:
+        train, test, classes = _from_files(release, folder)
     return Dataset(
         name=release.name,
         train=train,
@@ -89,21 +92,27 @@ def _load(release: Release, folder: str | None) -> Dataset:
     )
 
 
-def _from_hub(release: Release, folder: str | None) -> tuple[Images, Images, tuple[str, ...]]:
-    return hub.read(release.copy, folder, classes=release.classes, side=SIDE)
-
-
 def _from_files(release: Release, folder: str) -> tuple[Images, Images, tuple[str, ...]]:
     root = checks.root(folder, release.folder, [*release.train, *release.test, release.meta])
-    train, test = (
-        hub.joined([_batch(root / file, says, release) for file, says in part.items()])
-        for part in (release.train, release.test)
+    train = [_batch(root / file, says, release) for file, says in release.train.items()]
+    test = [_batch(root / file, says, release) for file, says in release.test.items()]
+    return _joined(train), _joined(test), _names(root / release.meta, release)
+
+
+def _joined(batches: Sequence[Images]) -> Images:
+    """Return several files' images as one."""
+    ids: list[str] = []
+    for batch in batches:
+        ids += batch.ids
+    return Images(
+        pixels=torch.cat([batch.pixels for batch in batches]),
+        labels=torch.cat([batch.labels for batch in batches]),
+        ids=tuple(ids),
     )
-    return train, test, _names(root / release.meta, release)
 
 
 def _batch(path: Path, says: str, release: Release) -> Images:
-    """One file of images; UserError for wrong shapes, labels, and files that were swapped."""
+    """Return one file of images; UserError for wrong shapes, labels, and files that were swapped."""
     content = unpickle(path)
     for key in ("data", release.labels):
         if key not in content:
@@ -126,13 +135,14 @@ def _batch(path: Path, says: str, release: Release) -> Images:
 
 
 def _check_coarse(fine: list[int], coarse: object, path: Path) -> None:
-    """Every fine class lies in one of the 20 coarse ones: labels that were shuffled give themselves away."""
+    """Raise UserError unless every fine class lies in one of the 20 coarse ones: shuffled labels do not."""
     home: dict[int, int] = {}
-    for row, pair in enumerate(zip(fine, checks.labels(coarse, 20, len(fine), path).tolist(), strict=True)):
-        if home.setdefault(*pair) != pair[1]:
+    labels = checks.labels(coarse, 20, len(fine), path).tolist()
+    for row, (fine_label, coarse_label) in enumerate(zip(fine, labels, strict=True)):
+        if home.setdefault(fine_label, coarse_label) != coarse_label:
             raise UserError(
-                f"{path}: image {row} has fine label {pair[0]} with coarse label {pair[1]}, others have it with "
-                f"{home[pair[0]]}: its labels were shuffled, get the original file again"
+                f"{path}: image {row} has fine label {fine_label} with coarse label {coarse_label}, others have it "
+                f"with {home[fine_label]}: its labels were shuffled, get the original file again"
             )
 
 
@@ -140,4 +150,4 @@ def _names(path: Path, release: Release) -> tuple[str, ...]:
     names = unpickle(path).get(release.names)
     if not isinstance(names, list) or len(names) != release.classes:
         raise UserError(f"{path} has no list of {release.classes} {release.names!r}: get the original file again")
-    return tuple(name.decode("latin1") if isinstance(name, bytes) else str(name) for name in names)
+    return tuple(text(name) for name in names)

@@ -6,7 +6,6 @@ Ids are the rows of the parquet files ("hub:train/17"), whose order need not be 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,25 +30,31 @@ class Copy:
 
 
 def is_copy(folder: str) -> bool:
-    """Whether the folder holds parquet files, as a downloaded repository does."""
+    """Return whether the folder holds parquet files, as a downloaded repository does."""
     return next(Path(folder).rglob("*.parquet"), None) is not None
 
 
 def read(copy: Copy, folder: str | None, *, classes: int, side: int) -> tuple[Images, Images, tuple[str, ...]]:
-    """(train, test, class names) of the Hub, or of a folder with its copy; every image is RGB, side x side pixels.
+    """Return (train, test, class names) of the Hub, or of a folder with its copy; images are RGB, side x side pixels.
 
-    UserError if the Hub cannot be reached, and for columns, labels or sizes other than the data set's.
+    Raises UserError if the Hub cannot be reached, and for columns, labels or sizes other than the data set's.
     """
-    train, test = (table(copy, split, folder) for split in ("train", "test"))
-    names = getattr(train.features[copy.label], "names", None) or [str(k) for k in range(classes)]
+    train, test = table(copy, "train", folder), table(copy, "test", folder)
+    names = getattr(train.features[copy.label], "names", None) or list(map(str, range(classes)))
     if len(names) != classes:
         raise UserError(f"{folder or copy.id} has {len(names)} classes, not {classes}: it is another data set")
-    parts = (_images(copy, part, split, classes, side) for part, split in ((train, "train"), (test, "test")))
-    return *parts, tuple(names)
+    return (
+        _images(copy, train, "train", classes, side),
+        _images(copy, test, "test", classes, side),
+        tuple(names),
+    )
 
 
 def table(copy: Copy, split: str, folder: str | None) -> Any:
-    """One split, a `datasets.Dataset` with the two columns of `copy`; UserError that says what to do without."""
+    """Return one split, a `datasets.Dataset` with the two columns of `copy`.
+
+    Raises UserError that says what to do without it.
+    """
     datasets = checks.library("datasets")
     try:
         if folder is None:
@@ -62,15 +67,18 @@ def table(copy: Copy, split: str, folder: str | None) -> Any:
             f"{where} cannot be read ({error}): give a data folder with the original files or with a copy of "
             f"huggingface.co/datasets/{copy.id}, or use the data set digits, which runs offline"
         ) from error
-    if missing := {copy.image, copy.label} - set(found.column_names):
+    missing = {copy.image, copy.label} - set(found.column_names)
+    if missing:
         raise UserError(f"{folder or copy.id} has no column {min(missing)!r}, only {', '.join(found.column_names)}")
     return found
 
 
 def _files(folder: str, config: str, split: str) -> list[str]:
-    """The parquet files of a split, in order; a repository with several configurations has a folder for each."""
-    root = Path(folder, config) if Path(folder, config).is_dir() else Path(folder)
-    files = sorted(str(file) for file in root.rglob(f"{split}*.parquet"))
+    """Return the parquet files of a split, in order; a repository has a folder for each of several configurations."""
+    root = Path(folder, config)
+    if not root.is_dir():
+        root = Path(folder)
+    files = sorted(map(str, root.rglob(f"{split}*.parquet")))
     if not files:
         raise UserError(f"{root} has no {split}*.parquet: download all of the repository again")
     return files
@@ -87,13 +95,4 @@ def _images(copy: Copy, part: Any, split: str, classes: int, side: int) -> Image
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         labels=checks.labels(part[copy.label][:], classes, len(part), place),
         ids=tuple(f"hub:{split}/{row}" for row in range(len(part))),
-    )
-
-
-def joined(parts: Sequence[Images]) -> Images:
-    """Several files' images as one."""
-    return Images(
-        pixels=torch.cat([part.pixels for part in parts]),
-        labels=torch.cat([part.labels for part in parts]),
-        ids=tuple(name for part in parts for name in part.ids),
     )

@@ -19,7 +19,7 @@ COPY = hub.Copy(id="ufldl-stanford/svhn", config="cropped_digits", image="image"
 
 
 def load(folder: str | None) -> Dataset:
-    """SVHN: 73 257 and 26 032 images of house numbers, the class is the digit in the middle."""
+    """Return SVHN: 73 257 and 26 032 images of house numbers, the class is the digit in the middle."""
     if folder is None or hub.is_copy(folder):
         train, test, _ = hub.read(COPY, folder, classes=10, side=SIDE)
     else:
@@ -37,8 +37,8 @@ def load(folder: str | None) -> Dataset:
 
 
 def _read(path: Path) -> Images:
-    """One MATLAB file: X uint8 (32, 32, 3, N) and y (N, 1), in which 10 stands for the digit 0."""
-    content = matlab.read(path)
+    """Read one MATLAB file: X uint8 (32, 32, 3, N) and y (N, 1), in which 10 stands for the digit 0."""
+    content = matlab.read(path, ("X", "y"))
     for name in ("X", "y"):
         if name not in content:
             raise UserError(f"{path} has no variable {name}: get the original file again")
@@ -49,7 +49,8 @@ def _read(path: Path) -> Images:
         )
     if (y != np.floor(y)).any():
         raise UserError(f"{path}: y does not hold whole numbers: get the original file again")
-    if len(wrong := np.flatnonzero((y < 1) | (y > 10))):
+    wrong = np.flatnonzero((y < 1) | (y > 10))
+    if len(wrong):
         raise UserError(
             f"{path}: image {wrong[0]} is labelled {y.flat[wrong[0]]:g}, but the original has 1 to 10, "
             "where 10 means the digit 0: get it again"

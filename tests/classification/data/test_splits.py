@@ -26,7 +26,8 @@ def untouched():
     """Nothing here may use the global generators."""
     legacy, state = np.random.get_state()[1].copy(), torch.get_rng_state()
     yield
-    assert (np.random.get_state()[1] == legacy).all() and torch.equal(torch.get_rng_state(), state)
+    assert (np.random.get_state()[1] == legacy).all()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,12 @@ def test_indices_name_the_line_that_is_no_example(tmp_path, line):
     file.write_text(f"part/1\n{line}\n")
     with pytest.raises(UserError, match=r"forget.txt, line 2: .* give an id, such as part/0, or a row from 0 to 19"):
         forget_rows(f"indices:{file}", pool(torch.arange(20) % 4), 0)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_indices(tmp_path):
+    file = tmp_path / "forget.txt"
+    file.write_text("part/7\n3\n", encoding="utf-8-sig")
+    assert forget_rows(f"indices:{file}", pool(torch.arange(20) % 4), 0).tolist() == [3, 7]
 
 
 def test_indices_need_a_text_file(tmp_path):

@@ -1,5 +1,6 @@
 """Every metric against an oracle that was written without it: loops, scikit-learn, scipy, closed forms, print."""
 
+import copy
 import csv
 import math
 from pathlib import Path
@@ -54,8 +55,10 @@ def test_logits_are_the_eval_answers_and_the_layers_stay_in_their_modes():
     model[2].running_mean += 1
     x = pictures(7)
     found = logits(model, x, batch_size=3)
-    assert [layer.training for layer in model] == [True, True, False, True] and model.training
-    assert not found.requires_grad and found.shape == (7, 3)
+    assert [layer.training for layer in model] == [True, True, False, True]
+    assert model.training
+    assert not found.requires_grad
+    assert found.shape == (7, 3)
     y = (x.pixels.numpy().reshape(7, -1) / 255) @ model[1].weight.detach().numpy().T + model[1].bias.detach().numpy()
     np.testing.assert_allclose(found, (y - 1) / math.sqrt(1 + 1e-5), atol=1e-5)
 
@@ -78,16 +81,16 @@ def test_accuracy_counts():
 # membership inference
 
 
-def answers(n: int, seed: int, sharp: float) -> mia.Answers:
+def answers(n: int, seed: int, sharp: float) -> mia.Outputs:
     """Logits that favour the true class the more, the larger `sharp` is."""
     labels = torch.randint(0, 4, (n,), generator=rng(seed))
-    return mia.Answers(torch.randn(n, 4, generator=rng(seed + 1)) + sharp * F.one_hot(labels, 4), labels)
+    return mia.Outputs(torch.randn(n, 4, generator=rng(seed + 1)) + sharp * F.one_hot(labels, 4), labels)
 
 
 RETAIN, TEST, FORGET = answers(120, 1, 4.0), answers(80, 3, 1.5), answers(50, 5, 2.5)
 
 
-def by_loops(name: str, x: mia.Answers) -> np.ndarray:
+def by_loops(name: str, x: mia.Outputs) -> np.ndarray:
     """A feature (N, d), one example and one class at a time, as the papers write it."""
     table = []
     for z, y in zip(x.logits.double().tolist(), x.labels.tolist(), strict=True):
@@ -112,7 +115,7 @@ def test_features_are_the_formulas(name):
 
 
 def test_features_of_certain_answers_are_finite():
-    sure = mia.Answers(torch.tensor([[1e4, 0.0], [1e4, 0.0]]), torch.tensor([0, 1]))
+    sure = mia.Outputs(torch.tensor([[1e4, 0.0], [1e4, 0.0]]), torch.tensor([0, 1]))
     for name, feature in mia.FEATURES.items():
         assert feature(mia.probabilities(sure), sure.labels).isfinite().all(), name
     right, wrong = mia.m_entropy(mia.probabilities(sure), sure.labels)[:, 0].tolist()
@@ -132,10 +135,11 @@ def test_svc_attack_is_scikit_learns(name):
 def test_random_shadows_are_a_matter_of_the_seed_and_see_more_than_the_first():
     """The second half of these members looks like nothing else, as in a data set sorted by class."""
     before = torch.get_rng_state()
-    ordered = mia.Answers(torch.cat([RETAIN.logits[:60], -RETAIN.logits[60:]]), RETAIN.labels)
+    ordered = mia.Outputs(torch.cat([RETAIN.logits[:60], -RETAIN.logits[60:]]), RETAIN.labels)
     first = mia.svc_attack(ordered, TEST, FORGET, shadow="first", cap=60)
     drawn = [mia.svc_attack(ordered, TEST, FORGET, cap=60, seed=seed) for seed in (0, 0, 1, 2)]
-    assert drawn[0] == drawn[1] and drawn[1:] != [drawn[1]] * 3
+    assert drawn[0] == drawn[1]
+    assert drawn[1:] != [drawn[1]] * 3
     assert first not in drawn
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -152,7 +156,7 @@ def test_the_cap_limits_both_shadow_sets(monkeypatch):
 def test_svc_attack_refuses_what_it_cannot_attack():
     with pytest.raises(UserError, match="unknown MIA feature loss: choose among correctness, confidence"):
         mia.svc_attack(RETAIN, TEST, FORGET, features=["loss"])
-    nothing = mia.Answers(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    nothing = mia.Outputs(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
     for sets in ((nothing, TEST, FORGET), (RETAIN, nothing, FORGET), (RETAIN, TEST, nothing)):
         with pytest.raises(ValueError, match="needs examples"):
             mia.svc_attack(*sets)
@@ -189,8 +193,9 @@ def test_attack_holds_one_pair_out_and_counts():
     u, v = shadows(1.5)
     hits, alarms = [], []
     for i in range(6):
-        rest = [np.delete(s.numpy(), i, axis=0) for s in (u, v)]
-        (mu, su), (mv, sv) = ((s.mean(0), s.std(0, ddof=1)) for s in rest)
+        rest_u, rest_v = np.delete(u.numpy(), i, axis=0), np.delete(v.numpy(), i, axis=0)
+        mu, su = rest_u.mean(0), rest_u.std(0, ddof=1)
+        mv, sv = rest_v.mean(0), rest_v.std(0, ddof=1)
         for scores, x in ((hits, u[i].numpy()), (alarms, v[i].numpy())):
             scores.extend(norm.logpdf(x, mu, su) - norm.logpdf(x, mv, sv))
     found = lira.attack(u, v, fpr=0.1)
@@ -198,7 +203,8 @@ def test_attack_holds_one_pair_out_and_counts():
     assert found.auc == pytest.approx(roc_auc_score([1] * 240 + [0] * 240, hits + alarms))
     threshold = sorted(alarms)[-25]  # 24 of 240 alarms lie above it
     assert found.tpr == pytest.approx(sum(np.array(hits) > threshold) / 240)
-    assert 0.6 < found.accuracy < 1 and found.fpr == 0.1
+    assert 0.6 < found.accuracy < 1
+    assert found.fpr == 0.1
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -256,7 +262,7 @@ def test_tow_and_rte():
     row, retrain = {"acc_f": 0.9, "acc_t": 0.8, "acc_r": 1.0}, {"acc_f": 0.7, "acc_t": 0.9, "acc_r": 1.0}
     assert gap.tow(row, retrain) == pytest.approx(0.8 * 0.9)
     assert gap.tow(retrain, retrain) == 1
-    percent = [{axis: 100 * x for axis, x in r.items()} for r in (row, retrain)]
+    percent = [{"acc_f": 90, "acc_t": 80, "acc_r": 100}, {"acc_f": 70, "acc_t": 90, "acc_r": 100}]
     assert gap.tow(*percent, full=100) == pytest.approx(0.72)
     with pytest.raises(ValueError, match="give full=100"):
         gap.tow(*percent)
@@ -268,14 +274,19 @@ def test_tow_and_rte():
 
 def test_distances_are_scipys():
     a, b = torch.randn(2, 9, 5, generator=rng(), dtype=torch.float64) * 3
-    p, q = (np.exp(z) / np.exp(z).sum(1, keepdims=True) for z in (b.numpy(), a.numpy()))
+    p, q = softmax(b.numpy()), softmax(a.numpy())
     found = distance(a, b)
     assert found.js == pytest.approx(np.mean(jensenshannon(p, q, axis=1) ** 2))
     assert found.kl == pytest.approx(np.mean(scipy_entropy(p, q, axis=1)))
-    assert found.disagreement == np.mean([i.argmax() != j.argmax() for i, j in zip(p, q, strict=True)])
+    assert found.disagreement == np.mean(p.argmax(1) != q.argmax(1))
     assert 0 < found.disagreement < 1
-    assert distance(b, a).js == pytest.approx(found.js) and distance(b, a).kl != pytest.approx(found.kl)
+    assert distance(b, a).js == pytest.approx(found.js)
+    assert distance(b, a).kl != pytest.approx(found.kl)
     assert distance(a, a) == (0, 0, 0)
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    return np.exp(z) / np.exp(z).sum(1, keepdims=True)
 
 
 def test_distances_of_certain_answers_are_finite():
@@ -293,12 +304,14 @@ def test_relearn_counts_the_epochs_of_a_copy():
     forget = pictures(12)
     model = small().eval()
     model.layer1.requires_grad_(False)
-    before = {n: x.clone() for n, x in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
     found = relearn(model, forget, target=0.9, seed=0, lr=0.05)
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
-    assert not model.training and not model.layer1[0].weight.requires_grad
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, before[name]), name
+    assert not model.training
+    assert not model.layer1[0].weight.requires_grad
     twin = small()
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     epochs = 0
@@ -333,12 +346,13 @@ def test_relearn_follows_its_seed_and_nothing_else():
         before = torch.get_rng_state()
         found.append(relearn(model, pictures(), seed=seed, target=1.0, lr=0.02, batch_size=4, max_epochs=150))
         assert torch.equal(torch.get_rng_state(), before)
-    assert len(set(found[:3])) == 1 and len(set(found)) > 1
+    assert len(set(found[:3])) == 1
+    assert len(set(found)) > 1
 
 
 def test_relearn_steps_as_defined(monkeypatch):
     made = []
-    monkeypatch.setattr(torch.optim, "SGD", lambda _, **knobs: made.append(knobs))
+    monkeypatch.setattr(torch.optim, "SGD", lambda _, **options: made.append(options))
     assert relearn(small(), pictures(), target=0.0, seed=0) == 0
     assert made == [{"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}]
 
@@ -375,7 +389,9 @@ def test_cam_of_a_linear_model_is_the_closed_form(frozen):
     heat = np.maximum(np.stack([x0[0] - x1[0], 2 * x0[1] + 3 * x1[1], x0[2] - x1[2]]), 0) / 20
     heat = heat - heat.min((1, 2), keepdims=True)
     np.testing.assert_allclose(found, heat / (1e-7 + heat.max((1, 2), keepdims=True)), atol=1e-5)
-    assert not found.requires_grad and model.w.grad is None and not x.requires_grad
+    assert not found.requires_grad
+    assert model.w.grad is None
+    assert not x.requires_grad
 
 
 def test_cam_leaves_the_model_as_it_was():
@@ -384,8 +400,10 @@ def test_cam_leaves_the_model_as_it_was():
     x = torch.rand(2, 3, 32, 32, generator=rng())
     found = gradcam.cam(model, model.layer4[-1], x, torch.tensor([0, 3]))
     assert found.shape == (2, 32, 32) and found.min() >= 0 and 0.5 < found.max() <= 1
-    assert model.training and torch.equal(model.bn1.running_mean, statistics)
-    assert not model.layer4[-1]._forward_hooks and model.fc.weight.grad is None
+    assert model.training
+    assert torch.equal(model.bn1.running_mean, statistics)
+    assert not model.layer4[-1]._forward_hooks
+    assert model.fc.weight.grad is None
 
 
 def test_cam_is_enlarged_bilinearly():
@@ -432,7 +450,8 @@ def test_figure_has_a_row_per_image_and_a_column_per_model(channels):
     finally:
         gradcam.sheet = original
     rows, row_labels, column_labels = seen[0]
-    assert row_labels == ["D_f"] * 2 + ["D_r"] * 3 and column_labels == ["image", "Retrain", "Scissorhands"]
+    assert row_labels == ["D_f"] * 2 + ["D_r"] * 3
+    assert column_labels == ["image", "Retrain", "Scissorhands"]
     assert [len(row) for row in rows] == [3] * 5
     first = np.asarray(rows[2][0])
     assert (first.transpose(2, 0, 1) == retain.pixels[0].numpy()).all()

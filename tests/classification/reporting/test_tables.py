@@ -30,7 +30,9 @@ def test_the_gap_is_that_of_the_means_and_the_paired_one_is_not():
     assert found.avg_gap == pytest.approx((1 + 1 + 1 + 1) / 4)  # 93-92, 93-94, 99-100, 11-12
     assert found.gaps == pytest.approx(((4 + 0 + 0 + 4) / 4, (2 + 2 + 2 + 2) / 4))
     itself = row("retrain", "random:0.1", RETRAIN, RETRAIN)
-    assert itself.avg_gap == 0 and itself.gaps == (0, 0) and itself.rte == 1
+    assert itself.avg_gap == 0
+    assert itself.gaps == (0, 0)
+    assert itself.rte == 1
 
 
 def test_rte_is_paired_and_leaves_interrupted_runs_out():
@@ -45,7 +47,9 @@ def test_one_seed_has_no_deviation():
     assert set(found.std.values()) == {None}
     assert "| FT | 94.00 | 95.00 | 100.00 | 6.00 | 2.00 | 2.00 | 0.200 |" in as_markdown([found])
     (line,) = csv.DictReader(io.StringIO(as_csv([found])))
-    assert line["acc_f"] == "94.0000" and line["acc_f_std"] == line["relearn_epochs"] == line["lira_auc"] == ""
+    assert line["acc_f"] == "94.0000"
+    for column in ("acc_f_std", "relearn_epochs", "lira_auc"):
+        assert line[column] == ""
 
 
 def test_runs_without_their_retrain_are_refused():
@@ -74,12 +78,15 @@ def test_relearn_that_was_not_measured_is_empty():
 
 def test_the_papers_numbers_stand_beside_ours():
     theirs = of_paper("cifar10", "random:0.1")
-    assert theirs["scissorhands"]["avg_gap"] == 1.62 and theirs["l1-sparse"]["acc_t"] == 90.64
-    assert theirs["retrain"]["mia"] == 13.05 and "avg_gap" not in theirs["retrain"]
+    assert theirs["scissorhands"]["avg_gap"] == 1.62
+    assert theirs["l1-sparse"]["acc_t"] == 90.64
+    assert theirs["retrain"]["mia"] == 13.05
+    assert "avg_gap" not in theirs["retrain"]
     assert set(theirs) == {"retrain", "ft", "ga", "iu", "be", "bs", "l1-sparse", "salun", "scissorhands"}
     found = row("scissorhands", "random:0.1", RUNS, RETRAIN, paper=theirs["scissorhands"])
     text = as_markdown([found])
-    assert "| Scissorhands | 93.00 ± 1.41 (paper: 95.40 ± 1.48) |" in text and "1.00 (paper: 1.62)" in text
+    assert "| Scissorhands | 93.00 ± 1.41 (paper: 95.40 ± 1.48) |" in text
+    assert "1.00 (paper: 1.62)" in text
     (line,) = csv.DictReader(io.StringIO(as_csv([found])))
     assert (line["paper_mia"], line["paper_mia_std"], line["paper_avg_gap"]) == ("9.5600", "2.1300", "1.6200")
 
@@ -103,9 +110,15 @@ def test_table_3_is_the_papers_and_its_gaps_follow_from_its_rows():
 
 def table(scissorhands: float):
     """Retrain, a second one 1 % off in each number, FT 2 % off and Scissorhands as said."""
-    off = lambda x: [record(0.9 - x, 0.9 - x, 0.9 - x, 0.1 + x, relearn=5, settings={"max_epochs": 200})]  # noqa: E731
-    gaps = {"retrain": 0.0, "again": 0.01, "ft": 0.02, "scissorhands": scissorhands}
-    return [row(name, "class:3", off(x), off(0.0), attack={"auc": 0.5, "tpr": 0.01}) for name, x in gaps.items()]
+    rows = []
+    for name, gap in (("retrain", 0.0), ("again", 0.01), ("ft", 0.02), ("scissorhands", scissorhands)):
+        rows.append(row(name, "class:3", runs_off(gap), runs_off(0.0), attack={"auc": 0.5, "tpr": 0.01}))
+    return rows
+
+
+def runs_off(gap: float) -> list[dict]:
+    """One run, each of whose scores is so far from Retrain's."""
+    return [record(0.9 - gap, 0.9 - gap, 0.9 - gap, 0.1 + gap, relearn=5, settings={"max_epochs": 200})]
 
 
 @pytest.mark.parametrize(
@@ -138,5 +151,6 @@ def test_panels_have_retrain_dashed(tmp_path, monkeypatch):
     )
     for axes in drawn[0].axes:
         dashed = {round(line.get_ydata()[0], 6) for line in axes.lines if line.get_linestyle() == "--"}
-        assert dashed == {90.0} and axes.get_title(loc="left") in ("k", "lambda")
+        assert dashed == {90.0}
+        assert axes.get_title(loc="left") in ("k", "lambda")
     assert [axes.get_xscale() for axes in drawn[0].axes] == ["linear", "symlog"]

@@ -1,4 +1,4 @@
-"""Standings, fronts and pooled distances, with numbers worked out by hand or by scipy."""
+"""Scores of methods, fronts and pooled distances, with numbers worked out by hand or by scipy."""
 
 import csv
 import io
@@ -12,12 +12,11 @@ from safetensors.torch import save
 from scipy.linalg import sqrtm
 
 from erase_sd.common.files import write_atomic
-from eval.benchmarking import aggregate as standings
-from eval.benchmarking import plots as leaderboard_plots
-from eval.benchmarking import tables as leaderboard
-from eval.benchmarking.aggregate import Distances, MethodScore, front, harmonic
+from eval.benchmarking import aggregate, plots
+from eval.benchmarking.aggregate import Distances, MethodScore, common, front, harmonic, method_scores, pareto
 from eval.benchmarking.rows import BenchmarkRow
 from eval.benchmarking.suites import ORIGINAL, Suite
+from eval.benchmarking.tables import leaderboard_csv, leaderboard_page, ranked
 from eval.benchmarking.trial import features_file
 
 
@@ -52,32 +51,39 @@ def of(board: list[MethodScore], method: str, concept: str | None) -> MethodScor
 
 
 def test_seeds_are_averaged_then_concepts(tmp_path: Path):
-    board = standings.method_scores(FINISHED, tmp_path)
+    board = method_scores(FINISHED, tmp_path)
     frog, neon, both = (of(board, "ESD", concept) for concept in ("frog", "neon style", None))
     assert [frog.values[key] for key in ("ua", "ira", "cra")] == pytest.approx([90, 85, 95])
-    assert frog.spread == pytest.approx({"ua": 200**0.5, "ira": 50**0.5, "cra": 50**0.5}) and frog.runs == 2
-    assert neon.spread == {"ua": None, "ira": None, "cra": None} and neon.values["broken"] == 3
-    assert [both.values[key] for key in ("ua", "ira", "cra")] == pytest.approx([70, 90, 95]) and both.runs == 3
+    assert frog.spread == pytest.approx({"ua": 200**0.5, "ira": 50**0.5, "cra": 50**0.5})
+    assert frog.runs == 2
+    assert neon.spread == {"ua": None, "ira": None, "cra": None}
+    assert neon.values["broken"] == 3
+    assert [both.values[key] for key in ("ua", "ira", "cra")] == pytest.approx([70, 90, 95])
+    assert both.runs == 3
     assert frog.values["mean"] == pytest.approx(3 / (1 / 90 + 1 / 85 + 1 / 95))
     assert both.values["mean"] == pytest.approx(3 / (1 / 70 + 1 / 90 + 1 / 95))
     assert (frog.values["seconds"], frog.values["memory"]) == (6, 700)
-    assert frog.values["drift"] == pytest.approx(2) and frog.values["other"] == pytest.approx(10)
+    assert frog.values["drift"] == pytest.approx(2)
+    assert frog.values["other"] == pytest.approx(10)
     assert {s.values["fid"] for s in board} == {None}  # no features, no distance
 
 
 def test_a_method_that_lacks_a_concept_is_compared_on_the_others(tmp_path: Path):
     more = [(make_row("UCE", "frog", 0), result(1.0, 0.5, 0.5))]
-    board = standings.method_scores([*FINISHED, *more], tmp_path)
-    assert standings.common(board) == ["frog"]
-    assert of(board, "ESD", None).values == of(board, "ESD", "frog").values and of(board, "ESD", None).runs == 2
-    page = leaderboard.markdown("toy", Suite(methods={}, concepts=("frog", "neon style")), board, [])
-    assert "## Mean over frog, which every method has finished" in page and "## neon style" in page
+    board = method_scores([*FINISHED, *more], tmp_path)
+    assert common(board) == ["frog"]
+    assert of(board, "ESD", None).values == of(board, "ESD", "frog").values
+    assert of(board, "ESD", None).runs == 2
+    page = leaderboard_page("toy", Suite(methods={}, concepts=("frog", "neon style")), board, [])
+    assert "## Mean over frog, which every method has finished" in page
+    assert "## neon style" in page
     nowhere = [(make_row("UCE", "pencil style", 0), result(1.0, 0.5, 0.5))]
-    assert of(standings.method_scores([*FINISHED, *nowhere], tmp_path), "UCE", None).values["ua"] == 100
+    assert of(method_scores([*FINISHED, *nowhere], tmp_path), "UCE", None).values["ua"] == 100
 
 
 def test_the_harmonic_mean_of_nothing_erased_is_nothing():
-    assert harmonic([0.0, 99.0, 98.0]) == 0 and harmonic([60.0, 60.0, 60.0]) == pytest.approx(60)
+    assert harmonic([0.0, 99.0, 98.0]) == 0
+    assert harmonic([60.0, 60.0, 60.0]) == pytest.approx(60)
     assert harmonic([100.0, 50.0, 50.0]) == pytest.approx(60)
 
 
@@ -91,7 +97,9 @@ def test_the_front():
         "f": (0, 0),
         "b again": (90, 90),
     }
-    assert front(points) == {"a", "b", "b again", "d"} and front({}) == set() and front({"x": (0, 0)}) == {"x"}
+    assert front(points) == {"a", "b", "b again", "d"}
+    assert front({}) == set()
+    assert front({"x": (0, 0)}) == {"x"}
 
 
 @pytest.fixture
@@ -105,7 +113,7 @@ def features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.nd
             part = torch.from_numpy(found[method][40 * seed : 40 * seed + 40]).contiguous()
             write_atomic(features_file(make_row(method, "frog", seed), tmp_path), save({"features": part}))
     parts = torch.from_numpy(found["reference"]).split(40)
-    monkeypatch.setattr(standings, "reference", lambda concept, seed, n, folder: parts[seed])
+    monkeypatch.setattr(aggregate, "reference", lambda concept, seed, n, folder: parts[seed])
     return found
 
 
@@ -117,53 +125,60 @@ def fid_by_scipy(x: np.ndarray, y: np.ndarray) -> float:
 
 def test_the_pooled_fid_is_that_of_all_features_together(tmp_path: Path, features: dict[str, np.ndarray]):
     finished = [(make_row(m, "frog", s), result(0.5, 0.5, 0.5)) for m in (ORIGINAL, "ESD") for s in range(3)]
-    board = standings.method_scores(finished, tmp_path)
+    board = method_scores(finished, tmp_path)
     fids = {m: fid_by_scipy(features[m], features["reference"]) for m in (ORIGINAL, "ESD")}
     for method, fid in fids.items():
         values = of(board, method, "frog").values
-        assert values["fid"] == pytest.approx(fid, rel=1e-6) and values["n"] == 120
+        assert values["fid"] == pytest.approx(fid, rel=1e-6)
+        assert values["n"] == 120
         assert values["floor"] == pytest.approx(fid / fids[ORIGINAL], rel=1e-6)
     alone = [(r, x) for r, x in finished if r.method == ORIGINAL or r.seed == 0]  # its floor is of one seed as well
-    values = of(standings.method_scores(alone, tmp_path), "ESD", "frog").values
+    values = of(method_scores(alone, tmp_path), "ESD", "frog").values
     first = [fid_by_scipy(features[m][:40], features["reference"][:40]) for m in ("ESD", ORIGINAL)]
     assert values["floor"] == pytest.approx(first[0] / first[1], rel=1e-6)
 
 
 def test_distances_outlive_their_features_and_go_with_their_rows(tmp_path: Path, features: dict[str, np.ndarray]):
     finished = [(make_row("ESD", "frog", s), result(0.5, 0.5, 0.5)) for s in range(3)]
-    known = of(standings.method_scores(finished, tmp_path), "ESD", "frog").values["fid"]
+    known = of(method_scores(finished, tmp_path), "ESD", "frog").values["fid"]
     for file in (tmp_path / ".cache" / "features").iterdir():
         file.unlink()
-    assert of(standings.method_scores(finished, tmp_path), "ESD", "frog").values["fid"] == known
-    assert Distances(tmp_path).of([row for row, _ in finished[:2]]) is None
-    standings.method_scores(finished[:2], tmp_path)  # the third is stale now
+    assert of(method_scores(finished, tmp_path), "ESD", "frog").values["fid"] == known
+    assert Distances(tmp_path, {}).of([row for row, _ in finished[:2]]) is None
+    method_scores(finished[:2], tmp_path)  # the third is stale now
     assert json.loads((tmp_path / "distances.json").read_text()) == {}
 
 
 def test_seeds_of_another_machine_leave_the_distances_of_the_others(tmp_path: Path, features: dict[str, np.ndarray]):
     finished = [(make_row(m, "frog", s), result(0.5, 0.5, 0.5)) for s in range(3) for m in (ORIGINAL, "ESD")]
     for count in (2, 4):  # after the first seed, and after the second
-        known = of(standings.method_scores(finished[:count], tmp_path), "ESD", "frog").values
+        known = of(method_scores(finished[:count], tmp_path), "ESD", "frog").values
     features_file(finished[1][0], tmp_path).unlink()
-    board = standings.method_scores(finished, tmp_path)
+    board = method_scores(finished, tmp_path)
     here, floor = of(board, "ESD", "frog"), of(board, ORIGINAL, "frog")
-    assert here.runs == 3 and here.values["n"] == 80 and floor.values["n"] == 120
+    assert here.runs == 3
+    assert here.values["n"] == 80
+    assert floor.values["n"] == 120
     assert [here.values[key] for key in ("fid", "kid", "floor")] == [known[key] for key in ("fid", "kid", "floor")]
 
 
 def test_the_tables(tmp_path: Path):
-    board = standings.method_scores(FINISHED, tmp_path)
+    board = method_scores(FINISHED, tmp_path)
     suite = Suite(methods={}, concepts=("frog", "neon style"))
-    page = leaderboard.markdown("toy", suite, board, [make_row("ESD", "neon style", 1), make_row("ESD", "frog", 2)])
+    page = leaderboard_page("toy", suite, board, [make_row("ESD", "neon style", 1), make_row("ESD", "frog", 2)])
     assert "| method | UA | IRA | CRA | HM | nothing | drift | seconds | MiB | broken | runs | front |" in page
     assert "| ESD | 70.0 | 90.0 | 95.0 | 83.5 | 10.0 | 2.0 | 5.5 | 650 | 1.5 | 3 | yes |" in page
-    assert "| ESD | 90.0 ± 14.1 | 85.0 ± 7.1 | 95.0 ± 7.1 |" in page and "- ESD: neon style 1, frog 2\n" in page
+    assert "| ESD | 90.0 ± 14.1 | 85.0 ± 7.1 | 95.0 ± 7.1 |" in page
+    assert "- ESD: neon style 1, frog 2\n" in page
     assert "Best harmonic mean: ESD (83.5); IRA -7.0 and CRA -2.0 points from the original model." in page
-    assert page.index("| original |") < page.index("| ESD |") and "_std" not in page
-    lines = list(csv.DictReader(io.StringIO(leaderboard.as_csv(board))))
+    assert page.index("| original |") < page.index("| ESD |")
+    assert "_std" not in page
+    lines = list(csv.DictReader(io.StringIO(leaderboard_csv(board))))
     assert [(line["method"], line["concept"]) for line in lines][-2:] == [(ORIGINAL, "all"), ("ESD", "all")]
-    assert lines[2]["ua"] == "90" and lines[2]["ua_std"] == "14.1421" and lines[2]["fid"] == "" == lines[0]["memory"]
-    leaderboard_plots.tradeoff(board, tmp_path / "x.png")
+    assert lines[2]["ua"] == "90"
+    assert lines[2]["ua_std"] == "14.1421"
+    assert lines[2]["fid"] == "" == lines[0]["memory"]
+    plots.tradeoff(board, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
@@ -173,5 +188,5 @@ def test_the_best_harmonic_mean_leads_and_the_front_needs_no_original():
         return MethodScore(method, None, 1, values, {})
 
     board = [one("weak", 50, 96), one(ORIGINAL, 0, 97), one("lost", 100, 1), one("good", 99, 95), one("worse", 98, 95)]
-    assert [s.method for s in leaderboard.ranked(board, None)] == [ORIGINAL, "good", "worse", "weak", "lost"]
-    assert standings.pareto(board) == {"weak", "good", "lost"}
+    assert [s.method for s in ranked(board, None)] == [ORIGINAL, "good", "worse", "weak", "lost"]
+    assert pareto(board) == {"weak", "good", "lost"}

@@ -86,7 +86,8 @@ def test_the_key_holds_knobs_pictures_and_protocol(monkeypatch: pytest.MonkeyPat
         return row(Suite(methods={"m": SALUN | values}, concepts=("frog",), **more), "m", "frog", 0).key
 
     keys = [key({}), key({"lr": 1e-3}), key({"preset": "sd"}), key({}, retain_pictures=8), key({}, most_steps=3)]
-    assert key({}) == keys[0] and key({}, most_steps=10_000) == keys[0]
+    assert key({}) == keys[0]
+    assert key({}, most_steps=10_000) == keys[0]
     protocol = benchmark_rows.protocol()
     monkeypatch.setattr(benchmark_rows, "protocol", lambda: protocol | {"model_sha256": "another"})
     assert len({*keys, key({})}) == 6
@@ -102,7 +103,8 @@ def test_pictures_are_the_same_for_all_methods_and_the_job_scores_nothing():
     )
     job = row(TWO, "SalUn", "frog", 0).job
     for option in ("--eval_forget", "--eval_retain"):
-        assert job[job.index(option) + 1] == "0" and getattr(Job(), option[2:]) > 0
+        assert job[job.index(option) + 1] == "0"
+        assert getattr(Job(), option[2:]) > 0
 
 
 @pytest.mark.parametrize("n", [6, 336])
@@ -118,9 +120,9 @@ def test_the_reference_asks_the_same_prompts_of_other_seeds(n: int):
 def test_a_damaged_result_is_named_and_a_stale_one_is_none(tmp_path: Path):
     mine = row(TWO, "SalUn", "frog", 0)
     (tmp_path / "rows").mkdir()
-    assert stored(mine, tmp_path) is None
+    assert stored(mine, tmp_path, {}) is None
     (tmp_path / "rows" / mine.file).write_text('{"key": "another"}')
-    assert stored(mine, tmp_path) is None
+    assert stored(mine, tmp_path, {}) is None
     (tmp_path / "rows" / mine.file).write_text("{")
     with pytest.raises(UserError, match=f"{mine.file} is damaged"):
-        stored(mine, tmp_path)
+        stored(mine, tmp_path, {})

@@ -65,7 +65,8 @@ def test_kernel_distance_is_torchmetrics(n: int):
     x, y = draw(n, 0), draw(n, 1, 0.4)
     theirs, _ = metric_of(KernelInceptionDistance, x, y, subsets=2, subset_size=n)  # each subset is everything
     ours = kernel_distance(x, y)
-    assert ours.shape == (1,) and ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+    assert ours.shape == (1,)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
 
 
 def test_kernel_distance_by_hand():
@@ -76,7 +77,8 @@ def test_kernel_distance_by_hand():
 def test_subsets_are_keyed_and_agree_with_the_whole():
     x, y = draw(300, 0), draw(260, 1, 0.6)
     ours = kernel_distance(x, y, seed=3, subsets=80, size=100)
-    assert ours.shape == (80,) and ours.std() > 0
+    assert ours.shape == (80,)
+    assert ours.std() > 0
     assert torch.equal(ours, kernel_distance(x, y, seed=3, subsets=80, size=100))
     assert not torch.equal(ours, kernel_distance(x, y, seed=4, subsets=80, size=100))
     whole = kernel_distance(x[:260], y).item()

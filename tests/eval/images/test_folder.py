@@ -31,8 +31,10 @@ def test_any_folder_of_images(tmp_path: Path):
         noise(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
     folder = read(tmp_path)
-    assert [entry.file for entry in folder.entries] == ["a.jpg", "b.png"] and folder.generation == {}
-    assert folder.label == tmp_path.name and folder.entries[0].prompt is None
+    assert [entry.file for entry in folder.entries] == ["a.jpg", "b.png"]
+    assert folder.generation == {}
+    assert folder.label == tmp_path.name
+    assert folder.entries[0].prompt is None
 
 
 def test_a_manifest_decides_order_and_content(tmp_path: Path):
@@ -44,7 +46,8 @@ def test_a_manifest_decides_order_and_content(tmp_path: Path):
     (tmp_path / "generation.json").write_text('{"model": "x/sd", "weights": "runs/cat"}')
     folder = read(tmp_path)
     assert [entry.file for entry in folder.entries] == ["00001_8.png", "00000_7.png"]
-    assert folder.entries[0].prompt == "a\u2028b" and folder.label == "cat"
+    assert folder.entries[0].prompt == "a\u2028b"
+    assert folder.label == "cat"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,8 @@ def test_what_is_no_image_says_so(tmp_path: Path, make, why: str | None):
     make(tmp_path / "x.png")
     noise(tmp_path / "sound.png")
     image, reason = picture(read(tmp_path), Entry(file="x.png"))
-    assert reason == why and (image is None) == (why == "unreadable")
+    assert reason == why
+    assert (image is None) == (why == "unreadable")
 
 
 def test_a_photograph_is_upright(tmp_path: Path):
@@ -84,7 +88,31 @@ def test_odd_but_sound_images_are_rgb(tmp_path: Path):
         tmp_path / "x.jpg"
     )
     image, why = picture(read(tmp_path), Entry(file="x.jpg"))
-    assert image.mode == "RGB" and why is None
+    assert image.mode == "RGB"
+    assert why is None
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path):
+    """Pillow alone clips them at 255: nearly every level would be white, and a detector finds nothing in white."""
+    levels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    Image.fromarray(levels).save(tmp_path / "x.png")
+    image, why = picture(read(tmp_path), Entry(file="x.png"))
+    assert why is None
+    assert np.array_equal(np.asarray(image), np.stack([levels >> 8] * 3, -1))
+
+
+def test_sixteen_bits_are_turned_upright_too(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.arange(200, dtype=np.uint16).reshape(10, 20) * 300).save(tmp_path / "x.png", exif=exif)
+    assert picture(read(tmp_path), Entry(file="x.png"))[0].size == (10, 20)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_levels_without_a_white_are_unreadable(tmp_path: Path, mode: str):
+    Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8) * 1000).convert(mode).save(tmp_path / "x.tiff")
+    (tmp_path / "x.tiff").rename(tmp_path / "x.png")  # Pillow goes by the content
+    assert picture(read(tmp_path), Entry(file="x.png")) == (None, "unreadable")
 
 
 @pytest.mark.parametrize(
@@ -104,4 +132,5 @@ def test_folders_that_cannot_be_read(tmp_path: Path, prepare, sentence: str):
 
 def test_more_than_one_percent_broken_is_too_many():
     sound, bad = Entry(file="a.png"), Entry(file="b.png", broken="black")
-    assert not too_many_broken([bad, *[sound] * 99]) and too_many_broken([bad, *[sound] * 98])
+    assert not too_many_broken([bad, *[sound] * 99])
+    assert too_many_broken([bad, *[sound] * 98])
