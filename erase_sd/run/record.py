@@ -8,7 +8,6 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 
@@ -17,6 +16,8 @@ from erase_sd.common.files import write_atomic
 try:
     import resource
 except ImportError:  # on Windows
+    import psutil
+
     resource = None
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")

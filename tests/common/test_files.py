@@ -160,9 +160,14 @@ def test_the_package_offers_erase_and_nothing_else():
 def test_without_what_windows_lacks_everything_imports_and_writes(tmp_path, module):
     code = f"""
         import sys
+        from types import SimpleNamespace as Stub
         sys.modules |= dict.fromkeys(("fcntl", "resource"))  # to import one of them is an ImportError now
+        memory = Stub(memory_info=lambda: Stub(peak_wset=3 * 2**20))
+        sys.modules["psutil"] = Stub(Process=lambda: memory)  # as it is there
         import {module}
         from erase_sd.common.files import new_folder, write_atomic
+        from erase_sd.run.record import peak_memory
+        assert peak_memory()["host"] == 3
         write_atomic({str(tmp_path / "a" / "file")!r}, "text")
         with new_folder({str(tmp_path / "b")!r}) as folder:
             (folder / "file").write_text("text")
