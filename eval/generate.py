@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,7 @@ from erase_sd.common.cli import at_least, command, knob, run_main
 from erase_sd.common.errors import UserError, asked_by_the_user
 from erase_sd.settings import SD_V1
 from eval.images.folder import ImageFolder, count_broken, read, too_many_broken
-from eval.images.pipelines import load, weights_digest
+from eval.images.pipelines import load, origin
 from eval.images.sources import Source, batches, pictures, resolve, settled
 from eval.images.writer import FolderWriter, fill
 from prompts.tables import PromptRow, chosen
@@ -84,7 +85,8 @@ def generate(options: Generation) -> ImageFolder:
     rows = [settled(row, options.guidance, options.size, options.per_row) for row in rows]
     requests = list(pictures(rows, options.images_per_prompt, options.seed))
     state = PartialState(cpu=not torch.accelerator.is_available())  # else several CPU processes would be strangers
-    with FolderWriter(Path(options.output_dir), _protocol(options, source), state) as folder:
+    protocol = _protocol(options, source)
+    with FolderWriter(Path(options.output_dir), protocol, _environment(state), state) as folder:
         missing = folder.missing(requests)
         if missing:
             print_once(state, f"{options.output_dir}: {len(missing)} of {len(requests)} images to sample")
@@ -123,18 +125,24 @@ def _pipeline(options: Generation) -> DiffusionPipeline:
 
 
 def _protocol(options: Generation, source: Source) -> dict[str, Any]:
-    """generation.json: everything the images depend on, so that another question cannot land in the same folder."""
-    network = options.unet or options.transformer
+    """Return generation.json: what the images depend on, so that another question cannot land in the same folder."""
     asked = {name: value for name, value in asdict(options).items() if name not in HOW}
+    networks = {"unet": options.unet, "transformer": options.transformer}
     return asked | {
         "prompts": source.name,
         "prompts_sha256": source.sha256,
-        "weights": network,
-        "model_sha256": weights_digest(options.model),
-        "weights_sha256": weights_digest(network),
+        "weights": options.unet or options.transformer,
+        **origin(options.model, **networks, scheduler=options.scheduler),
         "safety_checker": False,
         "noise": "torch.Generator('cpu').manual_seed(seed) for each image",
     }
+
+
+def _environment(state: PartialState) -> dict[str, str]:
+    """Return the versions and the device, which decide over the last bits of an image, and now and then over more."""
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type
+    return versions | {"device": device}
 
 
 main = command("eval.generate", "Sample the images that a model is judged by.", Generation, run)

@@ -62,7 +62,7 @@ def load(
     else:
         pipe = _other(model, index, unet, transformer, DTYPES[dtype])
     if scheduler is not None:
-        pipe.scheduler = _scheduler(scheduler, pipe)
+        pipe.scheduler = _scheduler(scheduler, pipe.scheduler, type(pipe).__name__)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -90,21 +90,70 @@ def _other(
         return AutoPipelineForText2Image.from_pretrained(model, dtype=dtype, **parts)
 
 
-def _scheduler(name: str, pipe: DiffusionPipeline) -> SchedulerMixin:
+def _scheduler(name: str, own: SchedulerMixin, pipeline: str) -> SchedulerMixin:
+    """Return the scheduler of this name for a pipeline whose own scheduler is `own`."""
     import diffusers
 
     if name == "lms" and importlib.util.find_spec("scipy") is None:
         raise UserError("--scheduler lms needs scipy: pip install erase-sd[eval]")
-    if "Flow" in type(pipe.scheduler).__name__:
-        raise UserError(f"--scheduler {name} is for noise models, {type(pipe).__name__} is a flow model: leave it out")
-    config = pipe.scheduler.config
+    if "Flow" in type(own).__name__:
+        raise UserError(f"--scheduler {name} is for noise models, {pipeline} is a flow model: leave it out")
     kind = getattr(diffusers, SCHEDULERS[name])
     given = {}
-    if name in OF_PIXELS and type(pipe.scheduler) is not kind:
-        stored = config.keys() - set(config.get("_use_default_values", ()))
+    if name in OF_PIXELS and type(own) is not kind:
+        stored = own.config.keys() - set(own.config.get("_use_default_values", ()))
         for key in LATENT_DIFFUSION.keys() & inspect.signature(kind).parameters.keys() - stored:
             given[key] = LATENT_DIFFUSION[key]
-    return kind.from_config(config, **given)
+    return kind.from_config(own.config, **given)
+
+
+def origin(model: str, *, unet: str | None, transformer: str | None, scheduler: str | None) -> dict[str, Any]:
+    """Return what identifies a pipeline beside its options, without loading its weights.
+
+    {"sampler": {"class", "config"}, "model_revision", "model_sha256", "weights_revision", "weights_sha256"}: revisions
+    are commits of a Hub id, hashes are of a local folder. The sampler's configuration is the stored one;
+    StableDiffusionPipeline itself turns off clip_sample and sets steps_offset to 1 where an old file has other values.
+    Raises UserError for a model, network or scheduler that cannot be had.
+    """
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+    check_place(place(model), "--model")
+    with explained("--model", model):
+        index, model_revision = DiffusionPipeline.load_config(place(model), return_commit_hash=True)
+    _check_networks(index, model, unet, transformer)
+    weights_revision = None
+    for part, source in (("unet", unet), ("transformer", transformer)):
+        if source:
+            check_place(source, f"--{part}")
+        if source and not Path(source).is_dir():
+            with explained(f"--{part}", source):
+                read_config = UNet2DConditionModel.load_config  # of any class: nothing but the file is read
+                _, weights_revision = read_config(source, subfolder=part, return_commit_hash=True)
+    return {
+        "sampler": _sampler(place(model), index, scheduler),
+        "model_revision": model_revision,
+        "model_sha256": weights_digest(model),
+        "weights_revision": weights_revision,
+        "weights_sha256": weights_digest(unet or transformer),
+    }
+
+
+def _sampler(model: str, index: dict[str, Any], scheduler: str | None) -> dict[str, Any] | None:
+    """Return class and configuration of the scheduler; None for a pipeline without one of diffusers'."""
+    import diffusers
+
+    library, name = index.get("scheduler") or (None, None)
+    if library != "diffusers":
+        return None
+    with explained("--model", model):
+        used = getattr(diffusers, name).from_pretrained(model, subfolder="scheduler")
+    if scheduler is not None:
+        used = _scheduler(scheduler, used, index["_class_name"])
+    config = {}
+    for key, value in used.config.items():
+        if not key.startswith("_"):
+            config[key] = value
+    return {"class": type(used).__name__, "config": config}
 
 
 def weights_digest(source: str | None) -> str | None:

@@ -87,7 +87,7 @@ def _from_hub() -> Path:
 def _pocket() -> list[PromptRow]:
     """Return all 640 complete scenes, shuffled so that any first part of them is spread over the combinations."""
     scenes = list(grid())
-    random.Random("exam").shuffle(scenes)
+    random.Random("exam").shuffle(scenes)  # the order of all published folders
     return [PromptRow(row=i, prompt=caption(scene), seed=i) for i, scene in enumerate(scenes)]
 
 

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
+from erase_sd.common.errors import UserError
 from erase_sd.common.files import RunLock, claim, file_digest, write_atomic
 from erase_sd.common.imaging import broken
 from erase_sd.common.signals import StopFlag
@@ -32,24 +33,51 @@ PARTS = ".parts"  # what each process has finished; becomes the manifest when al
 
 
 class FolderWriter:
-    """A folder that receives the images of one protocol. Use it in a `with` block, by all processes alike."""
+    """A folder that receives the images of one protocol. Use it in a `with` block, by all processes alike.
 
-    def __init__(self, path: Path, protocol: dict[str, Any], state: PartialState) -> None:
+    generation.json holds the protocol and, as "environment", versions and device. Another protocol is refused at once;
+    another environment only where images are missing, for a finished folder is what it is.
+    """
+
+    def __init__(self, path: Path, protocol: dict[str, Any], environment: dict[str, str], state: PartialState) -> None:
         self.path = path
         self.protocol = json.loads(json.dumps(protocol))
+        self.environment = environment
         self.state = state
         self.part = path / PARTS / f"{state.process_index}.jsonl"
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
-        claim(self.path, GENERATION, self.protocol)
+        claim(self.path, GENERATION, self.protocol | self._recorded())
         self.state.wait_for_everyone()  # nobody shall take another's first file for a stranger's
         if self.state.is_main_process:
             self._stack.enter_context(RunLock(self.path))
-            write_atomic(self.path / GENERATION, json.dumps(self.protocol, indent=2) + "\n")
         if self.part.is_file():  # a kill may have cut its last line, and the next one would be glued to it
             write_atomic(self.part, "".join(map(_line, _lines(self.part))))
         return self
+
+    def _recorded(self) -> dict[str, Any]:
+        """Return {"environment": ...} as generation.json has it; {} if there is none."""
+        file = self.path / GENERATION
+        if not file.is_file():
+            return {}
+        try:
+            stored = dict(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError:
+            return {}  # `claim` says what is wrong with it
+        return {"environment": stored["environment"]} if "environment" in stored else {}
+
+    def begin(self) -> None:
+        """Write generation.json, before the first image. Raises UserError where it is of another environment."""
+        found = self._recorded().get("environment", self.environment)
+        for name, value in self.environment.items():
+            if found.get(name) != value:
+                text = f"--output_dir {self.path} was begun with {name} {found.get(name)} and would go on with {value}"
+                raise UserError(f"{text}, which samples other images: name another folder")
+        self.state.wait_for_everyone()  # all have read the file before it is written
+        if self.state.is_main_process:
+            text = json.dumps(self.protocol | {"environment": self.environment}, indent=2)
+            write_atomic(self.path / GENERATION, text + "\n")
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
@@ -97,6 +125,7 @@ def fill(folder: FolderWriter, pipe: DiffusionPipeline, batches: list[list[Image
     Raises SystemExit with 128 + signal when stopped, after the batch at hand.
     """
     share = batches[folder.state.process_index :: folder.state.num_processes]
+    folder.begin()
     pipe = pipe.to(folder.state.device)
     done = folder.done()
     total = sum(map(len, share))
@@ -113,7 +142,7 @@ def fill(folder: FolderWriter, pipe: DiffusionPipeline, batches: list[list[Image
 def _sample(pipe: DiffusionPipeline, batch: list[ImageRequest], steps: int) -> list[tuple[Image.Image, str | None]]:
     """Return the images of a batch, each with why it is none: NaN is told from black, which it would be saved as."""
     row = batch[0].row  # guidance and size are alike in a batch
-    arrays = sample_batch(
+    pixels = sample_batch(
         pipe,
         [request.row.prompt for request in batch],
         [torch.Generator("cpu").manual_seed(request.seed) for request in batch],
@@ -123,7 +152,7 @@ def _sample(pipe: DiffusionPipeline, batch: list[ImageRequest], steps: int) -> l
         output_type="np",
     )
     images = []
-    for array in arrays:
+    for array in pixels:
         image = Image.fromarray((np.nan_to_num(array) * 255).round().astype("uint8"))
         images.append((image, broken(image) if np.isfinite(array).all() else "nan"))
     return images

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -115,10 +116,14 @@ def test_more_rows_go_on_in_the_same_folder(options: Generation):
 
 def test_manifest_says_what_was_drawn(options: Generation):
     folder = generate(replace(options, rows=4, images_per_prompt=2, per_row=True))
-    assert [e.row for e in folder.entries] == [0, 0, 1, 1, 2, 2, 3, 3] and len({e.seed for e in folder.entries}) == 8
-    assert folder.entries[2].seed == 4290749015 and folder.entries[2].height == 56
-    assert [e.guidance for e in folder.entries[::2]] == [7, 8, 9, 7] and folder.entries[0].tags["categories"] == "hate"
-    assert folder.entries[4].prompt == "two\nlines" and folder.generation["safety_checker"] is False
+    assert [e.row for e in folder.entries] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len({e.seed for e in folder.entries}) == 8
+    assert folder.entries[2].seed == 4290749015
+    assert folder.entries[2].height == 56
+    assert [e.guidance for e in folder.entries[::2]] == [7, 8, 9, 7]
+    assert folder.entries[0].tags["categories"] == "hate"
+    assert folder.entries[4].prompt == "two\nlines"
+    assert folder.generation["safety_checker"] is False
     assert not any(e.broken for e in folder.entries)
 
 
@@ -152,14 +157,17 @@ def test_unet_of_a_run_replaces_the_model_s(options: Generation, tiny_sd: Path, 
     save_network(pipe.unet, tmp_path / "runs" / "cup", "unet")
     base = generate(replace(options, rows=1))
     run = generate(replace(options, rows=1, unet=str(tmp_path / "runs" / "cup"), output_dir=str(tmp_path / "cup")))
-    assert base.entries[0].sha256 != run.entries[0].sha256 and run.label == "cup"
-    assert run.generation["weights_sha256"] and base.generation["weights_sha256"] is None
+    assert base.entries[0].sha256 != run.entries[0].sha256
+    assert run.label == "cup"
+    assert run.generation["weights_sha256"]
+    assert base.generation["weights_sha256"] is None
 
 
 @pytest.mark.parametrize("name", ["ddim", "lms", "euler-a", "dpm++"])
 def test_schedulers(options: Generation, name: str):
     folder = generate(replace(options, rows=1, scheduler=name, steps=3))
-    assert folder.entries[0].broken is None and folder.generation["scheduler"] == name
+    assert folder.entries[0].broken is None
+    assert folder.generation["scheduler"] == name
 
 
 @pytest.mark.parametrize(
@@ -198,6 +206,51 @@ def test_a_folder_of_other_images_is_refused(options: Generation, tmp_path: Path
         generate(replace(options, output_dir=str(tmp_path / "mine")))
 
 
+@pytest.fixture
+def own_model(options: Generation, tiny_sd: Path, tmp_path: Path) -> Generation:
+    """The options with a copy of the model that a test may edit."""
+    return replace(options, model=str(shutil.copytree(tiny_sd, tmp_path / "model")), rows=1)
+
+
+def test_the_record_names_the_sampler_and_where_it_ran(own_model: Generation):
+    record = generate(own_model).generation
+    assert record["scheduler"] is None
+    assert record["sampler"]["class"] == "PNDMScheduler"
+    assert record["sampler"]["config"]["beta_end"] == 0.012
+    assert record["environment"].keys() == {"torch", "diffusers", "transformers", "device"}
+    assert record["environment"]["torch"] == version("torch")
+    assert record["model_revision"] is None
+
+
+def test_the_record_has_the_keys_of_a_swapped_sampler(own_model: Generation):
+    sampler = generate(replace(own_model, scheduler="ddim")).generation["sampler"]
+    assert sampler["class"] == "DDIMScheduler"
+    assert sampler["config"]["set_alpha_to_one"] is False
+
+
+def test_an_edited_sampler_is_another_question(own_model: Generation):
+    generate(own_model)
+    file = Path(own_model.model) / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text().replace("0.012", "0.013"))
+    with pytest.raises(UserError, match="belongs to a run with sampler"):
+        generate(own_model)
+
+
+def test_other_versions_do_not_go_on_but_leave_a_finished_folder_alone(own_model: Generation, monkeypatch):
+    generate(own_model)
+    monkeypatch.setattr("eval.generate.version", lambda name: "0.0.1")
+    assert len(generate(own_model).entries) == 1
+    with pytest.raises(UserError, match=r"was begun with torch .* and would go on with 0\.0\.1"):
+        generate(replace(own_model, rows=2))
+
+
+def test_a_refused_network_claims_no_folder(own_model: Generation, tmp_path: Path):
+    (tmp_path / "partial" / "unet").mkdir(parents=True)
+    with pytest.raises(UserError, match="partial"):
+        generate(replace(own_model, unet=str(tmp_path / "partial")))
+    assert len(generate(own_model).entries) == 1
+
+
 def test_batches_do_not_depend_on_what_is_done():
     rows = [PromptRow(row=i, prompt="", seed=i, guidance=7.0 + i % 2) for i in range(10)]
     jobs = list(pictures(rows, 1, 0))
@@ -207,7 +260,8 @@ def test_batches_do_not_depend_on_what_is_done():
 def test_seeds_of_rows_without_one_are_keyed():
     rows = [PromptRow(row=i, prompt="") for i in range(3)]
     first, again = (list(pictures(rows, 2, 5)) for _ in range(2))
-    assert first == again and len({job.seed for job in first}) == 6
+    assert first == again
+    assert len({job.seed for job in first}) == 6
     assert next(iter(pictures(rows[1:], 1, 5))) == first[2]
     assert [job.file for job in pictures([PromptRow(row=7, prompt="../x", seed=3)], 1, 0)] == ["00007_3.png"]
 
@@ -235,7 +289,8 @@ def test_manifest_that_is_none(options: Generation):
 def test_other_families_are_ordinary_models(options: Generation, tiny_sdxl: Path, tmp_path: Path):
     xl = replace(options, model=str(tiny_sdxl), rows=2, size=64)
     base = generate(xl)
-    assert [entry.broken for entry in base.entries] == [None, None] and base.entries[0].width == 64
+    assert [entry.broken for entry in base.entries] == [None, None]
+    assert base.entries[0].width == 64
     unet = UNet2DConditionModel.from_pretrained(str(tiny_sdxl), subfolder="unet")
     with torch.no_grad():
         unet.conv_out.weight.mul_(0.5)
@@ -252,6 +307,7 @@ def test_the_transformer_of_a_run_replaces_the_model_s(options: Generation, tiny
         transformer.proj_out.weight.mul_(0.5)
     transformer.save_pretrained(str(tmp_path / "run" / "transformer"))
     run = generate(replace(flow, transformer=str(tmp_path / "run"), output_dir=str(tmp_path / "flow")))
-    assert base.entries[0].broken is None and base.entries[0].sha256 != run.entries[0].sha256
+    assert base.entries[0].broken is None
+    assert base.entries[0].sha256 != run.entries[0].sha256
     with pytest.raises(UserError, match="is a flow model: leave it out"):
         generate(replace(flow, scheduler="lms", output_dir=str(tmp_path / "lms")))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from erase_sd.common.errors import UserError
-from eval.images.folder import Entry, picture, read, too_many_broken
+from eval.images.folder import Entry, picture, read, too_many_broken, warn_if_broken
 
 
 def noise(path: Path, size: int = 16) -> Path:
@@ -134,3 +134,16 @@ def test_more_than_one_percent_broken_is_too_many():
     sound, bad = Entry(file="a.png"), Entry(file="b.png", broken="black")
     assert not too_many_broken([bad, *[sound] * 99])
     assert too_many_broken([bad, *[sound] * 98])
+
+
+def test_a_warning_names_the_folder_and_the_first_broken_image(tmp_path: Path, capsys: pytest.CaptureFixture):
+    entries = [Entry(file="a.png"), Entry(file="b.png", broken="nan"), Entry(file="c.png", broken="black")]
+    assert warn_if_broken(entries, tmp_path)
+    assert capsys.readouterr().err == (
+        f"2 of 3 images of {tmp_path} are broken (b.png ...): do not trust these numbers\n"
+    )
+
+
+def test_sound_images_are_not_spoken_of(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert not warn_if_broken([Entry(file="a.png")], tmp_path)
+    assert capsys.readouterr().err == ""

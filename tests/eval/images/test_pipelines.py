@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from diffusers import EulerDiscreteScheduler
 
-from eval.images.pipelines import load
+from eval.images.pipelines import load, origin
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -71,3 +71,17 @@ def test_pndm_evaluates_the_network_once_a_step_and_once_more(euler: Path):
     pipe = load(str(euler), unet=None, transformer=None, dtype="float32", scheduler="pndm")
     pipe.scheduler.set_timesteps(50)
     assert len(pipe.scheduler.timesteps) == 51
+
+
+def test_a_hub_id_is_resolved_to_its_commit(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--me--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(tiny_sd, repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = origin("me/tiny", unet="me/tiny", transformer=None, scheduler=None)
+    assert found["model_revision"] == commit
+    assert found["weights_revision"] == commit
+    assert found["model_sha256"] is None
+    assert found["sampler"]["class"] == "PNDMScheduler"
