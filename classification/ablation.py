@@ -45,7 +45,7 @@ LOOKING = ("retrain", "salun", "scissorhands")  # the columns of the Grad-CAM sh
 class Ablation:
     """What to vary."""
 
-    dataset: str = knob("digits", "digits, cifar10, cifar100, svhn or celeba")
+    dataset: str = knob("digits", "digits, cifar10, cifar100, svhn, celeba, fashion-mnist, mnist or kmnist")
     data_dir: str | None = knob(None, "folder with the data in their original format (default: the Hub)")
     forget: str = knob("random:0.1", "forget set")
     preset: str | None = knob(None, "values of everything that is not varied (default: the benchmark's)")

@@ -41,7 +41,7 @@ exact unlearning is 0.5, its true positives are as rare as its false ones.
 class ClassifierBenchmark:
     """What to compare, on what, and where the table goes."""
 
-    dataset: str = knob("digits", "digits, cifar10, cifar100, svhn or celeba")
+    dataset: str = knob("digits", "digits, cifar10, cifar100, svhn, celeba, fashion-mnist, mnist or kmnist")
     data_dir: str | None = knob(None, "folder with the data in their original format (default: the Hub)")
     forget: tuple[str, ...] = knob(("random:0.1", "class:3"), "forget sets, one table each")
     methods: tuple[str, ...] = knob(tuple(METHODS), "methods; Retrain is always among them")

@@ -34,7 +34,9 @@ class ClassifierJob:
 class ClassifierTraining(Descent):
     """How the original model is trained."""
 
-    model: str = knob("smallnet", "resnet18, resnet34, smallnet, or a transformers image classifier by folder or id")
+    model: str = knob(
+        "smallnet", "resnet18, resnet34, smallresnet, smallnet, or a transformers image classifier by folder or id"
+    )
     weights: str | None = knob(None, '"hub" or a file of torchvision weights to start from')
     epochs: float = knob(30, "walks through the training data")
     batch_size: int = knob(64, "examples per step, over all processes")

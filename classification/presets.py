@@ -18,12 +18,16 @@ def _multistep(epochs: int) -> dict:
 
 
 CIFAR = {"model": "resnet18", "batch_size": 256, "lr": 0.1, **SGD}
+SMALL = {"model": "smallresnet", "batch_size": 128, "lr": 0.1, **SGD, "epochs": 12, "schedule": "cosine"}
 TRAINING: dict[str, dict] = {  # the original model
     "digits": {"model": "smallnet", "batch_size": 64, "lr": 0.1, **SGD, "epochs": 30, "schedule": "cosine"},
     "cifar10": CIFAR | _multistep(185),
     "cifar100": CIFAR | _multistep(185),
     "svhn": CIFAR | _multistep(185),
     "celeba": {"model": "resnet34", "weights": "hub", "batch_size": 8, "lr": 1e-3, **SGD, "epochs": 10},
+    "fashion-mnist": SMALL,
+    "mnist": SMALL,
+    "kmnist": SMALL,
 }
 RETRAIN: dict[str, dict] = {  # the same on the retain set alone
     "digits": TRAINING["digits"],
@@ -32,6 +36,7 @@ RETRAIN: dict[str, dict] = {  # the same on the retain set alone
     "svhn": CIFAR | {"epochs": 50},  # the milestones are never reached
     "celeba": TRAINING["celeba"],
 }
+OURS = ("digits", "fashion-mnist", "mnist", "kmnist")  # no released code knows these
 
 RELEASED = {  # Scissorhands in the released classification code
     **SGD,
@@ -60,11 +65,12 @@ def _released(options: dict, faces: dict | None = None) -> dict[str, dict]:
 
 
 def _retrain() -> dict[str, dict]:
-    """Return Retrain's presets: the released recipe of each data set, and that of digits as ours too."""
+    """Return Retrain's presets: the released recipe of each data set, and ours where there is none."""
     presets = {}
     for name, recipe in RETRAIN.items():
         presets[f"authors/{name}"] = recipe
-    presets["digits"] = RETRAIN["digits"]
+    for name in OURS:
+        presets[name] = TRAINING[name]
     return presets
 
 

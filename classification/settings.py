@@ -13,7 +13,9 @@ from erase_sd.common.errors import UserError
 class Data:
     """Which examples."""
 
-    dataset: Literal["digits", "cifar10", "cifar100", "svhn", "celeba"] = knob("digits", "what the images are of")
+    dataset: Literal["digits", "cifar10", "cifar100", "svhn", "celeba", "fashion-mnist", "mnist", "kmnist"] = knob(
+        "digits", "what the images are of"
+    )
     data_dir: str | None = knob(None, "folder with the data in their original format (default: the Hub)")
     split_seed: int = knob(0, "seed of the validation split")
     forget: str = knob("random:0.1", "what to forget: random:SHARE, class:N, identities:N, indices:FILE")

@@ -37,7 +37,7 @@ CHANNELS, CLASSES = 3, 10
 class Speed:
     """What to time; the defaults are CIFAR-10's, 10 % of it forgotten."""
 
-    model: str = knob("resnet18", "resnet18, resnet34 or smallnet")
+    model: str = knob("resnet18", "resnet18, resnet34, smallresnet or smallnet")
     batch_size: int = knob(256, "forget samples, and retain samples, per step")
     steps: int = knob(20, "steps of each kind")
     sensitivity_batches: int = knob(1, "batches of the saliency")

@@ -86,20 +86,32 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A ResNet of basic blocks: `depths` of layer1 to layer4, and the CIFAR stem (3x3, no pooling) or ImageNet's."""
+    """A ResNet of basic blocks, with the stem for CIFAR (3x3, no pooling) or for ImageNet.
 
-    def __init__(self, depths: Sequence[int], cifar: bool, classes: int, channels: int, normalize: Normalize) -> None:
+    `depths` and `widths` are the blocks and channels of layer1 to layer4.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        widths: Sequence[int],
+        cifar: bool,
+        classes: int,
+        channels: int,
+        normalize: Normalize,
+    ) -> None:
         super().__init__()
         self.normalize = normalize
-        self.conv1 = conv3x3(channels, 64) if cifar else nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        first = widths[0]
+        self.conv1 = conv3x3(channels, first) if cifar else nn.Conv2d(channels, first, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
         self.relu = nn.ReLU()
         self.maxpool = nn.Identity() if cifar else nn.MaxPool2d(3, 2, 1)
-        self.layer1 = stage(64, 64, depths[0], 1)
-        self.layer2 = stage(64, 128, depths[1], 2)
-        self.layer3 = stage(128, 256, depths[2], 2)
-        self.layer4 = stage(256, 512, depths[3], 2)
-        self.fc = nn.Linear(512, classes)
+        self.layer1 = stage(first, first, depths[0], 1)
+        self.layer2 = stage(first, widths[1], depths[1], 2)
+        self.layer3 = stage(widths[1], widths[2], depths[2], 2)
+        self.layer4 = stage(widths[2], widths[3], depths[3], 2)
+        self.fc = nn.Linear(widths[3], classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(self.normalize(x)))))
@@ -150,8 +162,9 @@ def kaiming_(model: nn.Module) -> None:
 
 
 MODELS = {
-    "resnet18": partial(ResNet, (2, 2, 2, 2), True),
-    "resnet34": partial(ResNet, (3, 4, 6, 3), False),
+    "resnet18": partial(ResNet, (2, 2, 2, 2), (64, 128, 256, 512), True),
+    "resnet34": partial(ResNet, (3, 4, 6, 3), (64, 128, 256, 512), False),
+    "smallresnet": partial(ResNet, (1, 1, 1, 1), (16, 32, 64, 128), True),  # for 28x28 images on a laptop
     "smallnet": SmallNet,
 }
 """Name: constructor from (classes, channels, normalize)."""

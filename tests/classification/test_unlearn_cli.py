@@ -155,7 +155,7 @@ def farthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     [
         (unlearn, "--method sculpt", "unknown method 'sculpt': use one of retrain, ft"),
         (unlearn, "--preset ours", "unknown preset 'ours': scissorhands has paper"),
-        (unlearn, "--dataset mnist", "'mnist' is not one of digits"),
+        (unlearn, "--dataset imagenet", "'imagenet' is not one of digits"),
         (unlearn, "--batch_norm sometimes", "'sometimes' is not one of train, eval"),
         (unlearn, "--fraction 2", "--fraction 2.0 is outside [0, 1]"),
         (unlearn, "--batch_size 0", "--batch_size 0 is too small"),
@@ -169,7 +169,7 @@ def farthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
         (benchmark, "--methods ft sculpt", "unknown method 'sculpt'"),
         (benchmark, "--seeds 0", "--seeds 0 is too few"),
         (benchmark, "--lira 2", "--lira 2 is too few: give 3 or more"),
-        (benchmark, "--dataset mnist", "'mnist' is none of digits"),
+        (benchmark, "--dataset imagenet", "'imagenet' is none of digits"),
         (ablation, "--seeds 0", "--seeds 0 is too few"),
         (ablation, "--preset ours", "unknown preset 'ours'"),
         (speed, "--steps 0", "--steps 0 is too few"),

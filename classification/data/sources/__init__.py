@@ -10,6 +10,7 @@ digits      scikit-learn's, embedded
 cifar       CIFAR-10 and CIFAR-100, pickles of Python 2
 svhn        SVHN's cropped digits, MATLAB files
 celeba      CelebAMask-HQ's faces by identity, image files and lists
+idx         Fashion-MNIST, MNIST and KMNIST, IDX files
 hub         parquet files of the Hub
 unpickle    reads a pickle without running what it says
 matlab      reads a MATLAB file in a process of its own
@@ -19,7 +20,7 @@ checks      what every source checks in its files
 from pathlib import Path
 
 from classification.data.dataset import Dataset
-from classification.data.sources import celeba, cifar, digits, svhn
+from classification.data.sources import celeba, cifar, digits, idx, svhn
 from erase_sd.common.errors import UserError
 
 DATASETS = {
@@ -28,6 +29,9 @@ DATASETS = {
     "cifar100": cifar.cifar100,
     "svhn": svhn.load,
     "celeba": celeba.load,
+    "fashion-mnist": idx.fashion,
+    "mnist": idx.mnist,
+    "kmnist": idx.kmnist,
 }
 
 

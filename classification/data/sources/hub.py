@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ class Copy:
     config: str
     image: str
     label: str
+    mode: Literal["RGB", "L"] = "RGB"  # three channels or one, as PIL calls them
 
 
 def is_copy(folder: str) -> bool:
@@ -35,7 +36,7 @@ def is_copy(folder: str) -> bool:
 
 
 def read(copy: Copy, folder: str | None, *, classes: int, side: int) -> tuple[Images, Images, tuple[str, ...]]:
-    """Return (train, test, class names) of the Hub, or of a folder with its copy; images are RGB, side x side pixels.
+    """Return (train, test, class names) of the Hub, or of a folder with its copy; images are side x side pixels.
 
     Raises UserError if the Hub cannot be reached, and for columns, labels or sizes other than the data set's.
     """
@@ -86,11 +87,12 @@ def _files(folder: str, config: str, split: str) -> list[str]:
 
 def _images(copy: Copy, part: Any, split: str, classes: int, side: int) -> Images:
     place = f"the {split} split of {copy.id}"
-    pixels = np.empty((len(part), side, side, 3), np.uint8)
+    channels = len(copy.mode)  # a letter for each
+    pixels = np.empty((len(part), side, side, channels), np.uint8)
     for row, image in enumerate(part[copy.image]):
         if not isinstance(image, Image.Image) or image.size != (side, side):
             raise UserError(f"{place}: row {row} is no image of {side}x{side} pixels: it is another data set")
-        pixels[row] = image.convert("RGB")
+        pixels[row] = np.asarray(image.convert(copy.mode)).reshape(side, side, channels)
     return Images(
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         labels=checks.labels(part[copy.label][:], classes, len(part), place),

@@ -1,5 +1,6 @@
 """Every source from files that the test writes in the original format, and what damaged or hostile ones get told."""
 
+import gzip
 import io
 import os
 import pickle
@@ -421,6 +422,92 @@ def test_missing_svhn_files_are_named(tmp_path):
         load("svhn", str(tmp_path))
 
 
+# --- MNIST and what is written like it ------------------------------------------------------------------------------
+
+
+def idx(array: np.ndarray) -> bytes:
+    """Unsigned bytes as LeCun's format has them."""
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def mnist_files() -> dict[str, bytes]:
+    """The four original files, with 30 images to train on and 20 to test on."""
+    files = {}
+    for part, n in (("train", 30), ("t10k", 20)):
+        files[f"{part}-images-idx3-ubyte"] = idx(draw(n).integers(256, size=(n, 28, 28), dtype=np.uint8))
+        files[f"{part}-labels-idx1-ubyte"] = idx(draw(n + 1).integers(10, size=n, dtype=np.uint8))
+    return files
+
+
+def write_mnist(folder: Path, files: dict[str, bytes], compressed: bool = False) -> str:
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        if compressed:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        else:
+            (folder / name).write_bytes(content)
+    return str(folder)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize(("name", "inner"), [("fashion-mnist", "FashionMNIST/raw"), ("mnist", ""), ("kmnist", "")])
+def test_mnist_and_its_kin_from_their_files(tmp_path, name, inner, compressed):
+    write_mnist(tmp_path / "data" / inner, mnist_files(), compressed)
+    data = load(name, str(tmp_path / "data"))
+    assert (len(data.train), len(data.test), len(data.classes)) == (30, 20, 10)
+    assert data.train.pixels.shape == (30, 1, 28, 28)
+    assert data.train.pixels.dtype == torch.uint8
+    assert data.train.ids[17] == "train/17"
+    assert data.test.ids[3] == "t10k/3"
+    expected = draw(20).integers(256, size=(20, 28, 28), dtype=np.uint8)
+    assert np.array_equal(data.test.pixels[:, 0], expected)
+    assert data.test.labels.tolist() == draw(21).integers(10, size=20, dtype=np.uint8).tolist()
+
+
+WHOLE = mnist_files()["train-images-idx3-ubyte"]
+BAD_IDX = {
+    "empty": ("images-idx3", b"", "is damaged or no IDX file"),
+    "html": ("images-idx3", b"<html>404</html>" * 9, "its head is not that of bytes in 3 dimensions"),
+    "labels for images": ("images-idx3", idx(np.zeros(30, np.uint8)), "its head is not that of bytes in 3 dimensions"),
+    "other numbers": ("images-idx3", b"\0\0\x0d\x03" + WHOLE[4:], "its head is not that of bytes in 3 dimensions"),
+    "cut in the head": ("images-idx3", WHOLE[:9], "is damaged or no IDX file"),
+    "cut": ("images-idx3", WHOLE[:-1], "should hold 23520 bytes after its head, and has 23519"),
+    "too long": ("images-idx3", WHOLE + b"x", "has more than the 23520 bytes that its head tells of"),
+    "a size that nobody has": ("images-idx3", struct.pack(">HBB3I", 0, 8, 3, 2**32 - 1, 28, 28), "it claims to hold"),
+    "large images": ("images-idx3", idx(np.zeros((30, 32, 32), np.uint8)), "has images of 32x32 pixels, not 28x28"),
+    "too few labels": ("labels-idx1", idx(np.zeros(29, np.uint8)), "has 30 images but 29 labels"),
+    "a label too large": ("labels-idx1", idx(np.full(30, 10, np.uint8)), "image 0 is labelled 10, outside 0..9"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IDX)
+def test_bad_idx_files_are_named(tmp_path, case):
+    kind, content, says = BAD_IDX[case]
+    folder = write_mnist(tmp_path / "data", mnist_files() | {f"train-{kind}-ubyte": content})
+    with pytest.raises(UserError, match=f"train-{kind}-ubyte.*{says}"):
+        load("fashion-mnist", folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(WHOLE)[:-20], gzip.compress(WHOLE[:-1])])
+def test_bad_compressed_idx_files_are_named(tmp_path, content):
+    folder = write_mnist(tmp_path / "data", mnist_files(), compressed=True)
+    (tmp_path / "data" / "train-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(UserError, match="train-images-idx3-ubyte.gz is damaged or no IDX file"):
+        load("mnist", folder)
+
+
+def test_missing_idx_files_are_named(tmp_path):
+    folder = write_mnist(tmp_path / "data", mnist_files())
+    (tmp_path / "data" / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(UserError, match="has no t10k-labels-idx1-ubyte and no t10k-labels-idx1-ubyte.gz"):
+        load("mnist", folder)
+
+
+def test_kmnist_is_not_asked_of_the_hub():
+    with pytest.raises(UserError, match="kmnist is read from a folder only"):
+        load("kmnist")
+
+
 # --- CelebAMask-HQ --------------------------------------------------------------------------------------------------
 
 PEOPLE = {"9": 15, "10": 20, "2880": 16, "77": 14, "5": 3}  # identity: images; 15 are needed
@@ -796,8 +883,8 @@ def test_digits_are_scikit_learns():
 
 
 def test_unknown_names_and_folders():
-    with pytest.raises(UserError, match=f"unknown data set 'mnist': use one of {', '.join(DATASETS)}"):
-        load("mnist")
+    with pytest.raises(UserError, match=f"unknown data set 'imagenet': use one of {', '.join(DATASETS)}"):
+        load("imagenet")
     with pytest.raises(UserError, match="the data folder /nowhere does not exist: give the folder that holds cifar10"):
         load("cifar10", "/nowhere")
 

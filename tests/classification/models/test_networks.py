@@ -207,7 +207,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, monkeypatch, capsys):
 
 
 def test_names_and_channels_are_checked(tmp_path):
-    with pytest.raises(UserError, match="unknown model resnet19: choose resnet18, resnet34, smallnet"):
+    with pytest.raises(UserError, match="unknown model resnet19: choose resnet18, resnet34, smallresnet, smallnet"):
         make("resnet19")
     with pytest.raises(UserError, match="one entry for each of the 1 channels"):
         build("smallnet", classes=2, channels=1, mean=MEAN, std=STD, seed=0)
