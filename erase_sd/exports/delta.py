@@ -84,7 +84,7 @@ def difference(base: Weights, after: Weights) -> Weights:
 
 
 def apply_delta(delta: Delta, network: nn.Module) -> None:
-    """Turn the base's network into the erased one, in place. Raises UserError, changing nothing, for another network."""
+    """Turn the base's network into the erased one, in place. Raises UserError, changing nothing, for another one."""
     _change(delta, network, delta.base, delta.erased, "--apply")
 
 
