@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from erase_sd.exports.base import Erased, ExportSettings
-from erase_sd.exports.pipeline import save_pipeline
+from erase_sd.exports.pipeline import loading, save_pipeline
 from erase_sd.process import UserError
 
 CARD = "README.md"
@@ -66,12 +66,7 @@ def stage(erased: Erased, folder: Path, repo: str, settings: ExportSettings) -> 
         )
     else:
         save_pipeline(erased.pipe, folder, settings)
-        variant = "dtype=torch.float32" if "fp32" in settings.dtype else 'variant="fp16", dtype=torch.float16'
-        use = (
-            "import torch\n"
-            "from diffusers import DiffusionPipeline\n\n"
-            f"pipe = DiffusionPipeline.from_pretrained({repo!r}, {variant})"
-        )
+        use = loading(erased.pipe, repo, settings)
     if erased.folder and (erased.folder / CARD).is_file():
         card = (erased.folder / CARD).read_text(encoding="utf-8")
         (folder / CARD).write_text(published_card(card, use, erased.folder, repo), encoding="utf-8")

@@ -23,9 +23,17 @@ def write_pipeline(erased: Erased, output: Path, settings: ExportSettings) -> li
     """Write the folder `output`, whole or not at all. fp16 weights are the variant "fp16", alone or not."""
     with new_folder(output) as temporary:
         save_pipeline(erased.pipe, temporary, settings)
-    variant = "" if "fp32" in settings.dtype else ', variant="fp16", dtype=torch.float16'
-    kind = type(erased.pipe).__name__
-    return [f"{output}: a pipeline folder", "", f"pipe = {kind}.from_pretrained({str(output)!r}{variant})"]
+    return [f"{output}: a pipeline folder", "", loading(erased.pipe, str(output), settings)]
+
+
+def loading(pipe: DiffusionPipeline, source: str, settings: ExportSettings) -> str:
+    """Return Python that loads what `save_pipeline` wrote, from a folder or from the Hub."""
+    kind = type(pipe).__name__
+    optional = {*pipe._optional_components}
+    lacking = [name for name, part in pipe.components.items() if part is None and name not in optional]
+    more = "".join(f", {name}=None" for name in lacking)  # Stable Diffusion 3 without T5 does not load otherwise
+    more += ", dtype=torch.float32" if "fp32" in settings.dtype else ', variant="fp16", dtype=torch.float16'
+    return f"import torch\nfrom diffusers import {kind}\n\npipe = {kind}.from_pretrained({source!r}{more})"
 
 
 def save_pipeline(pipe: DiffusionPipeline, folder: Path, settings: ExportSettings) -> None:

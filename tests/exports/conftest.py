@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +38,32 @@ class Run(NamedTuple):
     folder: Path
     base: Path
 
+    def original(self) -> DiffusionPipeline:
+        """The base, shared by all tests: not to be changed."""
+        return _loaded(self.base, None)
+
     def erased(self) -> DiffusionPipeline:
-        return load(str(self.base), unet=str(self.folder))
+        """What this project makes of the run, shared by all tests: not to be changed."""
+        return _loaded(self.base, self.folder)
+
+
+@cache
+def _loaded(base: Path, unet: Path | None) -> DiffusionPipeline:
+    return load(str(base), unet=unet and str(unet))
+
+
+@cache
+def wanted(run: Run) -> np.ndarray:
+    """The picture of a run's network in the base's pipeline."""
+    return picture(run.erased())
+
+
+def export(run: Run, form: str, output: Path, *words: str) -> Path:
+    """Carry out the command as a user types it."""
+    from erase_sd.export import main
+
+    assert main([str(run.folder), "--to", form, "--output", str(output), *words]) == 0
+    return output
 
 
 def picture(pipe: DiffusionPipeline) -> np.ndarray:

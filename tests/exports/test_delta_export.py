@@ -1,5 +1,7 @@
 """The exact difference of a run, applied and undone."""
 
+import copy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,40 +15,40 @@ from erase_sd.export import main
 from erase_sd.exports.delta import apply_delta, difference, fingerprint, read_delta, restore_delta
 from erase_sd.pipeline import load, load_network
 from erase_sd.process import UserError
-from tests.exports.conftest import Run, picture, same_weights
+from tests.exports.conftest import Run, export, picture, same_weights, wanted
 
 
-def exported(run: Run, output: Path) -> Path:
-    assert main([str(run.folder), "--to", "delta", "--output", str(output)]) == 0
-    return output
+@pytest.fixture(scope="module")
+def deltas(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[Run, Path]:
+    root = tmp_path_factory.mktemp("deltas")
+    return {run: export(run, "delta", root / f"{kind}.safetensors") for kind, run in runs.items()}
 
 
 @pytest.fixture
-def delta(sd1: Run, tmp_path: Path) -> Path:
-    return exported(sd1, tmp_path / "cat.delta.safetensors")
+def delta(sd1: Run, deltas: dict[Run, Path], tmp_path: Path) -> Path:
+    """One of a test's own."""
+    return Path(shutil.copy(deltas[sd1], tmp_path / "cat.safetensors"))
 
 
-def test_applied_it_draws_what_the_run_draws(run: Run, tmp_path: Path) -> None:
-    path = exported(run, tmp_path / "cat.safetensors")
-    assert main(["--apply", str(path), "--model", str(run.base), "--output", str(tmp_path / "out")]) == 0
+def test_applied_it_draws_what_the_run_draws(run: Run, deltas: dict[Run, Path], tmp_path: Path) -> None:
+    assert main(["--apply", str(deltas[run]), "--model", str(run.base), "--output", str(tmp_path / "out")]) == 0
     pipe = load(str(run.base), unet=str(tmp_path / "out"))
     assert same_weights(pipe.unet, run.erased().unet)
-    assert np.array_equal(picture(pipe), picture(run.erased()))
+    assert np.array_equal(picture(pipe), wanted(run))
 
 
-def test_undone_it_is_the_base_to_the_bit(run: Run, tmp_path: Path) -> None:
-    path = exported(run, tmp_path / "cat.safetensors")
-    assert main(["--restore", str(path), "--model", str(run.folder), "--output", str(tmp_path / "out")]) == 0
+def test_undone_it_is_the_base_to_the_bit(run: Run, deltas: dict[Run, Path], tmp_path: Path) -> None:
+    assert main(["--restore", str(deltas[run]), "--model", str(run.folder), "--output", str(tmp_path / "out")]) == 0
     restored = load_network(str(tmp_path / "out"), "unet", torch.float32)
-    assert same_weights(restored, load(str(run.base)).unet)
+    assert same_weights(restored, run.original().unet)
 
 
 def test_there_and_back_in_memory(sd1: Run, delta: Path) -> None:
-    unet = load(str(sd1.base)).unet
+    unet = copy.deepcopy(sd1.original().unet)
     apply_delta(read_delta(delta), unet)
     assert same_weights(unet, sd1.erased().unet)
     restore_delta(read_delta(delta), unet)
-    assert same_weights(unet, load(str(sd1.base)).unet)
+    assert same_weights(unet, sd1.original().unet)
 
 
 def test_signs_of_zero_and_odd_bits_survive() -> None:
@@ -70,7 +72,7 @@ def test_few_changes_are_stored_by_their_places(sd1: Run, delta: Path) -> None:
 
 
 def test_only_what_changed_is_stored(sd1: Run, delta: Path) -> None:
-    base, erased = load(str(sd1.base)).unet.state_dict(), sd1.erased().unet.state_dict()
+    base, erased = sd1.original().unet.state_dict(), sd1.erased().unet.state_dict()
     changed = {name for name, x in erased.items() if not torch.equal(x, base[name])}
     assert {name.removesuffix(".bits").removesuffix(".places") for name in load_file(delta)} == changed
 
@@ -78,13 +80,13 @@ def test_only_what_changed_is_stored(sd1: Run, delta: Path) -> None:
 def test_the_header_names_the_base_and_no_path(sd1: Run, delta: Path) -> None:
     with safe_open(delta, "pt") as file:
         facts = file.metadata()
-    assert facts["erase_sd.base_sha256"] == fingerprint(load(str(sd1.base)).unet.state_dict())
+    assert facts["erase_sd.base_sha256"] == fingerprint(sd1.original().unet.state_dict())
     assert facts["erase_sd.concept"] == "cat"
     assert "/" not in str(facts)
 
 
 def test_another_base_is_refused(sd1: Run, delta: Path, tmp_path: Path) -> None:
-    pipe = load(str(sd1.base))
+    pipe = copy.deepcopy(sd1.original())
     with torch.no_grad():
         pipe.unet.conv_in.bias[0] += 1e-7
     pipe.save_pretrained(str(tmp_path / "other"))
@@ -99,7 +101,7 @@ def test_undoing_on_the_base_is_refused(sd1: Run, delta: Path, tmp_path: Path) -
 
 
 def test_a_refusal_changes_nothing(runs: dict[str, Run], delta: Path) -> None:
-    other = load(str(runs["sd2"].base)).unet
+    other = runs["sd2"].original().unet
     before = fingerprint(other.state_dict())
     with pytest.raises(UserError):
         apply_delta(read_delta(delta), other)
@@ -120,7 +122,7 @@ def test_a_damaged_delta_is_refused(sd1: Run, delta: Path, damage: str) -> None:
         tensors["nowhere.bits"] = torch.zeros(1, dtype=torch.int32)
     save_file(tensors, delta, facts)
     with pytest.raises(UserError, match="is damaged"):
-        apply_delta(read_delta(delta), load(str(sd1.base)).unet)
+        apply_delta(read_delta(delta), copy.deepcopy(sd1.original().unet))
 
 
 def test_what_is_no_delta_is_refused(sd1: Run, tmp_path: Path) -> None:

@@ -1,31 +1,34 @@
 """The change of a run as adapters."""
 
+import copy
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from erase_sd.export import main
 from erase_sd.exports.lora import adapters, factorise, low_rank, merged
 from erase_sd.pipeline import load
 from erase_sd.pocket import FOLDER
 from erase_sd.process import UserError
 from erase_sd.runtime import generator
-from tests.exports.conftest import Run, picture, write_run
+from tests.exports.conftest import Run, export, picture, wanted, write_run
 from tests.exports.ldm_table import detected, unet_table
 
 FULL = 32  # the narrowest and the widest matrix of the tiny networks need no more
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 
 
-def exported(run: Run, output: Path, *words: str) -> Path:
-    assert main([str(run.folder), "--to", "lora", "--output", str(output), *words]) == 0
-    return output
+@pytest.fixture(scope="module")
+def adapted(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[Run, Path]:
+    """Every run's adapters of ranks 1, 8 and of full rank."""
+    root, ranks = tmp_path_factory.mktemp("adapters"), ("1", "8", str(FULL))
+    return {run: export(run, "lora", root / kind, "--partial", "--rank", *ranks) for kind, run in runs.items()}
 
 
 def test_the_best_approximation_of_its_rank() -> None:
@@ -47,7 +50,7 @@ def test_tall_matrices_are_no_different() -> None:
 
 
 def test_kept_energy_is_what_the_merged_network_keeps(sd1: Run) -> None:
-    base, erased = load(str(sd1.base)).unet, sd1.erased().unet
+    base, erased = sd1.original().unet, sd1.erased().unet
     change = factorise(base, erased, 8)
     network = dict(merged(base, adapters(change, 8)).named_parameters())
     left = sum(float((x - network[name]).double().square().sum()) for name, x in erased.named_parameters())
@@ -56,14 +59,14 @@ def test_kept_energy_is_what_the_merged_network_keeps(sd1: Run) -> None:
 
 
 def test_the_rank_for_a_share_is_the_lowest(sd1: Run) -> None:
-    change = factorise(load(str(sd1.base)).unet, sd1.erased().unet, 1)
+    change = factorise(sd1.original().unet, sd1.erased().unet, 1)
     rank = change.rank_for(0.95)
     assert change.kept(rank) >= 0.95 > change.kept(rank - 1)
     assert change.rank_for(1.0) <= FULL
 
 
 def test_norms_and_biases_have_no_place(sd1: Run) -> None:
-    base, erased = load(str(sd1.base)).unet, load(str(sd1.base)).unet
+    base, erased = sd1.original().unet, copy.deepcopy(sd1.original().unet)
     with torch.no_grad():
         erased.conv_norm_out.weight += 1
         erased.conv_out.bias += 1
@@ -74,37 +77,37 @@ def test_norms_and_biases_have_no_place(sd1: Run) -> None:
 
 
 def test_a_network_that_is_the_base_is_refused(sd1: Run) -> None:
-    unet = load(str(sd1.base)).unet
+    unet = sd1.original().unet
     with pytest.raises(UserError, match="no change"):
         factorise(unet, unet, 4)
 
 
-def with_adapter(run: Run, folder: Path, weight_name: str | None = None):
-    pipe = load(str(run.base))
+def with_adapter(run: Run, folder: Path, weight_name: str | None = None) -> DiffusionPipeline:
+    pipe = copy.deepcopy(run.original())
     pipe.load_lora_weights(str(folder), weight_name=weight_name)
     return pipe
 
 
-def test_diffusers_loads_it_and_the_drift_falls_with_the_rank(run: Run, tmp_path: Path) -> None:
+def test_diffusers_loads_it_and_the_drift_falls_with_the_rank(run: Run, adapted: dict[Run, Path]) -> None:
     pytest.importorskip("peft")
-    out = exported(run, tmp_path / "out", "--rank", "1", "8", str(FULL), "--partial")
-    wanted = picture(run.erased())
-    drift = [np.abs(picture(with_adapter(run, out / f"rank-{rank}")) - wanted).max() for rank in (1, 8, FULL)]
+    pictures = [picture(with_adapter(run, adapted[run] / f"rank-{rank}")) for rank in (1, 8, FULL)]
+    drift = [np.abs(image - wanted(run)).max() for image in pictures]
     assert drift[0] > drift[1] > drift[2]
     assert drift[2] < 1e-4
     assert drift[2] < drift[0] / 100
 
 
-def test_kohyas_layout_is_the_same_adapter(run: Run, tmp_path: Path) -> None:
+def test_kohyas_layout_is_the_same_adapter(run: Run, adapted: dict[Run, Path]) -> None:
     pytest.importorskip("peft")
-    out = exported(run, tmp_path / "out", "--rank", "8", "--partial") / "rank-8"
-    pipe = with_adapter(run, out, "cat-rank-8.safetensors")
-    assert np.allclose(picture(pipe), picture(with_adapter(run, out, DIFFUSERS)), atol=1e-5)
+    folder = adapted[run] / "rank-8"
+    ours, kohyas = with_adapter(run, folder, DIFFUSERS), with_adapter(run, folder, "cat-rank-8.safetensors")
+    assert kohyas.get_active_adapters()
+    assert np.allclose(picture(kohyas), picture(ours), atol=1e-5)
 
 
-def test_fused_it_is_the_run(sd1: Run, tmp_path: Path) -> None:
+def test_fused_it_is_the_run(sd1: Run, adapted: dict[Run, Path]) -> None:
     pytest.importorskip("peft")
-    pipe = with_adapter(sd1, exported(sd1, tmp_path / "out", "--rank", str(FULL)) / f"rank-{FULL}")
+    pipe = with_adapter(sd1, adapted[sd1] / f"rank-{FULL}")
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     erased = sd1.erased().unet.state_dict()
@@ -112,9 +115,8 @@ def test_fused_it_is_the_run(sd1: Run, tmp_path: Path) -> None:
         assert torch.allclose(x, erased[name], atol=1e-5)
 
 
-def test_comfyui_finds_every_module_of_kohyas_file(run: Run, tmp_path: Path) -> None:
+def test_comfyui_finds_every_module_of_kohyas_file(run: Run, adapted: dict[Run, Path]) -> None:
     """ComfyUI takes "lora_unet_" and a UNet's module by its LDM name, for SD 1 and 2 by diffusers' name as well."""
-    out = exported(run, tmp_path / "out", "--rank", "2", "--partial")
     unet = run.erased().unet
     modules = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     if run.folder.name == "sdxl":
@@ -124,7 +126,7 @@ def test_comfyui_finds_every_module_of_kohyas_file(run: Run, tmp_path: Path) -> 
         names = {name.removeprefix(prefix): x.shape for name, x in checkpoint(run.erased()).items() if prefix in name}
         modules = {name.removesuffix(".weight") for name in unet_table(detected(names)) if name.endswith(".weight")}
     known = {"lora_unet_" + name.replace(".", "_") for name in modules}
-    tensors = load_file(out / "rank-2" / "cat-rank-2.safetensors")
+    tensors = load_file(adapted[run] / "rank-8" / "cat-rank-8.safetensors")
     assert {name.split(".")[0] for name in tensors} <= known
     assert {name.partition(".")[2] for name in tensors} == {"lora_down.weight", "lora_up.weight", "alpha"}
 
@@ -133,20 +135,18 @@ def test_a_rank_that_keeps_too_little_is_refused(sd1: Run, tmp_path: Path) -> No
     with pytest.raises(
         UserError, match=r"--rank 1 keeps \d+\.\d % of the change.* --rank \d+ does; or give --to delta"
     ):
-        exported(sd1, tmp_path / "out", "--rank", "1")
+        export(sd1, "lora", tmp_path / "out", "--rank", "1")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_partial_adapter_says_so(sd1: Run, tmp_path: Path) -> None:
-    out = exported(sd1, tmp_path / "out", "--rank", "1", str(FULL), "--partial")
+def test_a_partial_adapter_says_so(sd1: Run, adapted: dict[Run, Path]) -> None:
     for rank, partial in ((1, "true"), (FULL, "false")):
-        with safe_open(out / f"rank-{rank}" / DIFFUSERS, "pt") as file:
+        with safe_open(adapted[sd1] / f"rank-{rank}" / DIFFUSERS, "pt") as file:
             assert file.metadata()["erase_sd.partial"] == partial
 
 
-def test_the_report_says_what_each_rank_keeps(sd1: Run, tmp_path: Path) -> None:
-    out = exported(sd1, tmp_path / "out", "--rank", "1", "8", str(FULL), "--partial")
-    ranks = json.loads((out / "lora.json").read_text())["ranks"]
+def test_the_report_says_what_each_rank_keeps(sd1: Run, adapted: dict[Run, Path]) -> None:
+    ranks = json.loads((adapted[sd1] / "lora.json").read_text())["ranks"]
     assert ranks["1"]["kept_energy"] < ranks["8"]["kept_energy"] < 1
     assert ranks[str(FULL)]["kept_energy"] == pytest.approx(1)
     assert ranks["1"]["output_error"] > ranks["8"]["output_error"] > ranks[str(FULL)]["output_error"]
@@ -154,7 +154,7 @@ def test_the_report_says_what_each_rank_keeps(sd1: Run, tmp_path: Path) -> None:
 
 
 def test_half_precision_is_measured_as_it_is_written(sd1: Run, tmp_path: Path) -> None:
-    out = exported(sd1, tmp_path / "out", "--rank", str(FULL), "--dtype", "fp16")
+    out = export(sd1, "lora", tmp_path / "out", "--rank", str(FULL), "--dtype", "fp16")
     tensors = load_file(out / f"rank-{FULL}" / DIFFUSERS)
     assert all(x.dtype == torch.float16 for x in tensors.values())
     error = json.loads((out / "lora.json").read_text())["ranks"][str(FULL)]["output_error"]
@@ -170,7 +170,7 @@ def test_a_transformer_gets_diffusers_layout_only(tiny_sd3: Path, tmp_path: Path
             if ".attn.to_q.weight" in name:
                 weight += torch.randn(weight.shape, generator=generator(0, name))
     save_network(network, tmp_path / "edited", "transformer")
-    out = exported(Run(tmp_path / "edited", tiny_sd3), tmp_path / "out", "--model", str(tiny_sd3))
+    out = export(Run(tmp_path / "edited", tiny_sd3), "lora", tmp_path / "out", "--model", str(tiny_sd3))
     assert [path.name for path in (out / "rank-64").iterdir()] == [DIFFUSERS]
     assert all(name.startswith("transformer.") for name in load_file(out / "rank-64" / DIFFUSERS))
 
@@ -183,7 +183,7 @@ def test_on_the_pocket_model_every_rank_is_scored(tmp_path: Path) -> None:
                 weight.mul_(-1)
     counts = {"model": "pocket", "kind": "auto", "eval_forget": 2, "eval_retain": 2, "seed": 0}
     run = write_run(tmp_path / "run", FOLDER, unet, **counts)
-    out = exported(run, tmp_path / "out", "--rank", "96")
+    out = export(run, "lora", tmp_path / "out", "--rank", "96")
     scores = json.loads((out / "lora.json").read_text())["ranks"]["96"]["scores"]
     assert scores["n"] == {"forget": 2, "retain": 2}
     assert scores["concept"]["before"] == 1.0

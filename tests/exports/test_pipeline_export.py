@@ -1,5 +1,6 @@
 """A run as a pipeline folder."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,14 +11,18 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from transformers import CLIPTextModel
 
-from erase_sd.export import main
+from erase_sd.exports.base import Erased, ExportSettings
+from erase_sd.exports.pipeline import write_pipeline
+from erase_sd.pipeline import load
 from erase_sd.process import UserError
-from tests.exports.conftest import Run, picture, same_weights
+from tests.exports.conftest import Run, export, picture, same_weights, wanted
 
 
-def exported(run: Run, output: Path, *words: str) -> Path:
-    assert main([str(run.folder), "--to", "pipeline", "--output", str(output), *words]) == 0
-    return output
+@pytest.fixture(scope="module")
+def folders(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[Run, Path]:
+    """Every run with weights in full and, as a variant, in half precision."""
+    root = tmp_path_factory.mktemp("pipelines")
+    return {run: export(run, "pipeline", root / kind, "--dtype", "fp32", "fp16") for kind, run in runs.items()}
 
 
 def keys(folder: Path) -> set[str]:
@@ -28,78 +33,77 @@ def keys(folder: Path) -> set[str]:
     return found
 
 
-def test_it_draws_what_the_run_draws(run: Run, tmp_path: Path) -> None:
-    pipe = DiffusionPipeline.from_pretrained(str(exported(run, tmp_path / "out")))
-    assert np.array_equal(picture(pipe), picture(run.erased()))
-
-
-def test_every_component_is_there_to_the_bit(run: Run, tmp_path: Path) -> None:
-    pipe = DiffusionPipeline.from_pretrained(str(exported(run, tmp_path / "out")))
+def test_it_draws_what_the_run_draws(run: Run, folders: dict[Run, Path]) -> None:
+    pipe = DiffusionPipeline.from_pretrained(str(folders[run]))
+    assert np.array_equal(picture(pipe), wanted(run))
     for part in ("unet", "vae", "text_encoder"):
         assert same_weights(getattr(pipe, part), getattr(run.erased(), part))
 
 
-def test_clip_has_the_prefix_that_every_release_of_transformers_reads(run: Run, tmp_path: Path) -> None:
-    out = exported(run, tmp_path / "out")
-    for part in out.glob("text_encoder*"):
+def test_clip_has_the_prefix_that_every_release_of_transformers_reads(run: Run, folders: dict[Run, Path]) -> None:
+    for part in folders[run].glob("text_encoder*"):
         names = keys(part) - {"text_projection.weight"}
         assert names
         assert all(name.startswith("text_model.") for name in names)
 
 
-def test_a_half_precision_variant_beside_the_full_one(sd1: Run, tmp_path: Path) -> None:
-    out = exported(sd1, tmp_path / "out", "--dtype", "fp32", "fp16")
-    full = DiffusionPipeline.from_pretrained(str(out))
-    half = DiffusionPipeline.from_pretrained(str(out), variant="fp16", dtype=torch.float16)
+def test_the_variant_is_the_same_in_half_precision(sd1: Run, folders: dict[Run, Path]) -> None:
+    half = DiffusionPipeline.from_pretrained(str(folders[sd1]), variant="fp16", dtype=torch.float16)
     for part in ("unet", "vae", "text_encoder"):
-        assert same_weights(getattr(full, part).half(), getattr(half, part))
+        assert same_weights(getattr(half, part), copy.deepcopy(getattr(sd1.erased(), part)).half())
 
 
 def test_half_precision_alone_draws_without_a_dtype(sd1: Run, tmp_path: Path) -> None:
-    out = exported(sd1, tmp_path / "out", "--dtype", "fp16")
+    out = export(sd1, "pipeline", tmp_path / "out", "--dtype", "fp16")
     pipe = DiffusionPipeline.from_pretrained(str(out), variant="fp16")
-    assert np.abs(picture(pipe) - picture(sd1.erased())).max() < 0.02
+    assert np.abs(picture(pipe) - wanted(sd1)).max() < 0.02
 
 
 def test_large_components_become_shards(sd1: Run, tmp_path: Path) -> None:
-    out = exported(sd1, tmp_path / "out", "--max_shard_size", "200KB", "--dtype", "fp32", "fp16")
+    out = export(sd1, "pipeline", tmp_path / "out", "--max_shard_size", "200KB", "--dtype", "fp32", "fp16")
     assert len(list((out / "unet").glob("*-of-*.safetensors"))) > 4
-    for variant in (None, "fp16"):
-        pipe = DiffusionPipeline.from_pretrained(str(out), variant=variant)
-        assert pipe.unet.state_dict().keys() == sd1.erased().unet.state_dict().keys()
-    assert np.array_equal(picture(DiffusionPipeline.from_pretrained(str(out))), picture(sd1.erased()))
+    full = DiffusionPipeline.from_pretrained(str(out))
+    half = DiffusionPipeline.from_pretrained(str(out), variant="fp16")
+    assert np.array_equal(picture(full), wanted(sd1))
+    assert half.unet.state_dict().keys() == full.unet.state_dict().keys()
 
 
-def test_no_path_of_this_machine_and_no_pickle(run: Run, tmp_path: Path) -> None:
-    out = exported(run, tmp_path / "out")
-    for path in out.rglob("*"):
+def test_no_path_of_this_machine_and_no_pickle(run: Run, folders: dict[Run, Path]) -> None:
+    for path in folders[run].rglob("*"):
         assert path.is_dir() or path.suffix in (".json", ".safetensors", ".txt")
         if path.suffix == ".json":
             assert "_name_or_path" not in path.read_text()
             assert str(run.base.parent) not in path.read_text()
 
 
-def test_the_tokenizer_has_the_files_of_older_releases(sd1: Run, tmp_path: Path) -> None:
-    folder = exported(sd1, tmp_path / "out") / "tokenizer"
+def test_the_tokenizer_has_the_files_of_older_releases(sd1: Run, folders: dict[Run, Path]) -> None:
+    folder = folders[sd1] / "tokenizer"
     vocabulary = json.loads((folder / "vocab.json").read_text())
     assert vocabulary == sd1.erased().tokenizer.get_vocab()
     assert (folder / "merges.txt").read_text().startswith("#version: 0.2\n")
 
 
-def test_the_text_encoder_alone_loads(sd1: Run, tmp_path: Path) -> None:
-    out = exported(sd1, tmp_path / "out")
-    encoder = CLIPTextModel.from_pretrained(str(out), subfolder="text_encoder")
+def test_the_text_encoder_alone_loads(sd1: Run, folders: dict[Run, Path]) -> None:
+    encoder = CLIPTextModel.from_pretrained(str(folders[sd1]), subfolder="text_encoder")
     assert same_weights(encoder, sd1.erased().text_encoder)
 
 
 def test_weights_beyond_half_precision_are_refused(sd1: Run, tmp_path: Path) -> None:
-    from erase_sd.exports.base import Erased, ExportSettings
-    from erase_sd.exports.pipeline import write_pipeline
-
-    pipe = sd1.erased()
+    pipe = copy.deepcopy(sd1.erased())
     with torch.no_grad():
         pipe.unet.conv_in.bias[0] = 1e5
     erased = Erased(pipe=pipe, part="unet", name="cat")
     with pytest.raises(UserError, match=r"conv_in\.bias is not finite in torch\.float16"):
         write_pipeline(erased, tmp_path / "out", ExportSettings(dtype=("fp16",)))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_transformer_pipeline_loads_as_the_command_says(
+    tiny_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    export(Run(tiny_sd3, tiny_sd3), "pipeline", tmp_path / "out", "--model", str(tiny_sd3))
+    code = capsys.readouterr().out.partition("\n\n")[2]
+    assert "text_encoder_3=None" in code
+    names: dict[str, DiffusionPipeline] = {}
+    exec(code, names)
+    assert same_weights(names["pipe"].transformer, load(str(tiny_sd3)).transformer)

@@ -1,5 +1,6 @@
 """A run as one checkpoint in the LDM layout."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,16 @@ from safetensors.torch import load_file
 from erase_sd.export import main
 from erase_sd.exports import single_file
 from erase_sd.process import UserError
-from tests.exports.conftest import Run, picture, same_weights
+from tests.exports.conftest import Run, export, picture, same_weights, wanted
 from tests.exports.ldm_table import detected, unet_table
 
 PREFIX = "model.diffusion_model."
 
 
-def exported(run: Run, output: Path, *words: str) -> Path:
-    assert main([str(run.folder), "--to", "single-file", "--output", str(output), *words]) == 0
-    return output
+@pytest.fixture(scope="module")
+def files(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[Run, Path]:
+    root = tmp_path_factory.mktemp("files")
+    return {run: export(run, "single-file", root / f"{kind}.safetensors") for kind, run in runs.items()}
 
 
 def opened(run: Run, path: Path, dtype: torch.dtype = torch.float32):
@@ -28,40 +30,36 @@ def opened(run: Run, path: Path, dtype: torch.dtype = torch.float32):
     return kind.from_single_file(str(path), config=str(run.base), local_files_only=True, dtype=dtype, **left_out)
 
 
-def test_every_tensor_comes_back_to_the_bit(run: Run, tmp_path: Path) -> None:
-    pipe, erased = opened(run, exported(run, tmp_path / "cat.safetensors")), run.erased()
+def test_it_draws_what_the_run_draws(run: Run, files: dict[Run, Path]) -> None:
+    pipe = opened(run, files[run])
+    assert np.array_equal(picture(pipe), wanted(run))
     for part in [name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if hasattr(pipe, name)]:
-        assert same_weights(getattr(pipe, part), getattr(erased, part))
+        assert same_weights(getattr(pipe, part), getattr(run.erased(), part))
 
 
-def test_it_draws_what_the_run_draws(run: Run, tmp_path: Path) -> None:
-    pipe = opened(run, exported(run, tmp_path / "cat.safetensors"))
-    assert np.array_equal(picture(pipe), picture(run.erased()))
+def test_half_precision(sd1: Run, tmp_path: Path) -> None:
+    path = export(sd1, "single-file", tmp_path / "cat.safetensors", "--dtype", "fp16")
+    assert same_weights(opened(sd1, path, torch.float16).unet, copy.deepcopy(sd1.erased().unet).half())
 
 
-def test_half_precision(run: Run, tmp_path: Path) -> None:
-    pipe = opened(run, exported(run, tmp_path / "cat.safetensors", "--dtype", "fp16"), torch.float16)
-    assert same_weights(pipe.unet, run.erased().unet.half())
-
-
-def test_a_loader_that_tells_the_architecture_from_the_keys_finds_every_one(run: Run, tmp_path: Path) -> None:
-    tensors = load_file(exported(run, tmp_path / "cat.safetensors"))
+def test_a_loader_that_tells_the_architecture_from_the_keys_finds_every_one(run: Run, files: dict[Run, Path]) -> None:
+    tensors = load_file(files[run])
     unet = {name.removeprefix(PREFIX): x.shape for name, x in tensors.items() if name.startswith(PREFIX)}
     assert unet_table(detected(unet)) == {name: tuple(shape) for name, shape in unet.items()}
 
 
-def test_the_text_encoders_have_their_makers_layouts(runs: dict[str, Run], tmp_path: Path) -> None:
-    files = {kind: load_file(exported(run, tmp_path / f"{kind}.safetensors")) for kind, run in runs.items()}
+def test_the_text_encoders_have_their_makers_layouts(runs: dict[str, Run], files: dict[Run, Path]) -> None:
+    tensors = {kind: load_file(files[run]) for kind, run in runs.items()}
     block = "transformer.resblocks.1.attn.in_proj_weight"
-    assert "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight" in files["sd1"]
-    assert files["sd2"][f"cond_stage_model.model.{block}"].shape == (96, 32)
-    assert "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight" in files["sdxl"]
-    assert files["sdxl"][f"conditioner.embedders.1.model.{block}"].shape == (144, 48)
-    assert files["sdxl"]["conditioner.embedders.1.model.text_projection"].shape == (48, 40)
+    assert "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight" in tensors["sd1"]
+    assert tensors["sd2"][f"cond_stage_model.model.{block}"].shape == (96, 32)
+    assert "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight" in tensors["sdxl"]
+    assert tensors["sdxl"][f"conditioner.embedders.1.model.{block}"].shape == (144, 48)
+    assert tensors["sdxl"]["conditioner.embedders.1.model.text_projection"].shape == (48, 40)
 
 
-def test_the_metadata_says_what_it_is(run: Run, tmp_path: Path) -> None:
-    with safe_open(exported(run, tmp_path / "cat.safetensors"), "pt") as file:
+def test_the_metadata_says_what_it_is(run: Run, files: dict[Run, Path]) -> None:
+    with safe_open(files[run], "pt") as file:
         facts = file.metadata()
     assert facts["erase_sd.concept"] == "cat"
     assert facts["erase_sd.base"] == run.base.name
@@ -83,7 +81,7 @@ def test_a_file_that_does_not_come_back_is_not_written(
 
     monkeypatch.setattr(single_file, "checkpoint", swapped)
     with pytest.raises(UserError, match=r"unet down_blocks\.1\.attentions\.0\.norm\.weight does not survive"):
-        exported(sd1, tmp_path / "cat.safetensors")
+        export(sd1, "single-file", tmp_path / "cat.safetensors")
     assert not list(tmp_path.iterdir())
 
 
