@@ -163,10 +163,10 @@ def _measured(erased: Erased, layers: dict[str, tuple[Tensor, Tensor]]) -> dict[
 
 
 @torch.no_grad()
-def output_error(erased: Erased, network: nn.Module) -> float:
+def output_error(erased: Erased, network: nn.Module) -> float | None:
     """Return |f - f_erased| / |f_base - f_erased| on noise under the concept's name.
 
-    0 is the erased model, 1 the base; NaN if the erased network answers as the base's does.
+    0 is the erased model, 1 the base; None if the erased network answers as the base's does.
     """
     from erase_sd.families import family, resolution
     from erase_sd.pipeline import encode
@@ -178,7 +178,7 @@ def output_error(erased: Erased, network: nn.Module) -> float:
     t = torch.full((1,), TIMESTEP)
     answers = [kind.call(f, x_t, t, cond).double() for f in (network, erased.network, erased.original)]
     change = (answers[2] - answers[1]).norm()
-    return float((answers[0] - answers[1]).norm() / change) if change else float("nan")
+    return float((answers[0] - answers[1]).norm() / change) if change else None
 
 
 def _save(erased: Erased, layers: dict[str, tuple[Tensor, Tensor]], folder: Path, facts: dict[str, str]) -> None:
@@ -212,5 +212,6 @@ def _summary(ranks: dict[str, dict[str, Any]]) -> list[str]:
         scores = values.get("scores")
         concept = f"{100 * scores['concept']['after']:.1f} %" if scores else "-"
         retain = f"{100 * scores['retain']['object']['after']:.1f} %" if scores else "-"
-        rows.append((rank, f"{100 * values['kept_energy']:.2f} %", f"{values['output_error']:.4f}", concept, retain))
+        error = "-" if values["output_error"] is None else f"{values['output_error']:.4f}"
+        rows.append((rank, f"{100 * values['kept_energy']:.2f} %", error, concept, retain))
     return table(rows)
