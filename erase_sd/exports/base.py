@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from erase_sd.guidance import SafetyGuidance
 
+Weights = dict[str, Tensor]  # a state dict
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -98,7 +100,7 @@ def with_network(pipe: DiffusionPipeline, part: str, network: nn.Module) -> Diff
     return swapped
 
 
-def cast(tensors: dict[str, Tensor], dtype: torch.dtype | None, what: str) -> dict[str, Tensor]:
+def cast(tensors: Weights, dtype: torch.dtype | None, what: str) -> Weights:
     """Return the tensors on the CPU and contiguous, floating-point ones in `dtype`; shared memory stays shared.
 
     None leaves the types alone. Raises UserError for values that are not finite in `dtype`: fp16 ends at 65504.

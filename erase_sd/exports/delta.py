@@ -19,13 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from erase_sd.exports.base import Erased, ExportSettings, new_file
+from erase_sd.exports.base import Erased, ExportSettings, Weights, new_file
 from erase_sd.process import UserError
 
 KIND = "delta 1"
 BITS, PLACES = ".bits", ".places"
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
-Weights = dict[str, Tensor]
 
 
 class Delta(NamedTuple):

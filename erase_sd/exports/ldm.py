@@ -19,14 +19,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from erase_sd.exports.base import Weights
 from erase_sd.process import UserError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-Weights = dict[str, Tensor]
 
 BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
 UNET_ENDS = {
