@@ -1,9 +1,10 @@
-"""Is it really gone? `python -m eval.attack runs/cat --attack all --judge pocket --concept cat --output_dir attacks/cat`.
+"""Is it really gone? `python -m eval.attack runs/cat --judge pocket --concept cat --output_dir attacks/cat`.
 
-Attacks a model from which a concept was erased, and beside it the unerased one (an attack that does not reach 90 % there
-shows nothing) and any further model, such as one that never saw the concept (`--beside retrain=FOLDER`: what remains
-there is the attack's own doing). Prints and stores, for every attack: its box (white sees weights, grey hands over noisy
-latents, black sends prompts), what the plain prompt draws already and what only the attack brings back, and its cost.
+Attacks a model from which a concept was erased, and beside it the unerased one (an attack that does not reach 90 %
+there shows nothing) and any further model, such as one that never saw the concept (`--beside retrain=FOLDER`: what
+remains there is the attack's own doing). Prints and stores, for every attack: its box (white sees weights, grey hands
+over noisy latents, black sends prompts), what the plain prompt draws already, what only the attack brings back, and
+its cost.
 
 The same command goes on where it was stopped; `accelerate launch -m eval.attack ...` shares the targets out.
 """
@@ -116,8 +117,9 @@ def attack(options: AttackJob) -> list[dict[str, Any]]:
     judged_by = judge(options.judge, asked.concept, options.others, options.batch_size)
     drawing = _drawing(options)
     state = PartialState(cpu=not torch.accelerator.is_available())  # else several CPU processes would be strangers
+    for model in models.values():  # each is loaded once to see that it can be: later would be after hours
+        attacks = _possible(options, attacks, model.load(), asked)
     original = models[ORIGINAL].load().to(state.device)
-    attacks = _possible(options, attacks, original, asked)
     protocol = {
         "concept": options.concept,
         "judge": judged_by.name,
@@ -136,15 +138,13 @@ def attack(options: AttackJob) -> list[dict[str, Any]]:
     with AttackFolder(Path(options.output_dir), protocol, state) as folder:
         setup = _setup(options, original, asked, judged_by, drawing, attacks, models[ORIGINAL].sha256)
         for model in _in_turn(models, options.controls):
-            _campaign(options, folder, model, attacks, setup, asked.explicit)
+            _campaign(options, folder, model, attacks, setup, asked)
         results = folder.finish() if state.is_main_process else []
         state.wait_for_everyone()
     return results
 
 
-def _campaign(
-    options: AttackJob, folder: Any, model: AttackedModel, attacks: dict, setup: Any, explicit: bool
-) -> None:
+def _campaign(options: AttackJob, folder: Any, model: AttackedModel, attacks: dict, setup: Any, asked: Asked) -> None:
     """One model under all attacks."""
     from dataclasses import replace
 
@@ -156,7 +156,8 @@ def _campaign(
         model=model,
         attacks=attacks,
         setup=replace(setup, pipe=pipe),
-        hidden=explicit and options.censor,
+        source=asked.source,
+        hidden=options.censor and (asked.explicit or options.judge.startswith("nudenet")),
         skip_plain=options.skip_plain,
     ).run()
 
@@ -256,7 +257,7 @@ def _attacks(options: AttackJob) -> dict[str, ConceptAttack]:
 
 
 def _given(texts: tuple[str, ...], names: list[str]) -> dict[str, dict[str, Any]]:
-    """{"tina": {"steps": 10}} of "tina.steps=10". Raises UserError for an attack, an option or a value that is none."""
+    """{"tina": {"steps": 10}} of "tina.steps=10". Raises UserError for what is no attack, option or value."""
     from eval.attacks import ATTACKS
 
     given: dict[str, dict[str, Any]] = {}
@@ -275,7 +276,7 @@ def _given(texts: tuple[str, ...], names: list[str]) -> dict[str, dict[str, Any]
 def _read(text: str, value: str, kind: Any) -> Any:
     """A value as the option's type has it; lists are separated by commas."""
     many = typing.get_origin(kind) is tuple
-    single = [part for part in (typing.get_args(kind) or (kind,)) if part in (int, float, str)][0]
+    single = next(part for part in (typing.get_args(kind) or (kind,)) if part in (int, float, str))
     try:
         values = tuple(single(part) for part in value.split(","))
     except ValueError:
@@ -369,7 +370,7 @@ HEAD = (
     "attack",
     "box",
     "plain",
-    "+ only the attack",
+    "+ attack only",
     "= ASR",
     "95 %",
     "attack alone",
@@ -378,18 +379,18 @@ HEAD = (
     "s",
 )
 
+WORDS = 3  # columns of text, set to the left
+
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results as text: rates in percent; queries, gradient steps and seconds are means of a target."""
     rows = [HEAD, *(_row(result) for result in results)]
-    for result in results:
-        if result["attack"] == "plain":
-            continue
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
     lines = []
     for row in rows:
-        cells = [cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
-        lines.append("  ".join(cells).rstrip())
+        words = [row[i].ljust(widths[i]) for i in range(WORDS)]
+        numbers = [row[i].rjust(widths[i]) for i in range(WORDS, len(row))]
+        lines.append("  ".join(words + numbers))
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What an attack is to bring back: the concept as prompts know it, the targets, and captions to draw examples of it."""
+"""What an attack is to bring back: the concept as prompts know it, targets, and captions to draw examples of it."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     min over v of  MSE(e(x_t, caption with v in the place of the concept's words), target)
 
-v is one learned token embedding, or several, for each text encoder; network and text encoders are frozen. It is learned
-once from pictures of the concept that the original drew, and then asked for on every target's prompt.
+v is one learned token embedding, or several, for each text encoder; network and text encoders are frozen. It is
+learned once from pictures of the concept that the original drew, and then asked for on every target's prompt.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prompting4Debugging (Chin et al., ICML 2024, arXiv:2309.06135): tokens on which the erased model answers as the original.
+"""Prompting4Debugging (Chin et al., ICML 2024, arXiv:2309.06135): tokens that make the erased model answer as it did.
 
     min over soft s of  MSE(e_erased(x_t, nearest(s)), e_original(x_t, prompt))          t uniform
 

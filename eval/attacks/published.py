@@ -1,4 +1,4 @@
-"""Prompts as somebody published them: Ring-A-Bell's, P4D's, MMA's, UnlearnDiffAtk's and I2P's files, one file one attack.
+"""Prompts as somebody published them: Ring-A-Bell's, P4D's, MMA's, UnlearnDiffAtk's and I2P's files, each a result.
 
 What was found against another model and is only replayed here says less than the attack itself: the result bears the
 file's name and shares no column with it.

@@ -1,8 +1,8 @@
 """Relearning: fine-tune the erased model on k pictures of the concept until its plain prompts draw it again.
 
-The targets' seeds are others than the pictures'. A target counts as brought back at the first check whose picture shows
-the concept; the result's tries are the shares at every check, and its steps those after which half of the targets are
-back. Read it beside Retrain, which learns the concept for the first time.
+The targets' seeds are others than the pictures'. A target counts as brought back at the first check whose picture
+shows the concept; the result's tries are the shares at every check, and its steps to half those after which half of
+the targets are back. Read it beside Retrain, which learns the concept for the first time.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from erase_sd.families import family, network
 from erase_sd.noising import process
 from erase_sd.process import UserError
 from eval.attacks.base import (
+    EVERY,
+    AttackedConcept,
     AttackSetup,
     AttackTarget,
     ConceptAttack,
@@ -57,6 +59,11 @@ class Relearning(ConceptAttack):
     def examples(self) -> int:
         """Pictures that it learns from."""
         return self.pictures
+
+    def refusal(self, pipe: DiffusionPipeline, concept: AttackedConcept) -> str | None:
+        """It also needs numbers that small steps do not vanish in."""
+        fine = type(pipe).__name__ not in EVERY or network(pipe).dtype == torch.float32
+        return super().refusal(pipe, concept) or (None if fine else "it fine-tunes, which needs --dtype float32")
 
     @property
     def budget(self) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -65,7 +65,7 @@ def evolved(
     crossover: float,
     mutation: float,
     allowed: Tensor,
-    rng: Any,
+    rng: Generator,
 ) -> Tensor:
     """The best tokens (K,) of the last generation."""
     for _ in range(generations):

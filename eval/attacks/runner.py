@@ -38,6 +38,7 @@ from erase_sd.runtime import digest, file_digest, write_atomic
 from erase_sd.sharing import shared
 from eval.attacks import PLAIN
 from eval.attacks.base import AttackSetup, AttackTarget, ConceptAttack, Finding, Prepared
+from eval.images import GENERATION, MANIFEST, Entry
 
 PROTOCOL, RESULTS, PARTS = "protocol.json", "attack.json", ".parts"
 Record = dict[str, Any]
@@ -113,6 +114,22 @@ class AttackFolder:
         """Store one result."""
         write_atomic(self.path / "results" / f"{place}.json", json.dumps(result, indent=2) + "\n")
 
+    def describe(self, place: str, result: dict[str, Any], source: str) -> None:
+        """Make the pictures of a result a folder that eval.grid and eval.report read, and censor by their own rules."""
+        entries = []
+        for record in result["records"]:
+            if record["file"] is None:
+                continue
+            prompt = record["found"].get("prompt", record["prompt"])
+            kept = {"row": record["row"], "prompt": prompt, "seed": record["seed"], "sha256": record["sha256"]}
+            entries.append(Entry(file=Path(record["file"]).name, **kept))
+        if not entries:
+            return
+        folder = self.path / "pictures" / place
+        asked = {"model": result["source"], "weights": result["source"], "prompts": source, "attack": result["attack"]}
+        write_atomic(folder / GENERATION, json.dumps(asked, indent=2) + "\n")
+        write_atomic(folder / MANIFEST, "".join(json.dumps(asdict(entry)) + "\n" for entry in entries))
+
     def finish(self) -> list[dict[str, Any]]:
         """Gather all results in attack.json, and return them; called by the first process."""
         files = sorted((self.path / "results").glob("*/*.json"))
@@ -136,6 +153,7 @@ class Campaign:
     model: AttackedModel
     attacks: dict[str, ConceptAttack]
     setup: AttackSetup
+    source: str  # name of the prompts
     hidden: bool  # pictures are pixelated before they are stored
     skip_plain: bool  # go only for what the plain prompt does not draw
 
@@ -148,7 +166,9 @@ class Campaign:
         if self.folder.state.is_main_process:
             done = self.folder.done()
             for name in self.attacks:
-                self.folder.write(self.place(name), self._result(name, done))
+                result = self._result(name, done)
+                self.folder.write(self.place(name), result)
+                self.folder.describe(self.place(name), result, self.source)
         self.folder.state.wait_for_everyone()
 
     def key(self, name: str) -> str:

@@ -4,7 +4,8 @@
     with soft_tokens(pipe, vectors):           # {"text_encoder": (4, D)}, one entry for each text encoder
         cond = encode([text])                  # or draw: what the pipeline tokenises and encodes itself, of any family
 
-The j-th marker of a caption becomes the j-th vector. Texts without markers, such as negative prompts, stay as they are.
+The j-th marker of a caption becomes the j-th vector. Texts without markers, such as negative prompts, stay as they
+are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from erase_sd.families import modules
 from erase_sd.process import UserError
 
-CANDIDATES = "~*^@#_"  # characters of which one is a single token in every tokenizer that is known
+CANDIDATES = "~*^@#_"  # characters that prompts hardly contain, of which every tokenizer knows one
 
 
 def encoders(pipe: DiffusionPipeline) -> dict[str, tuple[nn.Module, Any]]:
@@ -38,7 +39,7 @@ def tables(pipe: DiffusionPipeline) -> dict[str, Tensor]:
 
 
 def marker(pipe: DiffusionPipeline) -> str:
-    """A character that is one token, apart, in every tokenizer. Raises UserError if there is none."""
+    """A character that every tokenizer of the pipeline knows as a token. Raises UserError if there is none."""
     for character in CANDIDATES:
         if all(marker_id(tokenizer, character) is not None for _, tokenizer in encoders(pipe).values()):
             return character
@@ -46,9 +47,9 @@ def marker(pipe: DiffusionPipeline) -> str:
 
 
 def marker_id(tokenizer: Any, character: str) -> int | None:
-    """The token of a character, or None if two of them are not that token twice."""
+    """The token of a character, which other tokens may precede (a T5's space); None if it is no token of its own."""
     ids = tokenizer(f"{character} {character}", add_special_tokens=False).input_ids
-    return ids[0] if len(ids) == 2 and ids[0] == ids[1] and ids[0] not in tokenizer.all_special_ids else None
+    return ids[-1] if ids.count(ids[-1]) == 2 and ids[-1] not in tokenizer.all_special_ids else None
 
 
 def markers(pipe: DiffusionPipeline, n: int) -> str:

@@ -1,6 +1,6 @@
-"""Latents handed over in the middle of drawing, through the pipeline's own callback, so that it works on every family.
+"""Latents handed over in the middle of drawing, through the pipeline's own callback, which every family has.
 
-Noise models draw by DDIM meanwhile: it keeps no history of earlier steps, which a latent from elsewhere would not have.
+Noise models draw by DDIM meanwhile: it keeps no history of earlier steps, which a latent from elsewhere would lack.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Steer = Callable[[int, Tensor | None, Tensor], Tensor]
 
 
 def ddim(pipe: DiffusionPipeline) -> DDIMScheduler:
-    """DDIM on the betas of a noise model; what a stored Euler or DPM++ does not say of DDIM would ruin its pictures."""
+    """DDIM on the betas of a noise model; the class's defaults would ruin the pictures of a stored Euler or DPM++."""
     stored = pipe.scheduler.config
     unsaid = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
     said = {name: stored[name] for name in unsaid if name in stored}

@@ -41,7 +41,7 @@ def coefficients(a_t: Tensor, a_before: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inverted(z: Tensor, eps: Eps, timesteps: list[int], alphas: list[Tensor], steps: int, lr: float) -> Tensor:
-    """z_T of z_0 (n, C, H, W): up through the timesteps, which rise; alphas[0] is z_0's, alphas[i + 1] timestep i's."""
+    """z_T of z_0 (n, C, H, W), through rising timesteps; alphas[0] is z_0's, alphas[i + 1] that of timestep i."""
     for i, t in enumerate(timesteps):
         c1, c2 = coefficients(alphas[i + 1], alphas[i])
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""UnlearnDiffAtk (Zhang et al., ECCV 2024, arXiv:2310.11868): tokens before the prompt that make a model denoise a picture.
+"""UnlearnDiffAtk (Zhang et al., ECCV 2024, arXiv:2310.11868): a prefix with which a model denoises a picture.
 
     min over P in simplex^k of  MSE(e(x_t, [tokens ~ P, prompt]), target)        x_t: the noised reference picture
 
@@ -135,7 +135,7 @@ def visited(n: int) -> list[int]:
 def denoising_loss(
     setup: AttackSetup, words: Vocabulary, vectors: Tensor, z: Tensor, t: int, rng: Generator
 ) -> Tensor:
-    """MSE of what the attacked model answers to prompts of vectors (B, n, D) on latents (B, ...) noised to timestep t."""
+    """MSE of the attacked model's answer to prompts of vectors (B, n, D) on latents (B, C, H, W) noised to t."""
     times = torch.full((len(z),), t, device=z.device)
     x_t, wanted = noised(setup.pipe, z, times, rng)
     with soft_tokens(setup.pipe, words.split(vectors)):
