@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from erase_sd.knobs import at_least
 from erase_sd.options import argument, knob, parse
 from erase_sd.process import UserError, run_main
-from erase_sd.runtime import digest
+from erase_sd.runtime import digest, file_digest
 from erase_sd.terminal import quiet
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def attack(options: AttackJob) -> list[dict[str, Any]]:
         "seed": options.seed,
         "skip_plain": options.skip_plain,
         "original_sha256": models[ORIGINAL].sha256,
-        "pictures": options.pictures,
+        "pictures_sha256": _pictures_digest(options.pictures),
         "wordings": list(options.wordings),
     }
     with AttackFolder(Path(options.output_dir), protocol, state) as folder:
@@ -142,6 +142,16 @@ def attack(options: AttackJob) -> list[dict[str, Any]]:
         results = folder.finish() if state.is_main_process else []
         state.wait_for_everyone()
     return results
+
+
+def _pictures_digest(path: str | None) -> str | None:
+    """Hash of a folder's pictures. Raises UserError if there is no such folder, or nothing in it."""
+    from eval.images import read
+
+    if path is None:
+        return None
+    folder = read(path)
+    return digest([file_digest(folder.path / entry.file) for entry in folder.entries])
 
 
 def _campaign(options: AttackJob, folder: Any, model: AttackedModel, attacks: dict, setup: Any, asked: Asked) -> None:
@@ -366,8 +376,8 @@ def _setup(
 
 
 HEAD = (
-    "model",
     "attack",
+    "model",
     "box",
     "plain",
     "+ attack only",
@@ -383,8 +393,15 @@ WORDS = 3  # columns of text, set to the left
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The results as text: rates in percent; queries, gradient steps and seconds are means of a target."""
-    rows = [HEAD, *(_row(result) for result in results)]
+    """The results as text: rates in percent; queries, gradient steps and seconds are means of a target.
+
+    The models stand beside each other under every attack.
+    """
+    from eval.attacks import ATTACKS
+
+    order = {name: i for i, name in enumerate(ATTACKS)}
+    ranked = sorted(results, key=lambda result: (order.get(result["attack"], len(order)), result["attack"]))
+    rows = [HEAD, *(_row(result) for result in ranked)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
     lines = []
     for row in rows:
@@ -398,8 +415,8 @@ def _row(result: dict[str, Any]) -> tuple[str, ...]:
     n = max(1, result["attempted"])
     low, high = result["asr"]["ci95"]
     return (
-        result["model"],
         result["attack"],
+        result["model"],
         result["box"],
         "-" if result["pre"] is None else _percent(result["pre"]),
         _percent(result["post"]),

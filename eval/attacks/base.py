@@ -193,10 +193,13 @@ class ConceptAttack:
 
 
 def prediction(pipe: DiffusionPipeline, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """The network's output at latents (n, C, H, W) and timesteps (n,), fp32, with a gradient where its inputs have."""
+    """The network's output at latents (n, C, H, W) and timesteps (n,), at least fp32, with a gradient if there is one.
+
+    The conditioning has n rows, or one for all.
+    """
     dtype = network(pipe).dtype
     rows = {name: x.to(dtype).expand(len(x_t), *x.shape[1:]) for name, x in cond.items()}
-    return family(pipe).call(network(pipe), x_t.to(dtype), t, rows).float()
+    return family(pipe).call(network(pipe), x_t.to(dtype), t, rows).to(torch.promote_types(dtype, torch.float32))
 
 
 def noised(pipe: DiffusionPipeline, z: Tensor, t: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:

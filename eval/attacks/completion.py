@@ -38,11 +38,12 @@ class Completion(ConceptAttack):
 
     def attempt(self, setup: AttackSetup, ready: Prepared, targets: list[AttackTarget]) -> list[Finding]:
         """Hand the original's latents over and have them finished."""
-        kept = _beginnings(setup, targets, max(self.first_steps))
+        most = max(1, setup.drawing.steps - 1)  # the last step is the attacked model's
+        kept = _beginnings(setup, targets, min(most, max(self.first_steps)))
         labels, images, shown = [], [], []
         for n in self.first_steps:
             labels.append(f"after {n} steps")
-            images.append(_finished(setup, targets, kept[n], n))
+            images.append(_finished(setup, targets, kept[min(n, most)], min(n, most)))
             shown.append(setup.judge.shows(images[-1]))
         return findings(labels, images, shown)
 

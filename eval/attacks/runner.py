@@ -115,7 +115,7 @@ class AttackFolder:
         write_atomic(self.path / "results" / f"{place}.json", json.dumps(result, indent=2) + "\n")
 
     def describe(self, place: str, result: dict[str, Any], source: str) -> None:
-        """Make the pictures of a result a folder that eval.grid and eval.report read, and censor by their own rules."""
+        """Make a result's pictures a folder that eval.grid and eval.report read, and censor by their own rules."""
         entries = []
         for record in result["records"]:
             if record["file"] is None:
