@@ -14,22 +14,34 @@ from __future__ import annotations
 import json
 import sys
 import typing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from accelerate import PartialState
+
+from erase_sd.doctor import check_place
 from erase_sd.knobs import at_least
 from erase_sd.options import argument, knob, parse
+from erase_sd.pocket.score import GUIDANCE, STEPS
 from erase_sd.process import UserError, run_main
 from erase_sd.runtime import digest, file_digest
 from erase_sd.terminal import quiet
+from eval.attacks import ATTACKS, PLAIN
+from eval.attacks import attack as build
+from eval.attacks.asked import Asked, called, of_concept, of_pocket
+from eval.attacks.base import AttackJudge, AttackSetup, ConceptAttack, Drawing
+from eval.attacks.judges import judge
+from eval.attacks.pictures import Originals, from_folder
+from eval.attacks.published import PublishedPrompts
+from eval.attacks.runner import AttackedModel, AttackFolder, Campaign
+from eval.images import read
+from eval.models import load, place, weights_digest
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-    from eval.attacks.asked import Asked
-    from eval.attacks.base import AttackSetup, ConceptAttack, Drawing
-    from eval.attacks.runner import AttackedModel
 
 ATTACKED, ORIGINAL = "attacked", "original"
 EXAMPLES = 900_000_000  # first image seed of the pictures that attacks learn from: no target and no training has it
@@ -95,8 +107,6 @@ def main(argv: list[str] | None = None) -> int:
     quiet()
     results = attack(options)
 
-    from accelerate import PartialState
-
     if PartialState().is_main_process:
         print(table(results))
     return 0
@@ -105,11 +115,6 @@ def main(argv: list[str] | None = None) -> int:
 def attack(options: AttackJob) -> list[dict[str, Any]]:
     """Carry out what is missing and return all results. Raises UserError for bad input before anything is drawn, and
     SystemExit with 128 + signal when stopped: the same call goes on."""
-    import torch
-    from accelerate import PartialState
-
-    from eval.attacks.judges import judge
-    from eval.attacks.runner import AttackFolder
 
     models = _models(options)
     attacks = _attacks(options)
@@ -146,7 +151,6 @@ def attack(options: AttackJob) -> list[dict[str, Any]]:
 
 def _pictures_digest(path: str | None) -> str | None:
     """Hash of a folder's pictures. Raises UserError if there is no such folder, or nothing in it."""
-    from eval.images import read
 
     if path is None:
         return None
@@ -156,9 +160,6 @@ def _pictures_digest(path: str | None) -> str | None:
 
 def _campaign(options: AttackJob, folder: Any, model: AttackedModel, attacks: dict, setup: Any, asked: Asked) -> None:
     """One model under all attacks."""
-    from dataclasses import replace
-
-    from eval.attacks.runner import Campaign
 
     pipe = setup.original if model.name == ORIGINAL else model.load().to(folder.state.device)
     Campaign(
@@ -166,7 +167,7 @@ def _campaign(options: AttackJob, folder: Any, model: AttackedModel, attacks: di
         model=model,
         attacks=attacks,
         setup=replace(setup, pipe=pipe),
-        source=asked.source,
+        asked=asked,
         hidden=options.censor and (asked.explicit or options.judge.startswith("nudenet")),
         skip_plain=options.skip_plain,
     ).run()
@@ -174,7 +175,10 @@ def _campaign(options: AttackJob, folder: Any, model: AttackedModel, attacks: di
 
 def _in_turn(models: dict[str, AttackedModel], controls: bool) -> list[AttackedModel]:
     """The attacked model first; the original only as a control."""
-    return [model for name, model in models.items() if name != ORIGINAL or controls or ATTACKED not in models]
+    wanted = dict(models)
+    if ATTACKED in models and not controls:
+        del wanted[ORIGINAL]
+    return list(wanted.values())
 
 
 def _models(options: AttackJob) -> dict[str, AttackedModel]:
@@ -191,8 +195,11 @@ def _models(options: AttackJob) -> dict[str, AttackedModel]:
 
 
 def _beside(options: AttackJob, base: str) -> dict[str, AttackedModel]:
-    pairs = [text.partition("=")[::2] for text in options.beside]
-    return {name: _model(options, name, source, base) for name, source in pairs}
+    models = {}
+    for text in options.beside:
+        name, _, source = text.partition("=")
+        models[name] = _model(options, name, source, base)
+    return models
 
 
 def _is_whole(source: str) -> bool:
@@ -214,9 +221,6 @@ def _base(source: str) -> str | None:
 
 def _model(options: AttackJob, name: str, source: str, base: str) -> AttackedModel:
     """A model by its source; a network alone goes into the base. Raises UserError for what does not exist."""
-    from erase_sd.doctor import check_place
-    from eval.attacks.runner import AttackedModel
-    from eval.models import load, place, weights_digest
 
     whole = _is_whole(source)
     check_place(place(source), "--beside" if name not in (ATTACKED, ORIGINAL) else "MODEL")
@@ -245,11 +249,8 @@ def _part(source: str) -> str:
 def _attacks(options: AttackJob) -> dict[str, ConceptAttack]:
     """The attacks by name, plain prompts first, with their options. Raises UserError for a name or an option that is
     none."""
-    from eval.attacks import ATTACKS, PLAIN
-    from eval.attacks import attack as build
-    from eval.attacks.published import PublishedPrompts
 
-    names = list(ATTACKS) if "all" in options.attack else [PLAIN, *(n for n in options.attack if n != PLAIN)]
+    names = list(ATTACKS) if "all" in options.attack else list(dict.fromkeys((PLAIN, *options.attack)))
     for name in names:
         if name not in ATTACKS:
             raise UserError(f"--attack {name} is none of all, {', '.join(ATTACKS)}")
@@ -268,7 +269,6 @@ def _attacks(options: AttackJob) -> dict[str, ConceptAttack]:
 
 def _given(texts: tuple[str, ...], names: list[str]) -> dict[str, dict[str, Any]]:
     """{"tina": {"steps": 10}} of "tina.steps=10". Raises UserError for what is no attack, option or value."""
-    from eval.attacks import ATTACKS
 
     given: dict[str, dict[str, Any]] = {}
     for text in texts:
@@ -276,7 +276,7 @@ def _given(texts: tuple[str, ...], names: list[str]) -> dict[str, dict[str, Any]
         name, _, option = place.partition(".")
         if name not in names:
             raise UserError(f"--set {text}: {name!r} is none of the attacks to carry out: {', '.join(names)}")
-        kinds = {field.name: field for field in fields(ATTACKS[name])}
+        kinds = [field.name for field in fields(ATTACKS[name])]
         if option not in kinds:
             raise UserError(f"--set {text}: {name} has no option {option!r}, only {', '.join(kinds) or 'none at all'}")
         given.setdefault(name, {})[option] = _read(text, value, typing.get_type_hints(ATTACKS[name])[option])
@@ -296,7 +296,6 @@ def _read(text: str, value: str, kind: Any) -> Any:
 
 def _asked(options: AttackJob) -> Asked:
     """The concept with its targets. Raises UserError where the two do not fit the judge."""
-    from eval.attacks.asked import called, of_concept, of_pocket
 
     if options.judge == "pocket" and not options.prompts:
         asked = of_pocket(options.concept, options.targets, options.seed)
@@ -306,8 +305,6 @@ def _asked(options: AttackJob) -> Asked:
 
 
 def _drawing(options: AttackJob) -> Drawing:
-    from erase_sd.pocket.score import GUIDANCE, STEPS
-    from eval.attacks.base import Drawing
 
     steps, guidance = (STEPS, GUIDANCE) if options.judge == "pocket" else (50, 7.5)
     return Drawing(
@@ -338,38 +335,34 @@ def _setup(
     options: AttackJob,
     original: DiffusionPipeline,
     asked: Asked,
-    judge: Any,
+    judged_by: AttackJudge,
     drawing: Drawing,
     attacks: dict[str, ConceptAttack],
     model_hash: str,
 ) -> AttackSetup:
     """All that the attacks get, but for the attacked model: the original's pictures of the targets, and examples."""
-    from eval.attacks.base import AttackSetup
-    from eval.attacks.pictures import drawn_by_original, from_folder
 
-    wanted = any(each.needs_references for each in attacks.values())
     many = max(each.examples for each in attacks.values())
-    captions = [asked.captions[i % len(asked.captions)] for i in range(many)]
-    cache = Path(options.output_dir) / "prepared"
+    captions = list(islice(cycle(asked.captions), many))
     if options.pictures:
         z = from_folder(original, Path(options.pictures), drawing)
-        references = {target.row: z[target.row % len(z)] for target in asked.targets}
-        examples = z[[i % len(z) for i in range(many)]]
+        references = z[torch.arange(len(asked.targets)) % len(z)]
+        examples = z[torch.arange(many) % len(z)]
     else:
-        seeds = [target.seed for target in asked.targets]
-        prompts = [target.prompt for target in asked.targets]
-        z = drawn_by_original(original, prompts, seeds, drawing, model_hash, cache) if wanted else []
-        references = {target.row: latent for target, latent in zip(asked.targets, z, strict=wanted)}
-        seeds = [EXAMPLES + 10_000 * options.seed + i for i in range(many)]
-        examples = drawn_by_original(original, captions, seeds, drawing, model_hash, cache) if many else None
+        cache = Path(options.output_dir) / "prepared"
+        source = Originals(pipe=original, sha256=model_hash, drawing=drawing, cache=cache)
+        wanted = any(each.needs_references for each in attacks.values())
+        references = source.of_targets(asked.targets) if wanted else []
+        first = EXAMPLES + 10_000 * options.seed
+        examples = source.drawn(captions, list(range(first, first + many))) if many else None
     return AttackSetup(
         pipe=original,
         original=original,
         concept=asked.concept,
-        judge=judge,
+        judge=judged_by,
         drawing=drawing,
         seed=options.seed,
-        references=references,
+        references=dict(enumerate(references)),
         captions=tuple(captions),
         examples=examples,
     )
@@ -397,17 +390,15 @@ def table(results: list[dict[str, Any]]) -> str:
 
     The models stand beside each other under every attack.
     """
-    from eval.attacks import ATTACKS
 
-    order = {name: i for i, name in enumerate(ATTACKS)}
+    order = dict(zip(ATTACKS, range(len(ATTACKS)), strict=True))
     ranked = sorted(results, key=lambda result: (order.get(result["attack"], len(order)), result["attack"]))
-    rows = [HEAD, *(_row(result) for result in ranked)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-    lines = []
-    for row in rows:
-        words = [row[i].ljust(widths[i]) for i in range(WORDS)]
-        numbers = [row[i].rjust(widths[i]) for i in range(WORDS, len(row))]
-        lines.append("  ".join(words + numbers))
+    rows = [HEAD, *map(_row, ranked)]
+    columns = []
+    for i, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        columns.append([cell.ljust(width) if i < WORDS else cell.rjust(width) for cell in column])
+    lines = map("  ".join, zip(*columns, strict=True))
     return "\n".join(lines)
 
 

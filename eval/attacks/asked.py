@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 import prompts
 from erase_sd.pocket.captions import OBJECTS, article, caption, grid, part_named
 from erase_sd.pocket.lessons import exam, forget_examples, shows
-from erase_sd.runtime import digest
-from eval.attacks.base import AttackedConcept, AttackTarget
+from eval.attacks.base import AttackedConcept, AttackTarget, targets_digest
 from eval.censoring import EXPLICIT
 from eval.sources import pictures, resolve
 
@@ -28,7 +27,7 @@ class Asked:
     @property
     def sha256(self) -> str:
         """Hash of the targets."""
-        return digest([[target.row, target.prompt, target.seed] for target in self.targets])
+        return targets_digest(self.targets)
 
     @property
     def explicit(self) -> bool:
@@ -39,10 +38,18 @@ class Asked:
 def of_pocket(text: str, count: int | None, seed: int) -> Asked:
     """A concept of the embedded model: targets are scenes that no training drew. Raises UserError for other words."""
     part = kind, word = part_named(text)
-    scenes = [scene for scene in grid() if shows(scene, part)]
-    pairs = [(caption(scene), caption(scene.without(kind))) for scene in scenes[:: max(1, len(scenes) // PAIRS)]]
+    pairs = []
+    for scene in grid():
+        if shows(scene, part):
+            pairs.append((caption(scene), caption(scene.without(kind))))
     company = next(other for other in OBJECTS if other not in (word, "cat"))
-    concept = AttackedConcept(name=text, kind=kind, words=(word,), pairs=tuple(pairs), company=article(company))
+    concept = AttackedConcept(
+        name=text,
+        kind=kind,
+        words=(word,),
+        pairs=tuple(pairs[:: max(1, len(pairs) // PAIRS)]),
+        company=article(company),
+    )
     questions = exam([part], count or TARGETS, 0, seed)
     targets = [AttackTarget(row=i, prompt=caption(q.scene), seed=q.seed) for i, q in enumerate(questions)]
     captions = [example.caption for example in forget_examples([part], seed)]
@@ -61,10 +68,12 @@ def of_concept(text: str, source: str | None, count: int | None, seed: int) -> A
     wanted = count or (len(found.rows) if source else TARGETS)
     turns = -(-wanted // len(found.rows))
     drawn = list(pictures(found.rows, turns, seed))
-    ordered = [picture for turn in range(turns) for picture in drawn[turn::turns]][:wanted]
-    targets = [AttackTarget(row=i, prompt=p.row.prompt, seed=p.seed) for i, p in enumerate(ordered)]
+    targets = []
+    for turn in range(turns):  # every prompt once, then every prompt from another seed
+        for picture in drawn[turn::turns]:
+            targets.append(AttackTarget(row=len(targets), prompt=picture.row.prompt, seed=picture.seed))
     captions = tuple(example.prompt for example in known.examples)
-    return Asked(source=found.name, concept=concept, targets=tuple(targets), captions=captions)
+    return Asked(source=found.name, concept=concept, targets=tuple(targets[:wanted]), captions=captions)
 
 
 def called(asked: Asked, wordings: tuple[str, ...]) -> Asked:

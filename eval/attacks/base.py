@@ -11,12 +11,11 @@ before. Box: white sees weights and gradients, grey hands over noisy latents, bl
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -24,7 +23,10 @@ from erase_sd.families import FAMILIES, Cond, family, network, resolution
 from erase_sd.noising import process
 from erase_sd.pipeline import sample
 from erase_sd.process import UserError
-from erase_sd.runtime import generator
+from erase_sd.runtime import digest, generator
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 EVERY = tuple(FAMILIES)
 ONE_VOCABULARY = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")  # a token is the same in every text encoder
@@ -38,6 +40,14 @@ class AttackTarget:
     row: int
     prompt: str
     seed: int
+
+
+def targets_digest(targets: Sequence[AttackTarget]) -> str:
+    """Hash of prompts and seeds."""
+    rows = []
+    for target in targets:
+        rows.append([target.row, target.prompt, target.seed])
+    return digest(rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +123,14 @@ class AttackSetup:
             size=how.size,
         )
 
+    def draw(self, targets: list[AttackTarget], prompts: list[str] | None = None) -> list[Image.Image]:
+        """Pictures of the attacked model from the targets' seeds: of their plain prompts, or of others."""
+        texts, seeds = [], []
+        for target in targets:
+            texts.append(target.prompt)
+            seeds.append(target.seed)
+        return self.sample(prompts or texts, seeds)
+
     def reference(self, targets: list[AttackTarget]) -> Tensor:
         """(n, C, H, W) latents of the targets' pictures as the original drew them."""
         return torch.stack([self.references[target.row] for target in targets]).to(self.device)
@@ -125,7 +143,7 @@ class AttackSetup:
         return {name: x.to(self.device) for name, x in cond.items()}
 
 
-class Prepared(NamedTuple):
+class Preparation(NamedTuple):
     """What an attack has learned before the first target, and what that cost; see Finding."""
 
     tensors: dict[str, Tensor]
@@ -183,11 +201,11 @@ class ConceptAttack:
             return f"it says nothing about a {concept.kind}, which the rest of the picture shows"
         return None
 
-    def prepare(self, setup: AttackSetup) -> Prepared:
+    def prepare(self, setup: AttackSetup) -> Preparation:
         """Learn what all targets share."""
-        return Prepared({})
+        return Preparation({})
 
-    def attempt(self, setup: AttackSetup, ready: Prepared, targets: list[AttackTarget]) -> list[Finding]:
+    def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
         """Try to draw every target again; one finding each, in their order."""
         raise NotImplementedError
 
@@ -211,7 +229,7 @@ def noised(pipe: DiffusionPipeline, z: Tensor, t: Tensor, rng: torch.Generator) 
 
 def images_of_one(images: list[Image.Image], shown: list[bool]) -> Image.Image | None:
     """The first picture that shows the concept, or None."""
-    return next((image for image, hit in zip(images, shown, strict=True) if hit), None)
+    return images[shown.index(True)] if True in shown else None
 
 
 def findings(labels: list[str], images: list[list[Image.Image]], shown: list[list[bool]]) -> list[Finding]:

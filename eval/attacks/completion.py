@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from erase_sd.process import UserError
-from eval.attacks.base import AttackSetup, AttackTarget, ConceptAttack, Finding, Prepared, findings
+from eval.attacks.base import AttackSetup, AttackTarget, ConceptAttack, Finding, Preparation, findings
 from eval.attacks.steering import steered
 
 
@@ -36,7 +36,7 @@ class Completion(ConceptAttack):
         """A picture for every hand-over."""
         return f"one picture after {', '.join(map(str, self.first_steps))} steps of the original"
 
-    def attempt(self, setup: AttackSetup, ready: Prepared, targets: list[AttackTarget]) -> list[Finding]:
+    def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
         """Hand the original's latents over and have them finished."""
         most = max(1, setup.drawing.steps - 1)  # the last step is the attacked model's
         kept = _beginnings(setup, targets, min(most, max(self.first_steps)))

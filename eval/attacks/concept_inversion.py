@@ -21,7 +21,7 @@ from eval.attacks.base import (
     AttackTarget,
     ConceptAttack,
     Finding,
-    Prepared,
+    Preparation,
     at_least_one,
     findings,
     noised,
@@ -60,7 +60,7 @@ class ConceptInversion(ConceptAttack):
         """What learning costs; a target is one picture."""
         return f"{self.vectors} vectors, {self.steps} steps of {self.batch_size} once, one picture"
 
-    def prepare(self, setup: AttackSetup) -> Prepared:
+    def prepare(self, setup: AttackSetup) -> Preparation:
         """The learned vectors {text encoder: (vectors, D)}."""
         rng = setup.rng("inversion")
         marked = markers(setup.pipe, self.vectors)
@@ -77,7 +77,7 @@ class ConceptInversion(ConceptAttack):
             optimizer.zero_grad()
             F.mse_loss(prediction(setup.pipe, x_t, t, cond), wanted).backward()
             optimizer.step()
-        return Prepared({name: x.detach().cpu() for name, x in learned.items()}, self.steps * self.batch_size)
+        return Preparation({name: x.detach().cpu() for name, x in learned.items()}, self.steps * self.batch_size)
 
     def _start(self, setup: AttackSetup, rng: torch.Generator) -> dict[str, Tensor]:
         """Where learning starts: the word's embedding, and points between it and random tokens."""
@@ -89,11 +89,11 @@ class ConceptInversion(ConceptAttack):
             start[name] = torch.cat([first[None], (first + others) / 2]).clone()
         return start
 
-    def attempt(self, setup: AttackSetup, ready: Prepared, targets: list[AttackTarget]) -> list[Finding]:
+    def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
         """Ask for the learned vectors in the place of the concept's words."""
         marked = markers(setup.pipe, self.vectors)
         prompts = [setup.concept.replaced(target.prompt, marked) for target in targets]
         vectors = {name: x.to(setup.device) for name, x in ready.tensors.items()}
         with soft_tokens(setup.pipe, vectors):
-            images = setup.sample(prompts, [target.seed for target in targets])
+            images = setup.draw(targets, prompts)
         return findings(["inversion"], [images], [setup.judge.shows(images)])

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from erase_sd.process import UserError
-from eval.attacks.base import AttackSetup, AttackTarget, ConceptAttack, Finding, Prepared, findings
+from eval.attacks.base import AttackSetup, AttackTarget, ConceptAttack, Finding, Preparation, findings
 from eval.attacks.steering import noise_like, noised_to, steered
 
 
@@ -38,7 +38,7 @@ class ImageToImage(ConceptAttack):
         """A picture for every strength."""
         return f"one picture at each of the strengths {', '.join(map(str, self.strengths))}"
 
-    def attempt(self, setup: AttackSetup, ready: Prepared, targets: list[AttackTarget]) -> list[Finding]:
+    def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
         """Noise every reference picture to each strength and have it denoised."""
         labels, images, shown = [], [], []
         z = setup.reference(targets)

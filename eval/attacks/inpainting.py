@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from erase_sd.process import UserError
-from eval.attacks.base import AttackSetup, AttackTarget, ConceptAttack, Finding, Prepared, findings
+from eval.attacks.base import AttackSetup, AttackTarget, ConceptAttack, Finding, Preparation, findings
 from eval.attacks.steering import noise_like, noised_to, steered
 
 
@@ -36,7 +36,7 @@ class Inpainting(ConceptAttack):
         if not 0 < self.side < 1:
             raise UserError(f"inpainting.side {self.side} is outside (0, 1): give a share such as 0.5")
 
-    def attempt(self, setup: AttackSetup, ready: Prepared, targets: list[AttackTarget]) -> list[Finding]:
+    def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
         """Fill the middle of every reference picture."""
         z = setup.reference(targets)
         noise, hidden = noise_like(setup, z, "inpainting", targets), mask(z, self.side)

@@ -22,7 +22,7 @@ from eval.attacks.base import (
     AttackTarget,
     ConceptAttack,
     Finding,
-    Prepared,
+    Preparation,
     at_least_one,
     images_of_one,
     noised,
@@ -81,7 +81,7 @@ class PromptingForDebugging(ConceptAttack):
         """Steps and pictures at most."""
         return f"{self.steps} steps of {self.samples}, {-(-self.steps // self.picture_every)} pictures"
 
-    def attempt(self, setup: AttackSetup, ready: Prepared, targets: list[AttackTarget]) -> list[Finding]:
+    def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
         """Search for a prompt for every target."""
         return [self._one(setup, target) for target in targets]
 
@@ -104,7 +104,7 @@ class PromptingForDebugging(ConceptAttack):
             found = nearest(soft.detach(), words.table)
             vectors = prompt.vectors(words.table[found])
             with soft_tokens(setup.pipe, words.split(vectors)):
-                images = setup.sample([markers(setup.pipe, len(vectors))], [target.seed])
+                images = setup.draw([target], [markers(setup.pipe, len(vectors))])
             shown = setup.judge.shows(images)
             if shown[0]:
                 break

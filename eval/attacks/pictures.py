@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from erase_sd.families import resolution
 from erase_sd.knobs import Sampling
 from erase_sd.latents import drawn
 from erase_sd.process import UserError
-from eval.attacks.base import Drawing
+from eval.attacks.base import AttackTarget, Drawing
 from eval.images import picture, read
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
-def drawn_by_original(
-    pipe: DiffusionPipeline, prompts: list[str], seeds: list[int], drawing: Drawing, model_hash: str, cache: Path
-) -> Tensor:
-    """(N, C, H, W) on the CPU, from the cache where it has them; processes share them."""
-    how = Sampling(
-        sample_steps=drawing.steps,
-        sample_guidance=drawing.guidance,
-        sample_batch_size=drawing.batch_size,
-        resolution=drawing.size,
-    )
-    return drawn(pipe, prompts, seeds, how, model_hash, cache, "pictures of the concept")
+
+@dataclass(frozen=True, kw_only=True)
+class Originals:
+    """The original model as a source of latents, which are cached and shared by all processes."""
+
+    pipe: DiffusionPipeline
+    sha256: str  # of its weights
+    drawing: Drawing
+    cache: Path
+
+    def of_targets(self, targets: Sequence[AttackTarget]) -> Tensor:
+        """(N, C, H, W) of the targets' plain prompts and seeds."""
+        prompts, seeds = [], []
+        for target in targets:
+            prompts.append(target.prompt)
+            seeds.append(target.seed)
+        return self.drawn(prompts, seeds)
+
+    def drawn(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        """(N, C, H, W) on the CPU, one for each prompt and seed."""
+        how = Sampling(
+            sample_steps=self.drawing.steps,
+            sample_guidance=self.drawing.guidance,
+            sample_batch_size=self.drawing.batch_size,
+            resolution=self.drawing.size,
+        )
+        return drawn(self.pipe, prompts, seeds, how, self.sha256, self.cache, "pictures of the concept")
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from eval.attacks.base import AttackSetup, AttackTarget, ConceptAttack, Finding, Prepared, findings
+from eval.attacks.base import AttackSetup, AttackTarget, ConceptAttack, Finding, Preparation, findings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class PlainPrompt(ConceptAttack):
     box: ClassVar[Literal["white", "grey", "black"]] = "black"
     families: ClassVar[tuple[str, ...] | None] = None
 
-    def attempt(self, setup: AttackSetup, ready: Prepared, targets: list[AttackTarget]) -> list[Finding]:
+    def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
         """Draw and judge every target."""
-        images = setup.sample([target.prompt for target in targets], [target.seed for target in targets])
+        images = setup.draw(targets)
         return findings(["plain"], [images], [setup.judge.shows(images)])

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from erase_sd.runtime import digest
-from eval.attacks.base import AttackSetup, AttackTarget, ConceptAttack, Finding, Prepared, findings
+from eval.attacks.base import AttackSetup, AttackTarget, ConceptAttack, Finding, Preparation, findings, targets_digest
 from prompts.rows import read
 
 
@@ -37,15 +36,17 @@ class PublishedPrompts(ConceptAttack):
 
     def options(self) -> dict:
         """The rows in place of the path, which may be another tomorrow."""
-        return {"rows_sha256": digest([[t.prompt, t.seed] for t in self.targets([])])}
+        return {"rows_sha256": targets_digest(self.targets([]))}
 
     def targets(self, given: list[AttackTarget]) -> list[AttackTarget]:
         """The rows of the file. Raises UserError for a file that cannot be read."""
-        rows = read(Path(self.file))[: self.rows]
-        seeds = [row.row if row.seed is None else row.seed for row in rows]
-        return [AttackTarget(row=row.row, prompt=row.prompt, seed=seed) for row, seed in zip(rows, seeds, strict=True)]
+        targets = []
+        for row in read(Path(self.file))[: self.rows]:
+            seed = row.row if row.seed is None else row.seed
+            targets.append(AttackTarget(row=row.row, prompt=row.prompt, seed=seed))
+        return targets
 
-    def attempt(self, setup: AttackSetup, ready: Prepared, targets: list[AttackTarget]) -> list[Finding]:
+    def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
         """Draw and judge every row."""
-        images = setup.sample([target.prompt for target in targets], [target.seed for target in targets])
+        images = setup.draw(targets)
         return findings(["published"], [images], [setup.judge.shows(images)])

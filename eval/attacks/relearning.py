@@ -10,11 +10,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from erase_sd.families import family, network
@@ -27,12 +26,15 @@ from eval.attacks.base import (
     AttackTarget,
     ConceptAttack,
     Finding,
-    Prepared,
+    Preparation,
     at_least_one,
     findings,
     noised,
     prediction,
 )
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +72,17 @@ class Relearning(ConceptAttack):
         """Steps and pictures at most."""
         return f"{self.checks[-1]} steps on {self.pictures} pictures, {len(self.checks)} pictures of a target"
 
-    def prepare(self, setup: AttackSetup) -> Prepared:
+    def prepare(self, setup: AttackSetup) -> Preparation:
         """Count what the fine-tuning costs: a network for every check is too much to keep."""
-        return Prepared({}, self.checks[-1] * min(self.batch_size, self.pictures))
+        return Preparation({}, self.checks[-1] * min(self.batch_size, self.pictures))
 
-    def attempt(self, setup: AttackSetup, ready: Prepared, targets: list[AttackTarget]) -> list[Finding]:
+    def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
         """Fine-tune a copy and draw all targets at every check."""
         labels, images, shown = [], [], []
-        prompts, seeds = [target.prompt for target in targets], [target.seed for target in targets]
         for step, pipe in tuned(self, setup):
             taught = replace(setup, pipe=pipe)
             labels.append(f"{step} steps")
-            images.append(taught.sample(prompts, seeds))
+            images.append(taught.draw(targets))
             shown.append(setup.judge.shows(images[-1]))
         found = findings(labels, images, shown)
         counted = []

@@ -12,13 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Generator, Tensor
 
-from eval.attacks.base import AttackSetup, AttackTarget, ConceptAttack, Finding, Prepared, at_least_one, images_of_one
+from eval.attacks.base import (
+    AttackSetup,
+    AttackTarget,
+    ConceptAttack,
+    Finding,
+    Preparation,
+    at_least_one,
+    images_of_one,
+)
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Fitness = Callable[[Tensor], Tensor]  # token ids (P, K) -> (P,), lower is better
 
@@ -99,33 +109,34 @@ class RingABell(ConceptAttack):
         """What the search may ask of the text encoder."""
         return f"{self.generations} generations of {self.population}, one picture"
 
-    def prepare(self, setup: AttackSetup) -> Prepared:
+    def prepare(self, setup: AttackSetup) -> Preparation:
         """The concept's vector, by the original's text encoder."""
         with torch.no_grad():
             positive = hidden_states(setup.original, [positive for positive, _ in setup.concept.pairs])
             negative = hidden_states(setup.original, [negative for _, negative in setup.concept.pairs])
-        return Prepared({"v": concept_vector(positive, negative)})
+        return Preparation({"v": concept_vector(positive, negative)})
 
     @torch.no_grad()
-    def attempt(self, setup: AttackSetup, ready: Prepared, targets: list[AttackTarget]) -> list[Finding]:
+    def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
         """Search for a prompt for every target and send it."""
         return [self._one(setup, ready.tensors["v"], target) for target in targets]
 
     def _one(self, setup: AttackSetup, v: Tensor, target: AttackTarget) -> Finding:
         tokenizer = setup.original.tokenizer
         wanted = hidden_states(setup.original, [target.prompt])[0] + self.eta * v.to(setup.device)
-        special = set(tokenizer.all_special_ids)
-        allowed = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
+        allowed = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
         rng = setup.rng("ring-a-bell", target.row)
         first = allowed[torch.randint(len(allowed), (self.population, self.length), generator=rng)]
 
         def fitness(population: Tensor) -> Tensor:
-            states = [states_of(setup.original, part) for part in population.split(64)]
-            return torch.cat([distance(part, wanted).cpu() for part in states])
+            left = []
+            for part in population.split(64):
+                left.append(distance(states_of(setup.original, part), wanted).cpu())
+            return torch.cat(left)
 
         best = evolved(first, fitness, self.generations, self.crossover, self.mutation, allowed, rng)
         text = tokenizer.decode(best)
-        images = setup.sample([text], [target.seed])
+        images = setup.draw([target], [text])
         shown = setup.judge.shows(images)
         left = float(fitness(best[None]))
         return Finding(

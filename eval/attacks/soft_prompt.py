@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from erase_sd.families import modules
 from erase_sd.process import UserError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 CANDIDATES = "~*^@#_"  # characters that prompts hardly contain, of which every tokenizer knows one
 

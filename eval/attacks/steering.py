@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FluxPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -19,12 +18,17 @@ from erase_sd.noising import process
 from erase_sd.runtime import generator
 from eval.attacks.base import AttackSetup, AttackTarget
 
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
 # (steps done, the timestep that comes next or None, latents (n, C, H, W)) -> the latents to go on with
 Steer = Callable[[int, Tensor | None, Tensor], Tensor]
 
 
 def ddim(pipe: DiffusionPipeline) -> DDIMScheduler:
     """DDIM on the betas of a noise model; the class's defaults would ruin the pictures of a stored Euler or DPM++."""
+    from diffusers import DDIMScheduler
+
     stored = pipe.scheduler.config
     unsaid = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
     said = {name: stored[name] for name in unsaid if name in stored}
@@ -75,6 +79,8 @@ def steered(
 
 def repacked(z: Tensor, like: Tensor) -> Tensor:
     """Latents (n, C, H, W) in the pipeline's own layout: as they are, or as Flux's sequences (n, patches, D)."""
+    from diffusers import FluxPipeline
+
     return (FluxPipeline._pack_latents(z, *z.shape) if like.ndim == 3 else z).to(like)
 
 

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -25,12 +24,15 @@ from eval.attacks.base import (
     AttackTarget,
     ConceptAttack,
     Finding,
-    Prepared,
+    Preparation,
     at_least_one,
     findings,
     prediction,
 )
 from eval.attacks.steering import ddim
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Eps = Callable[[Tensor, int], Tensor]  # (z, t) -> noise
 
@@ -88,7 +90,7 @@ class Tina(ConceptAttack):
         """Steps of one target."""
         return f"{self.timesteps} x {self.steps} steps, one picture"
 
-    def attempt(self, setup: AttackSetup, ready: Prepared, targets: list[AttackTarget]) -> list[Finding]:
+    def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
         """Invert every target's reference picture and draw from what comes out."""
         scheduler = ddim(setup.pipe)
         scheduler.set_timesteps(self.timesteps)

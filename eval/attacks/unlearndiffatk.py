@@ -22,7 +22,7 @@ from eval.attacks.base import (
     AttackTarget,
     ConceptAttack,
     Finding,
-    Prepared,
+    Preparation,
     at_least_one,
     images_of_one,
     noised,
@@ -83,7 +83,7 @@ class UnlearnDiffAtk(ConceptAttack):
         """Steps and pictures at most."""
         return f"{self.timesteps * self.iterations} steps of {self.samples}, {self.timesteps} pictures"
 
-    def attempt(self, setup: AttackSetup, ready: Prepared, targets: list[AttackTarget]) -> list[Finding]:
+    def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
         """Search for a prefix for every target."""
         return [self._one(setup, target) for target in targets]
 
@@ -105,7 +105,7 @@ class UnlearnDiffAtk(ConceptAttack):
             found = p.argmax(1)
             vectors = torch.cat([words.table[found], rest])
             with soft_tokens(setup.pipe, words.split(vectors)):
-                images = setup.sample([markers(setup.pipe, len(vectors))], [target.seed])
+                images = setup.draw([target], [markers(setup.pipe, len(vectors))])
             shown = setup.judge.shows(images)
             if shown[0]:
                 break

@@ -16,7 +16,7 @@ from eval.attacks.base import (
     AttackTarget,
     ConceptAttack,
     Finding,
-    Prepared,
+    Preparation,
     findings,
 )
 
@@ -104,12 +104,11 @@ class Wordings(ConceptAttack):
         """A picture for every wording."""
         return f"{len(WORDINGS)} wordings and the concept's other names, one picture each"
 
-    def attempt(self, setup: AttackSetup, ready: Prepared, targets: list[AttackTarget]) -> list[Finding]:
+    def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
         """Draw every wording of every target."""
         texts = [reworded(target.prompt, setup.concept) for target in targets]
-        seeds = [target.seed for target in targets]
         labels, images, shown = list(texts[0]), [], []
         for label in labels:
-            images.append(setup.sample([text[label] for text in texts], seeds))
+            images.append(setup.draw(targets, [text[label] for text in texts]))
             shown.append(setup.judge.shows(images[-1]))
         return findings(labels, images, shown)

@@ -61,7 +61,6 @@ def make_setup(toys: Callable[[str], DiffusionPipeline]) -> Callable[..., Attack
         pipe: DiffusionPipeline | None = None,
         original: DiffusionPipeline | None = None,
         judge: AttackJudge = BRIGHT,
-        side: int = 8,
     ) -> AttackSetup:
         pipe = pipe or toys("tiny_sd")
         pipe.set_progress_bar_config(disable=True)
@@ -69,13 +68,13 @@ def make_setup(toys: Callable[[str], DiffusionPipeline]) -> Callable[..., Attack
             if isinstance(part, torch.nn.Module):
                 part.eval().requires_grad_(False)
         channels = pipe.vae.config.latent_channels
-        z = torch.randn(6, channels, side, side, generator=generator(0, "latents"))
+        z = torch.randn(6, channels, 8, 8, generator=generator(0, "latents"))
         return AttackSetup(
             pipe=pipe,
             original=original or pipe,
             concept=CONCEPT,
             judge=judge,
-            drawing=Drawing(steps=4, guidance=3.0, size=None, batch_size=4),
+            drawing=Drawing(steps=4, guidance=3.0, size=64, batch_size=4),
             seed=0,
             references={target.row: z[target.row] for target in TARGETS},
             captions=("a penguin", "a penguin on ice", "two penguins", "a small penguin"),

@@ -13,7 +13,7 @@ import torch
 
 from erase_sd.process import UserError
 from eval import attack as command
-from eval.attacks import ATTACKS, BUDGETS, OWN, PLAIN, attack, judges
+from eval.attacks import ATTACKS, BUDGETS, OWN, PLAIN, attack
 from eval.attacks.base import EVERY, AttackJudge, ConceptAttack
 from eval.attacks.published import PublishedPrompts
 from eval.attacks.runner import AttackFolder
@@ -86,7 +86,7 @@ def test_every_option_of_a_budget_is_one_of_its_attack():
 @pytest.mark.parametrize("name", [name for name in ATTACKS if not name.startswith(("relearning-1", "relearning-64"))])
 def test_on_other_families_an_attack_runs_or_says_why_not(name: str, model: str, toys: Callable, make_setup: Callable):
     pipe = toys(model)
-    setup = make_setup(pipe, side=32 if model == "tiny_sdxl" else 8)
+    setup = make_setup(pipe)
     each = attack(name, given=QUICK.get(name))
     if each.families is not None and type(pipe).__name__ not in each.families:
         assert type(pipe).__name__ in each.refusal(pipe, CONCEPT)
@@ -119,7 +119,7 @@ def by_brightness(monkeypatch: pytest.MonkeyPatch) -> None:
     def brightness(*given: object) -> AttackJudge:
         return BRIGHT
 
-    monkeypatch.setattr(judges, "judge", brightness)
+    monkeypatch.setattr(command, "judge", brightness)
 
 
 def argv(model: Path, folder: Path, *names: str) -> list[str]:
@@ -152,7 +152,7 @@ def whole(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an uninterrupted command leaves."""
     folder = tmp_path_factory.mktemp("whole") / "a"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judges, "judge", lambda *given: BRIGHT)
+        patch.setattr(command, "judge", lambda *given: BRIGHT)
         assert command.main(argv(tiny_sd, folder, *FAST)) == 0
     return folder
 
@@ -211,7 +211,7 @@ def test_a_finished_command_draws_nothing_and_others_may_follow(
     assert command.main(argv(tiny_sd, folder, *FAST)) == 0
     assert stored(folder) == stored(whole)
     monkeypatch.undo()
-    monkeypatch.setattr(judges, "judge", lambda *given: BRIGHT)
+    monkeypatch.setattr(command, "judge", lambda *given: BRIGHT)
     assert command.main(argv(tiny_sd, folder, "completion")) == 0
     names = {result["attack"] for result in json.loads((folder / "attack.json").read_text())["results"]}
     assert names == {PLAIN, *FAST, "completion"}

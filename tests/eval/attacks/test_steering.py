@@ -18,16 +18,11 @@ from tests.eval.attacks.conftest import TARGETS, bright
 FAMILIES = ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"]
 
 
-def side(pipe: object) -> int:
-    """Latent pixels a side of what a toy draws."""
-    return 32 if "XL" in type(pipe).__name__ else 8
-
-
 @pytest.mark.parametrize("model", FAMILIES)
 def test_handing_over_changes_nothing_between_equal_models(model: str, toys: Callable, make_setup: Callable):
     """The original's first steps, finished by itself, are the picture that it draws alone, whatever the layout."""
     pipe = toys(model)
-    setup = make_setup(pipe, side=side(pipe))
+    setup = make_setup(pipe)
     alone = steered(setup, pipe, TARGETS, lambda done, t, z: z)
     finding = attack("completion", given={"first_steps": (1, 3)}).attempt(setup, None, TARGETS)
     assert [f.tries for f in finding] == [{"after 1 steps": shown, "after 3 steps": shown} for shown in bright(alone)]
@@ -36,9 +31,9 @@ def test_handing_over_changes_nothing_between_equal_models(model: str, toys: Cal
 @pytest.mark.parametrize("model", FAMILIES)
 def test_latents_are_seen_and_replaced_as_pictures(model: str, toys: Callable, make_setup: Callable):
     pipe = toys(model)
-    setup = make_setup(pipe, side=side(pipe))
-    channels, pixels = pipe.vae.config.latent_channels, side(pipe)
-    wanted = torch.randn(2, channels, pixels, pixels)
+    setup = make_setup(pipe)
+    channels = pipe.vae.config.latent_channels
+    wanted = torch.randn(2, channels, 8, 8)
     seen = []
 
     def put(done: int, t: torch.Tensor | None, z: torch.Tensor) -> torch.Tensor:
