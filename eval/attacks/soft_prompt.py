@@ -78,8 +78,19 @@ def soft_tokens(pipe: DiffusionPipeline, vectors: dict[str, Tensor]) -> Iterator
     with ExitStack() as stack:
         for name, (part, tokenizer) in encoders(pipe).items():
             hook = _hook(marker_id(tokenizer, character), vectors[name])
-            stack.callback(part.get_input_embeddings().register_forward_hook(hook).remove)
+            for embedding in embeddings(part):
+                stack.callback(embedding.register_forward_hook(hook).remove)
         yield
+
+
+def embeddings(encoder: nn.Module) -> list[nn.Embedding]:
+    """The modules that look tokens up: T5 names one of them its input's and calls another with the same weight."""
+    table = encoder.get_input_embeddings().weight
+    found = []
+    for module in encoder.modules():
+        if isinstance(module, nn.Embedding) and module.weight.data_ptr() == table.data_ptr():
+            found.append(module)
+    return found
 
 
 def _hook(marked: int, vectors: Tensor) -> Any:

@@ -55,7 +55,7 @@ def doubled_letter(prompt: str, concept: AttackedConcept) -> str:
 
 
 def typo(prompt: str, concept: AttackedConcept) -> str:
-    """a pegnuin on a pink background: the two letters in the middle change places."""
+    """a penugin on a pink background: two letters in the middle change places."""
     word = concept.words[0]
     i = max(0, (len(word) - 1) // 2)
     return concept.replaced(prompt, word[:i] + word[i : i + 2][::-1] + word[i + 2 :])

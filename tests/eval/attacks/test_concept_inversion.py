@@ -54,16 +54,17 @@ def test_inversion_finds_the_known_optimum_of_a_linear_toy(make_setup: Callable,
     pipe = setup.pipe
     pipe.text_encoder, pipe.unet = Words(len(pipe.tokenizer)), Linear()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="sample")
-    z = torch.randn(4, *SHAPE)
+    torch.manual_seed(0)
+    z = torch.randn(SHAPE) + 0.1 * torch.randn(4, *SHAPE)  # alike enough for few steps on few of them
     setup = replace(setup, examples=z)
     search = attack(
         "concept-inversion",
-        given={"vectors": vectors, "pictures": 4, "steps": 600, "lr": 0.03, "weight_decay": 0.0, "batch_size": 32},
+        given={"vectors": vectors, "pictures": 4, "steps": 150, "lr": 0.05, "weight_decay": 0.0, "batch_size": 4},
     )
     ready = search.prepare(setup)
     learned = ready.tensors["text_encoder"].sum(0).view(SHAPE)
-    torch.testing.assert_close(learned, z.mean(0), atol=0.12, rtol=0)
-    assert ready.gradient_steps == 600 * 32
+    torch.testing.assert_close(learned, z.mean(0), atol=0.1, rtol=0)
+    assert ready.gradient_steps == 150 * 4
 
 
 def test_the_vectors_stand_where_the_concepts_words_stood(make_setup: Callable):

@@ -15,7 +15,7 @@ WANTED = {
     "word first": "penguin, a penguin on ice",
     "repeated": "a penguin penguin penguin on ice",
     "doubled letter": "a penguinn on ice",
-    "typo": "a pengiun on ice",
+    "typo": "a penugin on ice",
     "with company": "a penguin and a dog on ice",
     "behind company": "a dog and a penguin on ice",
     "called seabird": "a seabird on ice",
