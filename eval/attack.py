@@ -188,8 +188,9 @@ def _models(options: AttackJob) -> dict[str, AttackedModel]:
         if not _is_whole(options.model):
             text = f"{options.model} does not say which model it was made from"
             raise UserError(f"{text}: give --original, the unerased model's folder or Hub id")
+        models = {ORIGINAL: _model(options, ORIGINAL, options.model, options.model)} | _beside(options, options.model)
         print(f"{options.model} is taken for an unerased model: no --original was given", file=sys.stderr)
-        return {ORIGINAL: _model(options, ORIGINAL, options.model, options.model)} | _beside(options, options.model)
+        return models
     attacked = _model(options, ATTACKED, options.model, base)
     return {ATTACKED: attacked, ORIGINAL: _model(options, ORIGINAL, base, base)} | _beside(options, base)
 
