@@ -1,0 +1,81 @@
+"""What an attack is to bring back: the concept as prompts know it, targets, and captions to draw examples of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import prompts
+from erase_sd.pocket.captions import OBJECTS, article, caption, grid, part_named
+from erase_sd.pocket.lessons import exam, forget_examples, shows
+from eval.attacks.base import AttackedConcept, AttackTarget, targets_digest
+from eval.censoring import EXPLICIT
+from eval.sources import pictures, resolve
+
+TARGETS = 64
+PAIRS = 32  # prompts with and without the concept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A concept with its targets; `captions` ask for it in turn, for pictures to learn from."""
+
+    source: str  # name of the prompts
+    concept: AttackedConcept
+    targets: tuple[AttackTarget, ...]
+    captions: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the targets."""
+        return targets_digest(self.targets)
+
+    @property
+    def explicit(self) -> bool:
+        """Whether its pictures are not to be shown."""
+        return self.concept.name in EXPLICIT or self.source in EXPLICIT
+
+
+def of_pocket(text: str, count: int | None, seed: int) -> Asked:
+    """A concept of the embedded model: targets are scenes that no training drew. Raises UserError for other words."""
+    part = kind, word = part_named(text)
+    pairs = []
+    for scene in grid():
+        if shows(scene, part):
+            pairs.append((caption(scene), caption(scene.without(kind))))
+    company = next(other for other in OBJECTS if other not in (word, "cat"))
+    concept = AttackedConcept(
+        name=text,
+        kind=kind,
+        words=(word,),
+        pairs=tuple(pairs[:: max(1, len(pairs) // PAIRS)]),
+        company=article(company),
+    )
+    questions = exam([part], count or TARGETS, 0, seed)
+    targets = [AttackTarget(row=i, prompt=caption(q.scene), seed=q.seed) for i, q in enumerate(questions)]
+    captions = [example.caption for example in forget_examples([part], seed)]
+    return Asked(source="pocket", concept=concept, targets=tuple(targets), captions=tuple(captions))
+
+
+def of_concept(text: str, source: str | None, count: int | None, seed: int) -> Asked:
+    """Any other concept, with its own prompts or those of a source of eval.generate, which say how many there are.
+
+    Raises UserError for a concept or a source that cannot be read.
+    """
+    known = prompts.load(text)
+    pairs = tuple(dict.fromkeys((example.prompt, example.anchor) for example in known.examples))
+    concept = AttackedConcept(name=known.name, kind=known.kind, words=known.words, pairs=pairs)
+    found = resolve(source or text)
+    wanted = count or (len(found.rows) if source else TARGETS)
+    turns = -(-wanted // len(found.rows))
+    drawn = list(pictures(found.rows, turns, seed))
+    targets = []
+    for turn in range(turns):  # every prompt once, then every prompt from another seed
+        for picture in drawn[turn::turns]:
+            targets.append(AttackTarget(row=len(targets), prompt=picture.row.prompt, seed=picture.seed))
+    captions = tuple(example.prompt for example in known.examples)
+    return Asked(source=found.name, concept=concept, targets=tuple(targets[:wanted]), captions=captions)
+
+
+def called(asked: Asked, wordings: tuple[str, ...]) -> Asked:
+    """The same with other names of the concept."""
+    return replace(asked, concept=replace(asked.concept, wordings=wordings))

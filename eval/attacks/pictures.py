@@ -1,0 +1,69 @@
+"""Pictures of the concept as latents: drawn by the original, or a folder of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from erase_sd.families import resolution
+from erase_sd.knobs import Sampling
+from erase_sd.latents import drawn
+from erase_sd.process import UserError
+from eval.attacks.base import AttackTarget, Drawing
+from eval.images import picture, read
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Originals:
+    """The original model as a source of latents, which are cached and shared by all processes."""
+
+    pipe: DiffusionPipeline
+    sha256: str  # of its weights
+    drawing: Drawing
+    cache: Path
+
+    def of_targets(self, targets: Sequence[AttackTarget]) -> Tensor:
+        """(N, C, H, W) of the targets' plain prompts and seeds."""
+        prompts, seeds = [], []
+        for target in targets:
+            prompts.append(target.prompt)
+            seeds.append(target.seed)
+        return self.drawn(prompts, seeds)
+
+    def drawn(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        """(N, C, H, W) on the CPU, one for each prompt and seed."""
+        how = Sampling(
+            sample_steps=self.drawing.steps,
+            sample_guidance=self.drawing.guidance,
+            sample_batch_size=self.drawing.batch_size,
+            resolution=self.drawing.size,
+        )
+        return drawn(self.pipe, prompts, seeds, how, self.sha256, self.cache, "pictures of the concept")
+
+
+@torch.no_grad()
+def from_folder(pipe: DiffusionPipeline, path: Path, drawing: Drawing) -> Tensor:
+    """(N, C, H, W) on the CPU: every sound picture of a folder, squeezed to the drawing's size and encoded.
+
+    Raises UserError if there is none.
+    """
+    folder, side = read(path), drawing.size or resolution(pipe)
+    config, rows = pipe.vae.config, []
+    for entry in folder.entries:
+        image, why = picture(folder, entry)
+        if why:
+            continue
+        pixels = pipe.image_processor.preprocess(image, height=side, width=side).to(pipe.device, pipe.vae.dtype)
+        z = pipe.vae.encode(pixels).latent_dist.mode().float().cpu()
+        rows.append((z - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor)
+    if not rows:
+        raise UserError(f"--pictures {path} holds no sound picture: give a folder with pictures of the concept")
+    return torch.cat(rows)
