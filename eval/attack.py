@@ -22,13 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from accelerate import PartialState
 
-from erase_sd.doctor import check_place
-from erase_sd.knobs import at_least
-from erase_sd.options import argument, knob, parse
+from erase_sd.common.cli import argument, at_least, knob, parse, quiet, run_main
+from erase_sd.common.errors import UserError
+from erase_sd.common.files import digest, file_digest
+from erase_sd.models.checks import check_place
 from erase_sd.pocket.score import GUIDANCE, STEPS
-from erase_sd.process import UserError, run_main
-from erase_sd.runtime import digest, file_digest
-from erase_sd.terminal import quiet
 from eval.attacks import ATTACKS, PLAIN
 from eval.attacks import attack as build
 from eval.attacks.asked import Asked, called, of_concept, of_pocket
@@ -37,8 +35,8 @@ from eval.attacks.judges import judge
 from eval.attacks.pictures import Originals, from_folder
 from eval.attacks.published import PublishedPrompts
 from eval.attacks.runner import AttackedModel, AttackFolder, Campaign
-from eval.images import read
-from eval.models import load, place, weights_digest
+from eval.images.folder import read
+from eval.images.pipelines import load, place, weights_digest
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import prompts
-from erase_sd.pocket.captions import OBJECTS, article, caption, grid, part_named
-from erase_sd.pocket.lessons import exam, forget_examples, shows
+from erase_sd.pocket.prompt_sets import exam, forget_examples, shows
+from erase_sd.pocket.world import OBJECTS, article, caption, grid, part_named
 from eval.attacks.base import AttackedConcept, AttackTarget, targets_digest
-from eval.censoring import EXPLICIT
-from eval.sources import pictures, resolve
+from eval.images.sources import pictures, resolve
+from eval.judges.censor import EXPLICIT
 
 TARGETS = 64
 PAIRS = 32  # prompts with and without the concept

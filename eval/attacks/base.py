@@ -19,11 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from erase_sd.families import FAMILIES, Cond, family, network, resolution
-from erase_sd.noising import process
-from erase_sd.pipeline import sample
-from erase_sd.process import UserError
-from erase_sd.runtime import digest, generator
+from erase_sd.common.errors import UserError
+from erase_sd.common.files import digest
+from erase_sd.common.rng import generator
+from erase_sd.models.families import FAMILIES, Cond, family, network, resolution
+from erase_sd.models.noise import process
+from erase_sd.models.pipeline import sample
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from erase_sd.process import UserError
+from erase_sd.common.errors import UserError
 from eval.attacks.base import AttackSetup, AttackTarget, ConceptAttack, Finding, Preparation, findings
 from eval.attacks.steering import noise_like, noised_to, steered
 

@@ -14,18 +14,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from erase_sd.pictures import broken
-from erase_sd.pocket.captions import part_named
+from erase_sd.common.errors import UserError
+from erase_sd.common.files import digest, file_digest
+from erase_sd.common.imaging import broken
 from erase_sd.pocket.oracle import WEIGHTS
 from erase_sd.pocket.oracle import load as load_oracle
 from erase_sd.pocket.oracle import name as named
-from erase_sd.process import UserError
-from erase_sd.runtime import digest, file_digest
+from erase_sd.pocket.world import part_named
 from eval.attacks.base import AttackedConcept, AttackJudge
-from eval.detector import detect
-from eval.detector import load as load_detector
-from eval.extractors import load as load_extractor
-from eval.protocols import PROTOCOLS
+from eval.features.extractors import load as load_extractor
+from eval.judges.nudenet import detect
+from eval.judges.nudenet import load as load_detector
+from eval.judges.protocols import PROTOCOLS
 
 JUDGES = "pocket, nudenet, nudenet:PROTOCOL or clip:ID_OR_FOLDER"
 Shows = Callable[[list[Image.Image]], list[bool]]

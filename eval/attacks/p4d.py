@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from erase_sd.noising import process
+from erase_sd.models.noise import process
 from eval.attacks.base import (
     ONE_VOCABULARY,
     AttackSetup,

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from erase_sd.families import resolution
-from erase_sd.knobs import Sampling
-from erase_sd.latents import drawn
-from erase_sd.process import UserError
+from erase_sd.common.errors import UserError
+from erase_sd.denoising.samples import drawn
+from erase_sd.models.families import resolution
+from erase_sd.settings import Sampling
 from eval.attacks.base import AttackTarget, Drawing
-from eval.images import picture, read
+from eval.images.folder import picture, read
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

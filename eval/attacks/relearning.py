@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erase_sd.families import family, network
-from erase_sd.noising import process
-from erase_sd.process import UserError
+from erase_sd.common.errors import UserError
+from erase_sd.models.families import family, network
+from erase_sd.models.noise import process
 from eval.attacks.base import (
     EVERY,
     AttackedConcept,

@@ -29,16 +29,16 @@ from safetensors import safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
-from erase_sd.families import modules
-from erase_sd.pictures import pixelate
+from erase_sd.common.files import digest, file_digest, write_atomic
+from erase_sd.common.imaging import pixelate
+from erase_sd.common.processes import shared
+from erase_sd.models.families import modules
 from erase_sd.pocket.score import wilson
-from erase_sd.process import RunLock, claim
-from erase_sd.runtime import digest, file_digest, write_atomic
-from erase_sd.sharing import shared
 from eval.attacks import PLAIN
 from eval.attacks.asked import Asked
 from eval.attacks.base import AttackSetup, AttackTarget, ConceptAttack, Finding, Preparation, targets_digest
-from eval.images import GENERATION, MANIFEST, Entry
+from eval.benchmarking.tables import RunLock, claim
+from eval.images.folder import GENERATION, MANIFEST, Entry
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

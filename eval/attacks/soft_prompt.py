@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from erase_sd.families import modules
-from erase_sd.process import UserError
+from erase_sd.common.errors import UserError
+from erase_sd.models.families import modules
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from erase_sd.families import family
-from erase_sd.noising import process
-from erase_sd.runtime import generator
+from erase_sd.common.rng import generator
+from erase_sd.models.families import family
+from erase_sd.models.noise import process
 from eval.attacks.base import AttackSetup, AttackTarget
 
 if TYPE_CHECKING:

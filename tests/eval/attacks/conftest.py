@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from erase_sd.pipeline import load
-from erase_sd.runtime import generator
+from erase_sd.common.rng import generator
+from erase_sd.models.pipeline import load
 from eval.attacks.base import AttackedConcept, AttackJudge, AttackSetup, AttackTarget, Drawing
 from tests.conftest import tiny_pipeline
 

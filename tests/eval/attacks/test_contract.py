@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from erase_sd.process import UserError
+from erase_sd.common.errors import UserError
 from eval import attack as command
 from eval.attacks import ATTACKS, BUDGETS, OWN, PLAIN, attack
 from eval.attacks.base import EVERY, AttackJudge, ConceptAttack

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from erase_sd.pocket.captions import Scene, caption
-from erase_sd.process import UserError
+from erase_sd.common.errors import UserError
+from erase_sd.pocket.world import Scene, caption
 from eval.attacks.asked import called, of_concept, of_pocket
 from eval.attacks.base import AttackedConcept
 from eval.attacks.judges import class_vector, first_is_nearest, judge, whole_only

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from erase_sd.process import UserError
+from erase_sd.common.errors import UserError
 from eval.attacks import attack
 from eval.attacks.base import AttackJudge
 from eval.attacks.relearning import Relearning, first_check, tuned

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import torch
 
-from erase_sd.runtime import generator
+from erase_sd.common.rng import generator
 from eval.attacks.ring_a_bell import concept_vector, crossed, distance, evolved, hidden_states, mutated, states_of
 
 

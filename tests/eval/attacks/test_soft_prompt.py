@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from erase_sd.process import UserError
+from erase_sd.common.errors import UserError
 from eval.attacks.soft_prompt import Vocabulary, encoders, filled, marker, marker_id, markers, soft_tokens, tables
 
 

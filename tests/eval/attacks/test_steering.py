@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from erase_sd.families import family
-from erase_sd.process import UserError
+from erase_sd.common.errors import UserError
+from erase_sd.models.families import family
 from eval.attacks import attack
 from eval.attacks.image_to_image import ImageToImage, skipped
 from eval.attacks.inpainting import mask

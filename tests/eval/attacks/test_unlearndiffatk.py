@@ -7,7 +7,7 @@ import pytest
 import quadprog
 import torch
 
-from erase_sd.runtime import generator
+from erase_sd.common.rng import generator
 from eval.attacks import attack
 from eval.attacks.soft_prompt import Vocabulary
 from eval.attacks.unlearndiffatk import SampledTokens, denoising_loss, projected, visited
