@@ -39,7 +39,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "eval.images": {*MODELS_UP, "erase_sd.pocket", "prompts"},
     "eval.judges": {"erase_sd.common", "erase_sd.pocket", "eval.images"},
     "eval.features": {"erase_sd.common", "erase_sd.pocket", "eval.images"},
-    "eval.attacks": {*MODELS_UP, "erase_sd.denoising", "eval.images", "eval.judges"},
+    "eval.attacks": {
+        *(*MODELS_UP, "erase_sd.settings", "erase_sd.denoising", "erase_sd.pocket", "prompts"),
+        *("eval.images", "eval.judges", "eval.features"),
+    },
     "eval.reporting": {"erase_sd.common", "eval.images", "eval.judges"},
     "eval.benchmarking": {
         *(*MODELS_UP, "erase_sd.pocket", "erase_sd.methods", "erase_sd.plan"),
@@ -202,6 +205,8 @@ def lonely(files: list[Source]) -> list[str]:
 
 FOREIGN_BYTES = {"classification.data.sources.unpickle", "erase_sd.run.checkpoints"}
 NAMED_BY_THE_TREE: dict[str, str] = {  # one importer, and a question of its own
+    "eval.images.writer": "one folder of images, resumable",
+    "eval.features.metrics": "formulas from features to numbers",
     "erase_sd.denoising.sharded": "the only file that knows FSDP2",
     "erase_sd.denoising.results": "what a run leaves behind",
     "erase_sd.models.noise": "the forward process, as formulas",

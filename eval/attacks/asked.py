@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import prompts
+from erase_sd.common.errors import asked_by_the_user
 from erase_sd.pocket.prompt_sets import exam, forget_examples, shows
 from erase_sd.pocket.world import OBJECTS, article, caption, grid, part_named
 from eval.attacks.base import AttackedConcept, AttackTarget, targets_digest
@@ -61,7 +62,8 @@ def of_concept(text: str, source: str | None, count: int | None, seed: int) -> A
 
     Raises UserError for a concept or a source that cannot be read.
     """
-    known = prompts.load(text)
+    with asked_by_the_user():
+        known = prompts.load(text)
     pairs = tuple(dict.fromkeys((example.prompt, example.anchor) for example in known.examples))
     concept = AttackedConcept(name=known.name, kind=known.kind, words=known.words, pairs=pairs)
     found = resolve(source or text)

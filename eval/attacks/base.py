@@ -23,7 +23,7 @@ from erase_sd.common.errors import UserError
 from erase_sd.common.files import digest
 from erase_sd.common.rng import generator
 from erase_sd.models.families import FAMILIES, Cond, family, network, resolution
-from erase_sd.models.noise import process
+from erase_sd.models.noise import forward_process
 from erase_sd.models.pipeline import sample
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def prediction(pipe: DiffusionPipeline, x_t: Tensor, t: Tensor, cond: Cond) -> T
 
 def noised(pipe: DiffusionPipeline, z: Tensor, t: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """(x_t, what the network should answer) of latents (n, C, H, W) at timesteps (n,), with noise from the CPU."""
-    forward = process(pipe)
+    forward = forward_process(pipe)
     noise = torch.randn(z.shape, generator=rng).to(z.device)
     return forward.add_noise(z, noise, t), forward.target(z, noise, t)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erase_sd.models.noise import process
+from erase_sd.models.noise import forward_process
 from eval.attacks.base import (
     AttackSetup,
     AttackTarget,
@@ -70,7 +70,7 @@ class ConceptInversion(ConceptAttack):
         optimizer = torch.optim.AdamW(learned.values(), lr=self.lr, weight_decay=self.weight_decay)
         for _ in range(self.steps):
             rows = torch.randint(len(z), (self.batch_size,), generator=rng)
-            t = process(setup.pipe).draw(self.batch_size, rng).to(z.device)
+            t = forward_process(setup.pipe).draw(self.batch_size, rng).to(z.device)
             x_t, wanted = noised(setup.pipe, z[rows.to(z.device)], t, rng)
             with soft_tokens(setup.pipe, learned):
                 cond = setup.encode([captions[row] for row in rows.tolist()])

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from erase_sd.models.noise import process
+from erase_sd.models.noise import forward_process
 from eval.attacks.base import (
     ONE_VOCABULARY,
     AttackSetup,
@@ -119,7 +119,7 @@ class PromptingForDebugging(ConceptAttack):
     def _loss(
         self, setup: AttackSetup, prompt: _Prompt, soft: Tensor, asked: dict[str, Tensor], z: Tensor, rng: Generator
     ) -> Tensor:
-        t = process(setup.pipe).draw(len(z), rng).to(z.device)
+        t = forward_process(setup.pipe).draw(len(z), rng).to(z.device)
         x_t, _ = noised(setup.pipe, z, t, rng)
         with torch.no_grad():
             wanted = prediction(setup.original, x_t, t, asked)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from erase_sd.common.errors import UserError
-from erase_sd.denoising.samples import drawn
+from erase_sd.denoising.samples import sampled
 from erase_sd.models.families import resolution
 from erase_sd.settings import Sampling
 from eval.attacks.base import AttackTarget, Drawing
@@ -46,7 +46,7 @@ class Originals:
             sample_batch_size=self.drawing.batch_size,
             resolution=self.drawing.size,
         )
-        return drawn(self.pipe, prompts, seeds, how, self.sha256, self.cache, "pictures of the concept")
+        return sampled(self.pipe, prompts, seeds, how, self.sha256, self.cache, "pictures of the concept")
 
 
 @torch.no_grad()

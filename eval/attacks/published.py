@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from erase_sd.common.errors import asked_by_the_user
 from eval.attacks.base import AttackSetup, AttackTarget, ConceptAttack, Finding, Preparation, findings, targets_digest
-from prompts.rows import read
+from prompts.tables import read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,9 @@ class PublishedPrompts(ConceptAttack):
     def targets(self, given: list[AttackTarget]) -> list[AttackTarget]:
         """The rows of the file. Raises UserError for a file that cannot be read."""
         targets = []
-        for row in read(Path(self.file))[: self.rows]:
+        with asked_by_the_user():
+            rows = read(Path(self.file))
+        for row in rows[: self.rows]:
             seed = row.row if row.seed is None else row.seed
             targets.append(AttackTarget(row=row.row, prompt=row.prompt, seed=seed))
         return targets

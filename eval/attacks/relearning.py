@@ -18,7 +18,7 @@ from torch import Tensor
 
 from erase_sd.common.errors import UserError
 from erase_sd.models.families import family, network
-from erase_sd.models.noise import process
+from erase_sd.models.noise import forward_process
 from eval.attacks.base import (
     EVERY,
     AttackedConcept,
@@ -117,6 +117,6 @@ def tuned(attack: Relearning, setup: AttackSetup) -> Iterator[tuple[int, Diffusi
 
 
 def _loss(pipe: DiffusionPipeline, z: Tensor, cond: dict[str, Tensor], rng: torch.Generator) -> Tensor:
-    t = process(pipe).draw(len(z), rng).to(z.device)
+    t = forward_process(pipe).draw(len(z), rng).to(z.device)
     x_t, wanted = noised(pipe, z, t, rng)
     return F.mse_loss(prediction(pipe, x_t, t, cond), wanted)

@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
-from erase_sd.common.files import digest, file_digest, write_atomic
+from erase_sd.common.files import RunLock, claim, digest, file_digest, write_atomic
 from erase_sd.common.imaging import pixelate
 from erase_sd.common.processes import shared
 from erase_sd.models.families import modules
@@ -37,7 +37,6 @@ from erase_sd.pocket.score import wilson
 from eval.attacks import PLAIN
 from eval.attacks.asked import Asked
 from eval.attacks.base import AttackSetup, AttackTarget, ConceptAttack, Finding, Preparation, targets_digest
-from eval.benchmarking.tables import RunLock, claim
 from eval.images.folder import GENERATION, MANIFEST, Entry
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from erase_sd.common.rng import generator
 from erase_sd.models.families import family
-from erase_sd.models.noise import process
+from erase_sd.models.noise import forward_process
 from eval.attacks.base import AttackSetup, AttackTarget
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def noised_to(pipe: DiffusionPipeline, z: Tensor, noise: Tensor, t: Tensor | Non
     """Latents (n, C, H, W) at a timestep; None is the end, where no noise is left."""
     if t is None:
         return z
-    return process(pipe).add_noise(z, noise, t.to(z.device).expand(len(z)))
+    return forward_process(pipe).add_noise(z, noise, t.to(z.device).expand(len(z)))
 
 
 def noise_like(setup: AttackSetup, z: Tensor, attack: str, targets: list[AttackTarget]) -> Tensor:

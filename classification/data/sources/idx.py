@@ -31,7 +31,7 @@ DAMAGE = (OSError, EOFError, zlib.error, struct.error, ValueError)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
+class IdxFormat:
     """What differs between the data sets of this form."""
 
     name: str
@@ -42,7 +42,7 @@ class Family:
     copy: hub.Copy | None = None
 
 
-FASHION = Family(
+FASHION = IdxFormat(
     name="fashion-mnist",
     folder="FashionMNIST/raw",
     classes=(
@@ -53,7 +53,7 @@ FASHION = Family(
     std=0.3530,
     copy=hub.Copy(id="zalando-datasets/fashion_mnist", config="fashion_mnist", image="image", label="label", mode="L"),
 )
-MNIST = Family(
+MNIST = IdxFormat(
     name="mnist",
     folder="MNIST/raw",
     classes=tuple("0123456789"),
@@ -61,7 +61,7 @@ MNIST = Family(
     std=0.3081,
     copy=hub.Copy(id="ylecun/mnist", config="mnist", image="image", label="label", mode="L"),
 )
-KMNIST = Family(
+KMNIST = IdxFormat(
     name="kmnist",
     folder="KMNIST/raw",
     classes=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
@@ -70,7 +70,7 @@ KMNIST = Family(
 )
 
 
-def load(family: Family, folder: str | None) -> Dataset:
+def load(family: IdxFormat, folder: str | None) -> Dataset:
     """Return 60 000 and 10 000 images of 10 classes, 28x28 and one channel.
 
     Raises UserError for files that are missing, damaged or of other images, and for KMNIST without a folder.
@@ -100,7 +100,7 @@ mnist = partial(load, MNIST)
 kmnist = partial(load, KMNIST)
 
 
-def _part(root: Path, name: str, family: Family) -> Images:
+def _part(root: Path, name: str, family: IdxFormat) -> Images:
     """Read the images and the labels of one part, "train" or "t10k"."""
     image_file = _file(root, f"{name}-images-idx3-ubyte")
     label_file = _file(root, f"{name}-labels-idx1-ubyte")

@@ -280,7 +280,7 @@ def test_a_mistake_is_one_sentence_before_anything_is_drawn(
     case: str, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     more, said = WRONG[case]
-    monkeypatch.setattr("eval.attacks.pictures.drawn", lambda *given: pytest.fail("drawn"))
+    monkeypatch.setattr("eval.attacks.pictures.sampled", lambda *given: pytest.fail("drawn"))
     words = [str(tiny_sd), "--concept", "penguin", "--judge", "pocket", "--output_dir", str(tmp_path / "out"), *more]
     with pytest.raises(UserError) as error:
         command.main(words)
