@@ -22,10 +22,18 @@ import torch
 
 from erase_sd.common.cli import argument, knob, parse, quiet, run_main
 from erase_sd.common.errors import UserError
-from erase_sd.common.files import digest
+from erase_sd.common.files import digest, slug
 from erase_sd.exports import FORMATS
 from erase_sd.exports.base import Erased, ExportSettings, Format
 from erase_sd.exports.delta import apply_delta, read_delta, restore_delta
+from erase_sd.models import guidance
+from erase_sd.models.checks import check_weights
+from erase_sd.models.families import family, modules, network
+from erase_sd.models.pipeline import load, load_network, save_network
+from erase_sd.pocket import FOLDER, score
+from erase_sd.pocket import prompt_sets as lessons
+from erase_sd.pocket import world as captions
+from erase_sd.run.record import weights_hash
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -96,8 +104,6 @@ def change(job: ExportJob) -> list[str]:
     output = check_output(job.output, (), "the network of a delta")
     delta = read_delta(job.apply or job.restore)
     quiet()
-
-    from erase_sd.models.pipeline import save_network
 
     network = network_of(job.model, delta.part, job.model_config)
     if job.apply:
@@ -175,7 +181,6 @@ def check_format(chosen: Format, name: str, part: str, settings: ExportSettings)
 
 def stored_guidance(folder: Path) -> Any:
     """Return the guidance that a run keeps beside its network, None if it keeps none."""
-    from erase_sd.models import guidance
 
     return guidance.load(str(folder))
 
@@ -183,11 +188,6 @@ def stored_guidance(folder: Path) -> Any:
 def loaded(job: ExportJob, folder: Path, record: dict[str, Any], part: str) -> Erased:
     """Load the base and the erased network, check that they belong together, and return both as one model."""
     quiet()
-
-    from erase_sd.common.files import slug
-    from erase_sd.models.checks import check_weights
-    from erase_sd.models.families import family
-    from erase_sd.models.pipeline import load, load_network
 
     config = record.get("config", {})
     model = job.model or config.get("model")
@@ -228,9 +228,6 @@ def facts(record: dict[str, Any], model: str, concepts: tuple[str, ...]) -> dict
 
 def check_base(pipe: DiffusionPipeline, wanted: str, model: str) -> None:
     """Raise UserError unless the base's weights are those that the run started from."""
-    from erase_sd.models import guidance
-    from erase_sd.models.families import modules, network
-    from erase_sd.run.record import weights_hash
 
     found = digest([weights_hash(part) for part in modules(pipe).values()] + guidance.identity(network(pipe)))
     if found != wanted:
@@ -251,7 +248,6 @@ def check_same_kind(original: nn.Module, network: nn.Module, model: str, folder:
 
 def network_of(model: str, part: str, config: str | None) -> nn.Module:
     """Return the network of a run, of a network's folder or of a whole model, float32, on the CPU."""
-    from erase_sd.models.pipeline import load, load_network
 
     if Path(model).is_file():
         return getattr(load(model, config=config), part)
@@ -260,7 +256,6 @@ def network_of(model: str, part: str, config: str | None) -> nn.Module:
 
 def place(model: str) -> str:
     """Return where a model is: the folder of the pocket model, or the name itself."""
-    from erase_sd.pocket import FOLDER
 
     return str(FOLDER) if model == "pocket" else model
 
@@ -270,9 +265,6 @@ def pocket_judge(base: DiffusionPipeline, record: dict[str, Any], folder: Path) 
 
     The base's answers are looked up in the cache beside the run, or drawn once.
     """
-    from erase_sd.pocket import prompt_sets as lessons
-    from erase_sd.pocket import score
-    from erase_sd.pocket import world as captions
 
     config = record.get("config", {})
     if config.get("model") != "pocket" or not config["eval_forget"] + config["eval_retain"]:

@@ -213,6 +213,7 @@ NAMED_BY_THE_TREE: dict[str, str] = {  # one importer, and a question of its own
     "erase_sd.models.placement": "which device holds what, and its way back",
     "erase_sd.run.loop": "the one loop",
     "erase_sd.run.plots": "needs matplotlib",
+    "eval.benchmarking.tables": "Markdown and CSV of what was measured",
     "eval.benchmarking.trial": "one row, in a worker process",
     "eval.benchmarking.plots": "needs matplotlib",
     "eval.judges.review": "contact sheets of what a detector found",

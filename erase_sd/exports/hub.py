@@ -12,6 +12,8 @@ from pathlib import Path
 from erase_sd.common.errors import UserError
 from erase_sd.exports.base import Erased, ExportSettings
 from erase_sd.exports.pipeline import loading, save_pipeline
+from erase_sd.models import guidance
+from erase_sd.models.pipeline import save_network
 
 CARD = "README.md"
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
@@ -54,9 +56,6 @@ def check_repo(output: Path, settings: ExportSettings) -> None:
 def stage(erased: Erased, folder: Path, repo: str, settings: ExportSettings) -> str:
     """Write what is pushed into an empty folder and return the lines that load it from `repo`."""
     if erased.guidance:
-        from erase_sd.models import guidance
-        from erase_sd.models.pipeline import save_network
-
         save_network(erased.network, folder, erased.part)
         guidance.save(erased.guidance, folder)
         use = (

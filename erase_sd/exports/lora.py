@@ -28,6 +28,8 @@ from erase_sd.common.files import new_folder
 from erase_sd.common.rng import generator
 from erase_sd.exports.base import DTYPES, Erased, ExportSettings, cast, table, with_network
 from erase_sd.exports.ldm import unet_modules, unet_name
+from erase_sd.models.families import family, resolution
+from erase_sd.models.pipeline import encode
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 REPORT = "lora.json"
@@ -169,8 +171,6 @@ def output_error(erased: Erased, network: nn.Module) -> float | None:
 
     0 is the erased model, 1 the base; None if the erased network answers as the base's does.
     """
-    from erase_sd.models.families import family, resolution
-    from erase_sd.models.pipeline import encode
 
     pipe, kind = erased.pipe, family(erased.pipe)
     side = resolution(pipe) // pipe.vae_scale_factor
