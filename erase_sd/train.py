@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,6 +14,7 @@ if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):  # run as a file: 
 elif not __package__:  # python -P puts nothing there
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from erase_sd import export
 from erase_sd.api import carry_out
 from erase_sd.common.cli import parse, peek, quiet, run_main
 from erase_sd.common.files import slug
@@ -26,7 +28,12 @@ from erase_sd.pocket import FOLDER as POCKET
 
 
 def program() -> NoReturn:
-    """Run the command `erase-sd`: exit with its code, a user's mistake being one sentence and code 2."""
+    """Run the command `erase-sd`: exit with its code, a user's mistake being one sentence and code 2.
+
+    `erase-sd export RUN ...` is `python -m erase_sd.export RUN ...`.
+    """
+    if sys.argv[1:2] == ["export"]:
+        run_main(partial(export.main, sys.argv[2:]))
     run_main(main)
 
 
