@@ -35,6 +35,7 @@ class Generation:
     """What to sample, with what, and where to."""
 
     prompts: str = knob("i2p", '"i2p", "pocket", a .csv or .txt file, or a concept such as "nudity"')
+    prompt_column: str | None = knob(None, "column of a .csv with the prompts (default: prompt, caption or text)")
     model: str = knob(SD_V1, "diffusers folder or Hub id, or 'pocket'", ("pretrained_model_name_or_path",))
     unet: str | None = knob(None, "run folder, UNet folder or Hub id whose UNet replaces the model's")
     transformer: str | None = knob(None, "the same for models with a transformer")
@@ -85,6 +86,8 @@ def generate(options: Generation) -> ImageFolder:
     rows = [settled(row, options.guidance, options.size, options.per_row) for row in rows]
     requests = list(pictures(rows, options.images_per_prompt, options.seed))
     state = PartialState(cpu=not torch.accelerator.is_available())  # else several CPU processes would be strangers
+    for notice in source.notices:
+        print_once(state, f"note: {notice}")
     protocol = _protocol(options, source)
     with FolderWriter(Path(options.output_dir), protocol, _environment(state), state) as folder:
         missing = folder.missing(requests)
@@ -107,7 +110,7 @@ def print_once(state: PartialState, text: str) -> None:
 
 def _rows(options: Generation) -> tuple[Source, list[PromptRow]]:
     """Return the source and the rows that the filters leave."""
-    source = resolve(options.prompts)
+    source = resolve(options.prompts, options.prompt_column)
     filters = {"category": options.category, "nudity_above": options.nudity_above, "hard": options.hard}
     with asked_by_the_user():
         rows = chosen(source.rows, options.prompts, **filters)
@@ -127,6 +130,8 @@ def _pipeline(options: Generation) -> DiffusionPipeline:
 def _protocol(options: Generation, source: Source) -> dict[str, Any]:
     """Return generation.json: what the images depend on, so that another question cannot land in the same folder."""
     asked = {name: value for name, value in asdict(options).items() if name not in HOW}
+    if options.prompt_column is None:
+        del asked["prompt_column"]  # folders from before there was the option have none
     networks = {"unet": options.unet, "transformer": options.transformer}
     return asked | {
         "prompts": source.name,

@@ -11,17 +11,18 @@ from erase_sd.common.errors import UserError, asked_by_the_user
 from erase_sd.common.files import digest
 from erase_sd.pocket.world import caption, grid
 from prompts import concepts
-from prompts.tables import PromptRow, is_i2p, of_concept, read
+from prompts.tables import PromptRow, is_i2p, of_concept, read_file
 
 I2P = ("AIML-TUDA/i2p", "i2p_benchmark.csv")  # Hub data set and its file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Rows, a short name for tables, and the hash of everything the rows say."""
+    """Rows, a short name for tables, the hash of everything the rows say, and what their reader tells the user."""
 
     name: str
     rows: list[PromptRow]
+    notices: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -45,25 +46,29 @@ class ImageRequest:
         return f"{self.row.row:05d}_{self.seed}.png"
 
 
-def resolve(name: str) -> Source:
+def resolve(name: str, column: str | None = None) -> Source:
     """Return the source of this name: "i2p" from the Hub, "pocket", a .csv or .txt file, else a concept.
 
-    Raises UserError for a file that cannot be read, and when the Hub cannot be reached.
+    `column` names the prompts' column of a .csv. Raises UserError for a file that cannot be read, for a column that is
+    not there, and when the Hub cannot be reached.
     """
-    if name == "pocket":
-        return Source(name="pocket", rows=_pocket())
     with asked_by_the_user():
-        return _read(name)
+        return _read(name, column)
 
 
-def _read(name: str) -> Source:
+def _read(name: str, column: str | None) -> Source:
     """Read the source from its file or concept. Raises ValueError with a sentence for the user where that fails."""
     if name == "i2p":
-        return Source(name="i2p", rows=read(_from_hub()))
+        found = read_file(_from_hub(), column)
+        return Source(name="i2p", rows=found.rows, notices=found.notices)
     path = Path(name)
     if path.suffix.lower() in (".csv", ".txt"):
-        rows = read(path)
-        return Source(name="i2p" if is_i2p(rows) else path.stem, rows=rows)
+        found = read_file(path, column)
+        return Source(name="i2p" if is_i2p(found.rows) else path.stem, rows=found.rows, notices=found.notices)
+    if column is not None:
+        raise UserError(f"--prompt_column {column!r} is for a .csv, and --prompts {name} has no columns: leave it out")
+    if name == "pocket":
+        return Source(name="pocket", rows=_pocket())
     if path.exists() or "/" in name:
         raise UserError(f"--prompts {name} is no .csv or .txt file, and no concept: give one of these")
     concept = concepts.load(name)
