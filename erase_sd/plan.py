@@ -12,7 +12,7 @@ from erase_sd.methods.base import Method
 from erase_sd.settings import Job, Running, Sampling, TaskSettings
 
 # How and where a job runs, not what it computes.
-HOW = {"mixed_precision", "fsdp", "gradient_checkpointing", "output_dir", *names(Running)}
+HOW = {"mixed_precision", "fsdp", "gradient_checkpointing", "output_dir", "score", *names(Running)}
 ONCE = {"resume_from_checkpoint", "dry_run"}  # said of one call, not of the job
 
 

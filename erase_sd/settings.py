@@ -39,6 +39,7 @@ class Job:
     picture_steps: int = knob(30, "denoising steps of the images before and after, not of the pocket model's")
     eval_forget: int = knob(128, "images scored on the concept's prompts, pocket model only")
     eval_retain: int = knob(320, "images scored on the other prompts, pocket model only")
+    score: bool = knob(True, "draw and judge those images, before and after; --no-score measures nothing")
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers outside their range."""

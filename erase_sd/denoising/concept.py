@@ -75,11 +75,17 @@ class PocketTarget(Target):
     parts: tuple[world.Part, ...] = ()
     questions: tuple[prompt_sets.Question, ...] = ()
 
-    def _answers(self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> list[world.Answer]:
+    def _answers(
+        self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str
+    ) -> list[world.Answer] | None:
+        if not self.questions:
+            return None
         return score.answers(pipe, list(self.questions), model_hash, cache, f"scores {when}")
 
-    def scores(self, before: Preview, after: Preview) -> dict:
-        """Return the content of scores.json, by the oracle."""
+    def scores(self, before: Preview, after: Preview) -> dict | None:
+        """Return the content of scores.json, by the oracle; None where it was asked nothing."""
+        if not self.questions:
+            return None
         return score.scores(list(self.parts), list(self.questions), before.answers, after.answers)
 
 
@@ -120,8 +126,15 @@ def _pocket(job: Job) -> PocketTarget:
         steps=score.STEPS,
         guidance=score.GUIDANCE,
         parts=tuple(parts),
-        questions=tuple(prompt_sets.exam(parts, job.eval_forget, job.eval_retain, job.seed)),
+        questions=_questions(job, parts),
     )
+
+
+def _questions(job: Job, parts: list[world.Part]) -> tuple[prompt_sets.Question, ...]:
+    """Return what the oracle is asked; nothing for a job that is not to be scored."""
+    if not job.score:
+        return ()
+    return tuple(prompt_sets.exam(parts, job.eval_forget, job.eval_retain, job.seed))
 
 
 def _other(part: world.Part, anchor: str, erased: list[world.Part]) -> str:
