@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from erase_sd.common.cli import at_least, knob
 from erase_sd.common.errors import UserError
 
+SINGLE_FILES = (".safetensors", ".ckpt")
 SD_V1 = "CompVis/stable-diffusion-v1-4"
 
 
@@ -45,6 +47,8 @@ class Job:
         """Raise UserError for numbers outside their range."""
         at_least(self, 0, "seed", "eval_forget", "eval_retain")
         at_least(self, 1, "picture_steps")
+        if self.model_config and Path(self.model).suffix not in SINGLE_FILES:
+            raise UserError(f"--model_config is of a model in a single file, and {self.model} is none: leave it out")
         if len(self.anchor) not in (0, 1, len(self.concept)):
             counts = f"{len(self.anchor)} anchors for {len(self.concept)} concepts"
             raise UserError(f"--anchor {' '.join(map(repr, self.anchor))}: {counts}; give one, or one per concept")

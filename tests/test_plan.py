@@ -96,6 +96,22 @@ WRONG = [
     ({"anchor_model": "current"}, "scissorhands learns from the original network: give --anchor_model original"),
     ({"kind": "colour"}, "--kind 'colour'"),
     ({"mixed_precision": "fp8"}, "--mixed_precision 'fp8'"),
+    ({"max_grad_norm": float("inf")}, "--max_grad_norm inf is no finite number"),
+    ({"ridge": float("inf")}, "--ridge inf"),
+    ({"lr": float("inf")}, "--lr inf"),
+    ({"milestones": (0.5, float("inf"))}, "--milestones inf"),
+    ({"lr": "1e-4"}, "--lr '1e-4' is no number"),
+    ({"lr": True}, "--lr True is no number"),
+    ({"lr": None}, "--lr None is no number"),
+    ({"steps": 2.5}, "--steps 2.5 is no whole number"),
+    ({"fsdp": "no"}, "--fsdp 'no' is no truth value"),
+    ({"milestones": 0.5, "method": "esd"}, "--milestones 0.5 is no list"),
+    ({"milestones": "0.5"}, "--milestones '0.5' is no list"),
+    ({"max_grad_norm": 0.0}, "--max_grad_norm 0"),
+    ({"milestones": (5.0,)}, "--milestones 5"),
+    ({"momentum": 5.0}, "--momentum 5"),
+    ({"warmup_steps": 9, "steps": 8}, "--warmup_steps 9 is more than the 8 steps"),
+    ({"model_config": "/nope", "model": "some/folder"}, "--model_config is of a model in a single file"),
 ]
 
 

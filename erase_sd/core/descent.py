@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from erase_sd.common.cli import knob
+from erase_sd.common.errors import UserError
 from erase_sd.core.optimizers import OptimizerSettings, apply, make_optimizer, put, slots
 from erase_sd.core.projection import dot
 from erase_sd.core.task import Params, Task, clear, taken
@@ -25,6 +26,12 @@ class Descent(OptimizerSettings):
     milestones: tuple[float, ...] = knob((), "where multistep decays, as shares of the steps, in [0, 1]")
     warmup_steps: int = knob(0, "steps over which the learning rate first rises linearly")
     max_grad_norm: float | None = knob(None, "clip the gradient that is applied to this L2 norm")
+
+    def __post_init__(self) -> None:
+        """Raise UserError as OptimizerSettings does, and for a norm that leaves no steps."""
+        super().__post_init__()
+        if self.max_grad_norm == 0:
+            raise UserError("--max_grad_norm 0 would clip every step away: give more, or none not to clip")
 
 
 def do_nothing(*_: Any) -> None:

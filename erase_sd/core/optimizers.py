@@ -46,6 +46,8 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         """Raise UserError for a negative number that has no meaning."""
         not_negative(self, self.SIGNED)
+        if self.momentum >= 1:
+            raise UserError(f"--momentum {self.momentum} is not below 1, where steps only grow: give less")
 
     @property
     def state_bytes(self) -> int:

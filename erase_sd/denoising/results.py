@@ -21,6 +21,7 @@ from erase_sd.models.pipeline import save_network
 from erase_sd.plan import Plan
 from erase_sd.run.folder import Progress, RunFolder
 from erase_sd.run.plots import write_saliency, write_trace
+from erase_sd.run.record import finite
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -52,7 +53,7 @@ def write_results(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, result
             sizes[name] = p.numel()
         write_saliency(folder.path, changed, sizes)
     if scores := result.run["scores"]:
-        write_atomic(folder.path / "scores.json", json.dumps(scores, indent=2) + "\n")
+        write_atomic(folder.path / "scores.json", json.dumps(finite(scores), indent=2) + "\n")
     picture = io.BytesIO()
     before_after(result.before, result.after, result.explicit).save(picture, "png")
     write_atomic(folder.path / "before_after.png", picture.getvalue())
