@@ -30,7 +30,7 @@ class Job:
     anchor: tuple[str, ...] = knob(
         (), "what the model may show instead: a caption (pocket model: another word of the kind), or one per concept"
     )
-    output_dir: str | None = knob(None, "where the run goes (default: runs/<concept>)")
+    output_dir: str | None = knob(None, "where the run goes (default: runs/<concept>-<method>)")
     seed: int = knob(0, "seed of every random draw")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = knob(None, "autocast; by default accelerate's setting")
     weights_dtype: Literal["float32", "bfloat16"] = knob(

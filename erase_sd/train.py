@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _with_folder(plan: Plan) -> Plan:
-    """Return the plan with its default folder, runs/<concept>."""
-    folder = plan.job.output_dir or str(Path("runs") / slug(" ".join(plan.job.concept)))
+    """Return the plan with its default folder, runs/<concept>-<method>."""
+    folder = plan.job.output_dir or str(Path("runs") / f"{slug(' '.join(plan.job.concept))}-{plan.job.method}")
     return plan._replace(job=replace(plan.job, output_dir=folder))
 
 
