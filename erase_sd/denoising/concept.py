@@ -20,6 +20,7 @@ from erase_sd.settings import Job
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+OPEN_SHOWN = 4  # the same on a model that can draw anything
 SHOWN = 6  # images of the concept, and as many of everything else, in before_after.png
 
 
@@ -63,9 +64,9 @@ class Target:
         return None
 
     @property
-    def explicit(self) -> bool:
-        """Whether images of the concept are pixelated wherever they are shown."""
-        return "nudity" in self.names
+    def hidden(self) -> int:
+        """Return how many of the shown prompts, the concept's own and first ones, are pixelated wherever they are."""
+        return OPEN_SHOWN if "nudity" in self.names else 0
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _open(job: Job, size: int | None) -> Target:
         harmless = set(prompts.captions(without=concept))
         retain = [line for line in retain if line in harmless]
     shown = []
-    for i in range(4):
+    for i in range(OPEN_SHOWN):
         shown.append(examples[i % len(examples)].prompt)
     shown += retain[:: max(1, len(retain) // 4)][:4]
     names = tuple(concept.name for concept in concepts)

@@ -37,7 +37,7 @@ class RunResult(NamedTuple):
     progress: Progress
     before: Preview
     after: Preview
-    explicit: bool  # images are shown pixelated
+    hidden: int  # prompts, from the first on, whose images are shown pixelated
 
 
 def write_results(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, result: RunResult) -> None:
@@ -55,7 +55,7 @@ def write_results(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, result
     if scores := result.run["scores"]:
         write_atomic(folder.path / "scores.json", json.dumps(finite(scores), indent=2) + "\n")
     picture = io.BytesIO()
-    before_after(result.before, result.after, result.explicit).save(picture, "png")
+    before_after(result.before, result.after, result.hidden).save(picture, "png")
     write_atomic(folder.path / "before_after.png", picture.getvalue())
     _card(pipe, plan, folder, scores)
 
@@ -81,10 +81,10 @@ def _card(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, scores: dict |
     )
 
 
-def before_after(before: Preview, after: Preview, explicit: bool) -> Image.Image:
-    """Return a sheet of the same prompts and seeds, before over after; pixelated where the concept is explicit."""
-    rows = [before.images, after.images]
-    if explicit:
-        rows = [list(map(pixelate, images)) for images in rows]
+def before_after(before: Preview, after: Preview, hidden: int) -> Image.Image:
+    """Return a sheet of the same prompts and seeds, before over after; the first `hidden` are pixelated."""
+    rows = []
+    for images in (before.images, after.images):
+        rows.append([*map(pixelate, images[:hidden]), *images[hidden:]])
     scale = max(1, -(-WIDTH // before.images[0].width))
     return sheet(rows, ["before", "after"], before.prompts, scale=scale)

@@ -253,9 +253,7 @@ def stopped(command: list[str], cwd: Path, signum: int) -> tuple[int, str]:
     with open(cwd / "log", "w") as log:
         child = subprocess.Popen(command, cwd=cwd, env=environment(), stdout=log, stderr=log)
     end = time.monotonic() + 200
-    while not list(
-        (cwd / "runs/cat-scissorhands/checkpoints").glob("checkpoint-*[1-9]*")
-    ):  # a step, not only the trim
+    while not list((cwd / "runs/cat-scissorhands/checkpoints").glob("checkpoint-*[1-9]*")):  # a step
         assert child.poll() is None and time.monotonic() < end, (cwd / "log").read_text()[-3000:]
         time.sleep(0.01)
     child.send_signal(signum)
