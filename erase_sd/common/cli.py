@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import math
 import numbers
 import os
@@ -276,6 +277,10 @@ _SCALARS: dict[type, Callable[[str], Any]] = {int: _whole_number, float: _number
 
 
 STOPPED = (130, 143)  # 128 + SIGINT and SIGTERM
+PLACES = {  # what is wrong with a place that the user named, and no fault of the program
+    *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+}
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
@@ -288,6 +293,11 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         code = stop.code
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
+        code = 2
+    except OSError as error:
+        if error.errno not in PLACES:
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be used: {error.strerror}", file=sys.stderr)
         code = 2
     if code in STOPPED:
         print("stopped: the same command goes on where checkpoints or finished parts are", file=sys.stderr)

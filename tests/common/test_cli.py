@@ -108,6 +108,12 @@ def test_a_mistake_is_answered_with_one_sentence(capsys: pytest.CaptureFixture, 
         (SystemExit(143), 143, "stopped: the same command"),
         (UserError("no\n cat"), 2, "error: no cat\n"),
         (SystemExit(2), 2, ""),
+        (
+            OSError(28, "No space left on device", "/full/run.json"),
+            2,
+            "error: /full/run.json cannot be used: No space",
+        ),
+        (FileExistsError(17, "File exists", "dangling"), 2, "error: dangling cannot be used: File exists"),
     ],
 )
 def test_whoever_ends_a_program_reads_one_sentence(
