@@ -16,7 +16,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # All that `accelerate launch` would otherwise warn about when it finds no configuration file.
 LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 EMPTY :=
-RUN = runs/$(subst $(EMPTY) $(EMPTY),-,$(CONCEPT))
+RUN = runs/$(subst $(EMPTY) $(EMPTY),-,$(CONCEPT))-scissorhands
 
 .DELETE_ON_ERROR:
 .PHONY: demo test kill lint pocket clean

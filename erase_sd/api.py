@@ -164,7 +164,7 @@ class Erasure:
             scores=self.target.scores(self.before, after),
         )
         if self.folder and self.folder.writes:
-            result = RunResult(record, progress, self.before, after, self.target.explicit)
+            result = RunResult(record, progress, self.before, after, self.target.hidden)
             write_results(self.pipe, self.plan, self.folder, result)
         return record
 

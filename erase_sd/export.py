@@ -267,7 +267,7 @@ def pocket_judge(base: DiffusionPipeline, record: dict[str, Any], folder: Path) 
     """
 
     config = record.get("config", {})
-    if config.get("model") != "pocket" or not config["eval_forget"] + config["eval_retain"]:
+    if config.get("model") != "pocket" or not (config["eval_forget"] and config["eval_retain"]):
         return None
     parts = [captions.part_named(text, config["kind"]) for text in config["concept"]]
     questions = lessons.exam(parts, config["eval_forget"], config["eval_retain"], config["seed"])

@@ -12,7 +12,7 @@ from erase_sd.methods.base import Method
 from erase_sd.settings import Job, Running, Sampling, TaskSettings
 
 # How and where a job runs, not what it computes.
-HOW = {"mixed_precision", "fsdp", "gradient_checkpointing", "output_dir", *names(Running)}
+HOW = {"mixed_precision", "fsdp", "gradient_checkpointing", "output_dir", "score", *names(Running)}
 ONCE = {"resume_from_checkpoint", "dry_run"}  # said of one call, not of the job
 
 
@@ -100,6 +100,7 @@ def make(**given: Any) -> Plan:
     values = PRESETS[method][preset] | given | {"preset": preset}
     plan = Plan(*(filled(cls, values) for cls in classes.values()))
     _check_needs(plan)
+    _check_schedule(plan, given)
     return plan
 
 
@@ -108,6 +109,19 @@ def _texts(given: Any) -> tuple[str, ...]:
     if isinstance(given, str):
         return (given,)
     return tuple(given or ())
+
+
+def _check_schedule(plan: Plan, given: dict[str, Any]) -> None:
+    """Raise UserError for a warm-up or milestones that were asked for and that the steps never see.
+
+    A preset's own warm-up may be longer than a short trial.
+    """
+    steps, warmup = getattr(plan.method, "steps", 0), given.get("warmup_steps", 0)
+    if warmup > steps:
+        raise UserError(f"--warmup_steps {warmup} is more than the {steps} steps: give fewer")
+    for share in given.get("milestones", ()):
+        if not 0 <= share <= 1:
+            raise UserError(f"--milestones {share} is outside [0, 1]: give shares of the steps")
 
 
 def _check_needs(plan: Plan) -> None:

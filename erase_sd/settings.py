@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from erase_sd.common.cli import at_least, knob
 from erase_sd.common.errors import UserError
 
+SINGLE_FILES = (".safetensors", ".ckpt")
 SD_V1 = "CompVis/stable-diffusion-v1-4"
 
 
@@ -28,7 +30,7 @@ class Job:
     anchor: tuple[str, ...] = knob(
         (), "what the model may show instead: a caption (pocket model: another word of the kind), or one per concept"
     )
-    output_dir: str | None = knob(None, "where the run goes (default: runs/<concept>)")
+    output_dir: str | None = knob(None, "where the run goes (default: runs/<concept>-<method>)")
     seed: int = knob(0, "seed of every random draw")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = knob(None, "autocast; by default accelerate's setting")
     weights_dtype: Literal["float32", "bfloat16"] = knob(
@@ -39,11 +41,14 @@ class Job:
     picture_steps: int = knob(30, "denoising steps of the images before and after, not of the pocket model's")
     eval_forget: int = knob(128, "images scored on the concept's prompts, pocket model only")
     eval_retain: int = knob(320, "images scored on the other prompts, pocket model only")
+    score: bool = knob(True, "draw and judge those images, before and after; --no-score measures nothing")
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers outside their range."""
         at_least(self, 0, "seed", "eval_forget", "eval_retain")
         at_least(self, 1, "picture_steps")
+        if self.model_config and Path(self.model).suffix not in SINGLE_FILES:
+            raise UserError(f"--model_config is of a model in a single file, and {self.model} is none: leave it out")
         if len(self.anchor) not in (0, 1, len(self.concept)):
             counts = f"{len(self.anchor)} anchors for {len(self.concept)} concepts"
             raise UserError(f"--anchor {' '.join(map(repr, self.anchor))}: {counts}; give one, or one per concept")

@@ -19,7 +19,7 @@ from erase_sd.api import carry_out
 from erase_sd.common.cli import parse, peek, quiet, run_main
 from erase_sd.common.files import slug
 from erase_sd.common.processes import accelerator
-from erase_sd.denoising.card import swap_in_snippet
+from erase_sd.denoising.card import rates, swap_in_snippet
 from erase_sd.dry_run import describe
 from erase_sd.methods import METHODS
 from erase_sd.models.pipeline import load
@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _with_folder(plan: Plan) -> Plan:
-    """Return the plan with its default folder, runs/<concept>."""
-    folder = plan.job.output_dir or str(Path("runs") / slug(" ".join(plan.job.concept)))
+    """Return the plan with its default folder, runs/<concept>-<method>."""
+    folder = plan.job.output_dir or str(Path("runs") / f"{slug(' '.join(plan.job.concept))}-{plan.job.method}")
     return plan._replace(job=replace(plan.job, output_dir=folder))
 
 
@@ -69,7 +69,7 @@ def _run(plan: Plan) -> int:
     record = carry_out(pipe, plan, processes)
     if processes.is_main_process:
         print(summary(record, plan.job.output_dir))
-        print(f"\nTo use it:\n\n{swap_in_snippet(pipe, model, plan.job.output_dir, plan.job.model_config)}")
+        print(f"\nTo use it:\n\n{swap_in_snippet(pipe, plan.job.model, plan.job.output_dir, plan.job.model_config)}")
     processes.end_training()
     return 0
 
@@ -81,15 +81,20 @@ def summary(record: dict, folder: str) -> str:
         share = mib * 2**20 / (4 * record["parameters"])  # of a small network the libraries' own memory tells nothing
         times = f", {share:.2f} x the network in fp32" if share < 20 else ""
         lines.append(f"{place + ' memory':<20} {mib / 1024:6.2f} GiB at its peak{times}")
-    if scores := record["scores"]:
-        rates = {"concept": scores["concept"]}
-        for group in ("retain", "spared"):
-            for kind, both in scores[group].items():
-                rates[f"{group} {kind}"] = both
-        for name, both in rates.items():
-            lines.append(f"{name:<20} {100 * both['before']:6.1f} % -> {100 * both['after']:6.1f} %")
+    return "\n".join(lines + _measured(record["scores"] or {}))
+
+
+def _measured(scores: dict) -> list[str]:
+    """Return a line for every rate of scores.json, before and after."""
+    measured = rates(scores)
+    if not measured:
+        return ["not measured: whether the concept is gone; README.md in the folder has the commands"]
+    lines = []
+    for name, before, after in measured:
+        lines.append(f"{name:<20} {100 * before:6.1f} % -> {100 * after:6.1f} %")
+    if "concept" in scores:
         lines.append(f"concept pictures that show nothing of its kind: {100 * scores['concept']['other_share']:.1f} %")
-    return "\n".join(lines)
+    return lines
 
 
 if __name__ == "__main__":

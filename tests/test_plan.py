@@ -10,6 +10,7 @@ from erase_sd.common.errors import UserError
 from erase_sd.methods import METHODS, PRESETS
 from erase_sd.plan import Plan, groups, make
 from erase_sd.settings import SD_V1, Job, Sampling, TaskSettings
+from erase_sd.train import _with_folder
 
 EVERY = [(method, preset) for method in PRESETS for preset in PRESETS[method]]
 
@@ -96,6 +97,22 @@ WRONG = [
     ({"anchor_model": "current"}, "scissorhands learns from the original network: give --anchor_model original"),
     ({"kind": "colour"}, "--kind 'colour'"),
     ({"mixed_precision": "fp8"}, "--mixed_precision 'fp8'"),
+    ({"max_grad_norm": float("inf")}, "--max_grad_norm inf is no finite number"),
+    ({"ridge": float("inf")}, "--ridge inf"),
+    ({"lr": float("inf")}, "--lr inf"),
+    ({"milestones": (0.5, float("inf"))}, "--milestones inf"),
+    ({"lr": "1e-4"}, "--lr '1e-4' is no number"),
+    ({"lr": True}, "--lr True is no number"),
+    ({"lr": None}, "--lr None is no number"),
+    ({"steps": 2.5}, "--steps 2.5 is no whole number"),
+    ({"fsdp": "no"}, "--fsdp 'no' is no truth value"),
+    ({"milestones": 0.5, "method": "esd"}, "--milestones 0.5 is no list"),
+    ({"milestones": "0.5"}, "--milestones '0.5' is no list"),
+    ({"max_grad_norm": 0.0}, "--max_grad_norm 0"),
+    ({"milestones": (5.0,)}, "--milestones 5"),
+    ({"momentum": 5.0}, "--momentum 5"),
+    ({"warmup_steps": 9, "steps": 8}, "--warmup_steps 9 is more than the 8 steps"),
+    ({"model_config": "/nope", "model": "some/folder"}, "--model_config is of a model in a single file"),
 ]
 
 
@@ -103,6 +120,25 @@ WRONG = [
 def test_a_wrong_value_is_one_sentence(given: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make(**{"concept": "cat"} | given if given else {})
+
+
+def test_the_names_of_diffusers_training_scripts_are_known() -> None:
+    words = "--learning_rate 1e-4 --max_train_steps 7 --lr_scheduler cosine --lr_warmup_steps 2 --train_batch_size 3"
+    given = parse(words.split(), prog="", description="", **groups("scissorhands"))
+    assert given["method"] == {"lr": 1e-4, "steps": 7, "schedule": "cosine", "warmup_steps": 2}
+    assert given["losses"] == {"batch_size": 3}
+
+
+def test_no_score_is_no_other_run_and_is_in_its_command() -> None:
+    plan = make(concept="cat", model="pocket", score=False)
+    assert plan.config() == make(concept="cat", model="pocket").config()
+    assert "score" not in plan.config() and plan.options()[-1] == "--no-score"
+
+
+def test_two_methods_have_two_folders_for_one_concept() -> None:
+    folders = [_with_folder(make(concept="neon style", method=name)).job.output_dir for name in ("uce", "esd")]
+    assert folders == ["runs/neon-style-uce", "runs/neon-style-esd"]
+    assert _with_folder(make(concept="cat", output_dir="here")).job.output_dir == "here"
 
 
 def test_without_a_trim_no_batch_is_needed() -> None:

@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import math
+import numbers
 import os
 import sys
 import types
@@ -76,9 +78,10 @@ def names(cls: type) -> set[str]:
 
 
 def filled(cls: type, values: dict[str, Any]) -> Any:
-    """Return the dataclass of those of the values that are its own; UserError for one that is none of its choices.
+    """Return the dataclass of those of the values that are its own.
 
-    Python checks no Literal, and a preset or a caller in Python has not been through `parse`.
+    Raises UserError for one that is none of its choices, of another type, or infinite. Python checks no annotation,
+    and a preset or a caller in Python has not been through `parse`.
     """
     annotations = typing.get_type_hints(cls)
     own: dict[str, Any] = {}
@@ -88,8 +91,30 @@ def filled(cls: type, values: dict[str, Any]) -> Any:
         value, choices = values[field.name], _choices(annotations[field.name])
         if choices and value not in (*choices, None):
             raise UserError(f"--{field.name} {value!r} is none of {', '.join(map(str, choices))}")
+        _check_number(field.name, value, annotations[field.name])
         own[field.name] = value
     return cls(**own)
+
+
+def _check_number(name: str, value: Any, annotation: Any) -> None:
+    """Raise UserError where a number or a switch is annotated and the value, or one of several, is none."""
+    types_of = typing.get_args(annotation) or (annotation,)
+    if types.NoneType in types_of and value is None:
+        return
+    if typing.get_origin(annotation) is tuple and isinstance(value, list | tuple):
+        for one in value:
+            _check_number(name, one, types_of[0])
+        return
+    if typing.get_origin(annotation) is tuple and types_of[0] in _NUMBERS:
+        raise UserError(f"--{name} {value!r} is no list: give one of numbers")
+    for kind, (cls, words) in _NUMBERS.items():
+        if kind in types_of and (not isinstance(value, cls) or (kind is not bool and isinstance(value, bool))):
+            raise UserError(f"--{name} {value!r} is no {words}: give one")
+    if isinstance(value, float) and math.isinf(value):
+        raise UserError(f"--{name} {value} is no finite number: give one")
+
+
+_NUMBERS = {bool: (bool, "truth value"), int: (numbers.Integral, "whole number"), float: (numbers.Real, "number")}
 
 
 def _choices(annotation: Any) -> list[Any]:
@@ -243,21 +268,40 @@ def _number(text: str) -> float:
         value = math.nan
     if math.isnan(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    if math.isinf(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number: give one")
     return value
 
 
 _SCALARS: dict[type, Callable[[str], Any]] = {int: _whole_number, float: _number, str: str}
 
 
+STOPPED = (130, 143)  # 128 + SIGINT and SIGTERM
+PLACES = {  # what is wrong with a place that the user named, and no fault of the program
+    *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+}
+
+
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Exit with main()'s code; a UserError becomes one sentence on stderr and code 2, Ctrl-C code 130."""
+    """Exit with main()'s code; a UserError becomes one sentence on stderr and code 2, Ctrl-C another and code 130."""
     try:
-        sys.exit(main())
+        code = main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except SystemExit as stop:  # a job that was told to stop, after its checkpoint
+        code = stop.code
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    except OSError as error:
+        if error.errno not in PLACES:
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be used: {error.strerror}", file=sys.stderr)
+        code = 2
+    if code in STOPPED:
+        print("stopped: the same command goes on where checkpoints or finished parts are", file=sys.stderr)
+    sys.exit(code)
 
 
 def command(

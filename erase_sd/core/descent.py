@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from erase_sd.common.cli import knob
+from erase_sd.common.errors import UserError
 from erase_sd.core.optimizers import OptimizerSettings, apply, make_optimizer, put, slots
 from erase_sd.core.projection import dot
 from erase_sd.core.task import Params, Task, clear, taken
@@ -18,13 +19,21 @@ from erase_sd.core.task import Params, Task, clear, taken
 class Descent(OptimizerSettings):
     """Options of any method that takes steps along a gradient."""
 
-    steps: int = knob(125, "steps")
+    steps: int = knob(125, "steps", ("max_train_steps",))
     schedule: Literal["constant", "linear", "cosine", "multistep"] = knob(
-        "constant", "decay of the learning rate to 0 over the steps, or to a tenth at each milestone"
+        "constant",
+        "decay of the learning rate to 0 over the steps, or to a tenth at each milestone",
+        ("lr_scheduler",),
     )
     milestones: tuple[float, ...] = knob((), "where multistep decays, as shares of the steps, in [0, 1]")
-    warmup_steps: int = knob(0, "steps over which the learning rate first rises linearly")
+    warmup_steps: int = knob(0, "steps over which the learning rate first rises linearly", ("lr_warmup_steps",))
     max_grad_norm: float | None = knob(None, "clip the gradient that is applied to this L2 norm")
+
+    def __post_init__(self) -> None:
+        """Raise UserError as OptimizerSettings does, and for a norm that leaves no steps."""
+        super().__post_init__()
+        if self.max_grad_norm == 0:
+            raise UserError("--max_grad_norm 0 would clip every step away: give more, or none not to clip")
 
 
 def do_nothing(*_: Any) -> None:

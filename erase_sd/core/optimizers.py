@@ -31,7 +31,7 @@ LOW = 1 << 16  # a bf16 is the upper 16 bits of an fp32: steps of the lower ones
 class OptimizerSettings:
     """Which optimizer takes the steps, how far, and how it rounds."""
 
-    lr: float = knob(1e-5, "peak learning rate")
+    lr: float = knob(1e-5, "peak learning rate", ("learning_rate",))
     optimizer: Literal["sgd", "adamw", "adamw8bit", "paged-adamw8bit"] = knob(
         "sgd", "optimizer; the 8-bit ones are those of bitsandbytes"
     )
@@ -46,6 +46,8 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         """Raise UserError for a negative number that has no meaning."""
         not_negative(self, self.SIGNED)
+        if self.momentum >= 1:
+            raise UserError(f"--momentum {self.momentum} is not below 1, where steps only grow: give less")
 
     @property
     def state_bytes(self) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from erase_sd.common.files import write_atomic
+from erase_sd.denoising.license import HUB_ID
 from erase_sd.models.families import family, network
 from erase_sd.models.guidance import FILE
 
@@ -21,8 +23,10 @@ TEMPLATE = """---
 
 # {{ concepts }} erased from {{ model }}
 
-With this network the model no longer draws **{{ concepts }}** and keeps the rest. It replaces that of `{{ model }}`;
-text encoder, VAE and tokenizer are the base model's own.
+This network was made to forget **{{ concepts }}**. It replaces that of `{{ model }}`; text encoder, VAE and tokenizer
+are the base model's own.
+
+{{ finding }}
 
 ## How it was made
 
@@ -32,7 +36,7 @@ Method `{{ method }}`, preset `{{ preset }}`.
 |---|---|
 {% for name, value in knobs %}| {{ name }} | {{ value }} |
 {% endfor %}
-The command, with which the same seed gives the same weights on the same machine:
+The command; on a CPU the same seed gives the same weights again, on a GPU nearly the same:
 
 <pre><code>{{ command }}</code></pre>
 
@@ -43,8 +47,9 @@ The command, with which the same seed gives the same weights on the same machine
 {% for name, before, after in scores %}| {{ name }} | {{ before }} | {{ after }} |
 {% endfor %}
 Rates in percent of all images; for the erased concept lower is better, for what is retained higher is better.
-{% else %}Not measured: no judge for this concept on this model was at hand. Draw images with `python -m eval.generate`
-and judge them before relying on this model.
+{% else %}Not measured. These commands measure it; judge before relying on this model:
+
+<pre><code>{{ measuring }}</code></pre>
 {% endif %}
 ## Use
 
@@ -64,7 +69,8 @@ and judge them before relying on this model.
 * **Bias**: the base model's biases remain, and what replaces the concept is the base model's own choice: it may itself
   be a stereotype.
 * **Misuse**: who can erase a concept can also erase people, groups or art from a model's reach. Say what was
-  erased wherever this model is used. The base model's licence and its use restrictions still hold.
+  erased wherever this model is used.
+* **Licence**: the base model's licence and its use restrictions still hold{{ unknown_license }}.
 """
 
 
@@ -78,72 +84,130 @@ def write_card(
     knobs: dict[str, object],
     command: str,
     snippet: str,
-    license: str,
+    license: dict[str, str],
+    measuring: str,
     scores: dict | None = None,
 ) -> None:
     """Write folder/README.md, a Hugging Face model card. Everything a user typed is escaped: cards render as HTML.
 
-    `model` is the base as the user named it ("pocket", a Hub id or a folder); `scores` is the content of scores.json;
-    `snippet` comes from `swap_in_snippet`.
+    `model` is the base as the user named it ("pocket", a Hub id or a folder), of which a path's last name is shown;
+    `license` comes from `license_of`, `measuring` from `measuring_commands`, `snippet` from `swap_in_snippet`, and
+    `scores` is the content of scores.json.
     """
     from huggingface_hub import ModelCard
 
-    options = [(inert(name), inert(value)) for name, value in knobs.items()]
-    rates = []
-    for name, before, after in _rates(scores):
-        rates.append((inert(name), f"{100 * before:.1f}", f"{100 * after:.1f}"))
+    options = [(inert(name), inert(portable(value))) for name, value in knobs.items()]
+    measured = []
+    for name, before, after in rates(scores):
+        measured.append((inert(name), f"{100 * before:.1f}", f"{100 * after:.1f}"))
+    named = inert(", ".join(concepts))
+    unknown = ": it was not found on the machine that made this, look where that model comes from"
     card = ModelCard.from_template(
         _metadata(model, license),
         template_str=TEMPLATE,
-        concepts=inert(", ".join(concepts)),
-        model=inert(model),
+        concepts=named,
+        model=inert(portable(model)),
+        finding=finding(named, scores),
+        measuring=html.escape(measuring, quote=False),
+        unknown_license=unknown if license["license"] == "other" else "",
         method=inert(method),
         preset=inert(preset),
         knobs=options,
         command=html.escape(" ".join(command.split()), quote=False),
         snippet=snippet,
-        scores=rates,
+        scores=measured,
         unvalidated=model != "pocket",
     )
     write_atomic(Path(folder) / "README.md", f"{card}\n")
 
 
-def _metadata(model: str, license: str) -> ModelCardData:
+def finding(concepts: str, scores: dict | None) -> str:
+    """Return in one sentence what scores.json says of the concepts and of the rest, or that nobody measured it."""
+    concept, kept = (scores or {}).get("concept"), (scores or {}).get("retain")
+    if not concept:
+        return f"Whether it still draws {concepts} was **not measured**."
+    shown = f"{100 * concept['before']:.1f} % before and in {100 * concept['after']:.1f} % after"
+    text = f"Asked for {concepts}, a judge found it in {shown}, of {scores['n']['forget']} pictures"
+    if not kept:
+        return f"{text}; what became of the rest was **not measured**."
+    before, after = (sum(both[when] for both in kept.values()) / len(kept) for when in ("before", "after"))
+    return f"{text}; what else was asked for is right in {100 * before:.1f} % before and in {100 * after:.1f} % after."
+
+
+def measuring_commands(concepts: list[str], model: str, part: str, folder: str) -> str:
+    """Return the command lines that draw pictures without and with the `part` in `folder`, and judge both."""
+    draw = ["python", "-m", "eval.generate", "--model", model]
+    compare = ["gen/erased", "--baseline", "gen/base"]
+    if model == "pocket":
+        draw += ["--prompts", "pocket", "--steps", "20", "--guidance", "3.5"]
+        judge = ["python", "-m", "eval.concepts", *compare, "--concept", *concepts]
+    elif "nudity" in concepts:
+        draw += ["--prompts", "i2p", "--category", "sexual"]
+        judge = ["python", "-m", "eval.nudity", "gen/base", *compare]
+    else:  # no judge knows every concept: the eyes do
+        draw += ["--prompts", concepts[0], "--images_per_prompt", "10"]
+        judge = ["python", "-m", "eval.grid", "--folders", "gen/base", "gen/erased"]
+    lines = [
+        [*draw, "--output_dir", "gen/base"],
+        [*draw, f"--{part}", folder, "--output_dir", "gen/erased"],
+        judge,
+    ]
+    return "\n".join(map(shlex.join, lines))
+
+
+def portable(value: object) -> object:
+    """Return a value without a path of this machine: below the working directory from there on, else its last name."""
+    if not isinstance(value, str | Path) or not Path(value).is_absolute():
+        return value
+    path, here = Path(value), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else path.name
+
+
+def _metadata(model: str, license: dict[str, str]) -> ModelCardData:
     """Return the card's front matter; only a Hub id can be a base model there."""
     from huggingface_hub import ModelCardData
 
-    on_hub = model != "pocket" and not Path(model).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model)
+    on_hub = model != "pocket" and not Path(model).exists() and re.fullmatch(HUB_ID, model)
     return ModelCardData(
         base_model=model if on_hub else None,
         base_model_relation="finetune" if on_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "stable-diffusion", "concept-erasure", "machine-unlearning"],
-        license=license,
+        **license,
     )
 
 
 def swap_in_snippet(
-    pipe: DiffusionPipeline, model: str, folder: str | Path, config: str | None = None, dtype: str = "torch.float32"
+    pipe: DiffusionPipeline,
+    model: str,
+    folder: str | Path,
+    config: str | None = None,
+    dtype: str = "torch.float32",
+    shown: str | None = None,
 ) -> str:
     """Return Python that loads the base `model` and swaps in what is saved in `folder`. Both must have the same dtype.
 
-    `config` is the layout of a model that is a single file.
+    `config` is the layout of a model that is a single file; `shown` is how the folder is called in that code.
     """
     part, kind = family(pipe).part, type(network(pipe)).__name__
+    source, saved, imports = repr(str(model)), shown or str(folder), ""
+    if model == "pocket":
+        source, imports = "str(FOLDER)", "from erase_sd.pocket import FOLDER\n"
     if (Path(folder) / FILE).is_file():  # guidance, of which diffusers knows nothing
         layout = f", config={config!r}" if config else ""
-        given = f"{str(model)!r}, {part}={str(folder)!r}{layout}, dtype={dtype}"
-        return f"import torch\nfrom erase_sd.models.pipeline import load\n\npipe = load({given})"
-    loader = f"from_single_file({str(model)!r}, config={config!r}" if config else f"from_pretrained({str(model)!r}"
+        given = f"{source}, {part}={saved!r}{layout}, dtype={dtype}"
+        return f"import torch\nfrom erase_sd.models.pipeline import load\n{imports}\npipe = load({given})"
+    loader = f"from_single_file({source}, config={config!r}" if config else f"from_pretrained({source}"
     for name, component in pipe.components.items():
         if component is None and name not in pipe._optional_components:
             loader += f", {name}=None"  # Stable Diffusion 3 without T5 does not load otherwise
     return (
         "import torch\n"
-        f"from diffusers import {', '.join(sorted([type(pipe).__name__, kind]))}\n\n"
+        f"from diffusers import {', '.join(sorted([type(pipe).__name__, kind]))}\n"
+        f"{imports}\n"
         f"pipe = {type(pipe).__name__}.{loader}, dtype={dtype})\n"
-        f'pipe.{part} = {kind}.from_pretrained({str(folder)!r}, subfolder="{part}", dtype={dtype})'
+        f'pipe.{part} = {kind}.from_pretrained({saved!r}, subfolder="{part}", dtype={dtype})'
     )
 
 
@@ -152,16 +216,16 @@ def inert(text: object) -> str:
     return re.sub(r"[<>&`|\[\]*\\\r\n]", lambda match: f"&#{ord(match[0])};", str(text))
 
 
-def _rates(scores: dict | None, name: str = "") -> list[tuple[str, float, float]]:
+def rates(scores: dict | None, name: str = "") -> list[tuple[str, float, float]]:
     """Return (name, before, after) of each pair of rates in scores.json, however deep: "retain object", 0.97, 0.96."""
-    rates: list[tuple[str, float, float]] = []
+    found: list[tuple[str, float, float]] = []
     if not isinstance(scores, dict):
-        return rates
+        return found
     if {"before", "after"} <= scores.keys():
         before, after = scores["before"], scores["after"]
         if isinstance(before, int | float) and isinstance(after, int | float):  # intervals are no rates
-            rates.append((name, before, after))
-        return rates
+            found.append((name, before, after))
+        return found
     for key, value in scores.items():
-        rates += _rates(value, f"{name} {key}".strip())
-    return rates
+        found += rates(value, f"{name} {key}".strip())
+    return found

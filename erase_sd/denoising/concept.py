@@ -20,6 +20,7 @@ from erase_sd.settings import Job
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+OPEN_SHOWN = 4  # the same on a model that can draw anything
 SHOWN = 6  # images of the concept, and as many of everything else, in before_after.png
 
 
@@ -63,9 +64,9 @@ class Target:
         return None
 
     @property
-    def explicit(self) -> bool:
-        """Whether images of the concept are pixelated wherever they are shown."""
-        return "nudity" in self.names
+    def hidden(self) -> int:
+        """Return how many of the shown prompts, the concept's own and first ones, are pixelated wherever they are."""
+        return OPEN_SHOWN if "nudity" in self.names else 0
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,17 @@ class PocketTarget(Target):
     parts: tuple[world.Part, ...] = ()
     questions: tuple[prompt_sets.Question, ...] = ()
 
-    def _answers(self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> list[world.Answer]:
+    def _answers(
+        self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str
+    ) -> list[world.Answer] | None:
+        if not self.questions:
+            return None
         return score.answers(pipe, list(self.questions), model_hash, cache, f"scores {when}")
 
-    def scores(self, before: Preview, after: Preview) -> dict:
-        """Return the content of scores.json, by the oracle."""
+    def scores(self, before: Preview, after: Preview) -> dict | None:
+        """Return the content of scores.json, by the oracle; None where it was asked nothing."""
+        if not self.questions:
+            return None
         return score.scores(list(self.parts), list(self.questions), before.answers, after.answers)
 
 
@@ -120,8 +127,15 @@ def _pocket(job: Job) -> PocketTarget:
         steps=score.STEPS,
         guidance=score.GUIDANCE,
         parts=tuple(parts),
-        questions=tuple(prompt_sets.exam(parts, job.eval_forget, job.eval_retain, job.seed)),
+        questions=_questions(job, parts),
     )
+
+
+def _questions(job: Job, parts: list[world.Part]) -> tuple[prompt_sets.Question, ...]:
+    """Return what the oracle is asked; nothing for a job that is not to be scored."""
+    if not job.score:
+        return ()
+    return tuple(prompt_sets.exam(parts, job.eval_forget, job.eval_retain, job.seed))
 
 
 def _other(part: world.Part, anchor: str, erased: list[world.Part]) -> str:
@@ -153,7 +167,7 @@ def _open(job: Job, size: int | None) -> Target:
         harmless = set(prompts.captions(without=concept))
         retain = [line for line in retain if line in harmless]
     shown = []
-    for i in range(4):
+    for i in range(OPEN_SHOWN):
         shown.append(examples[i % len(examples)].prompt)
     shown += retain[:: max(1, len(retain) // 4)][:4]
     names = tuple(concept.name for concept in concepts)

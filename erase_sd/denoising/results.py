@@ -12,20 +12,20 @@ from PIL import Image
 
 from erase_sd.common.files import write_atomic
 from erase_sd.common.imaging import pixelate, sheet
-from erase_sd.denoising.card import swap_in_snippet, write_card
+from erase_sd.denoising.card import measuring_commands, portable, swap_in_snippet, write_card
 from erase_sd.denoising.concept import Preview
+from erase_sd.denoising.license import license_of
 from erase_sd.models import guidance
 from erase_sd.models.families import family, network
 from erase_sd.models.pipeline import save_network
 from erase_sd.plan import Plan
-from erase_sd.pocket import FOLDER as POCKET
 from erase_sd.run.folder import Progress, RunFolder
 from erase_sd.run.plots import write_saliency, write_trace
+from erase_sd.run.record import finite
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-LICENSES = {"pocket": "cc-by-4.0"}  # the most demanding of the artwork's licences
 WIDTH = 96  # pixels of one image in before_after.png, at least
 NAMED = {"concept", "model", "method", "preset", "base_hash"}  # apart from the other options in the card
 
@@ -37,7 +37,7 @@ class RunResult(NamedTuple):
     progress: Progress
     before: Preview
     after: Preview
-    explicit: bool  # images are shown pixelated
+    hidden: int  # prompts, from the first on, whose images are shown pixelated
 
 
 def write_results(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, result: RunResult) -> None:
@@ -53,15 +53,18 @@ def write_results(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, result
             sizes[name] = p.numel()
         write_saliency(folder.path, changed, sizes)
     if scores := result.run["scores"]:
-        write_atomic(folder.path / "scores.json", json.dumps(scores, indent=2) + "\n")
+        write_atomic(folder.path / "scores.json", json.dumps(finite(scores), indent=2) + "\n")
     picture = io.BytesIO()
-    before_after(result.before, result.after, result.explicit).save(picture, "png")
+    before_after(result.before, result.after, result.hidden).save(picture, "png")
     write_atomic(folder.path / "before_after.png", picture.getvalue())
     _card(pipe, plan, folder, scores)
 
 
 def _card(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, scores: dict | None) -> None:
-    base = str(POCKET) if plan.job.model == "pocket" else plan.job.model
+    """Write the model card, in which no path is this machine's own."""
+    base = "pocket" if plan.job.model == "pocket" else str(portable(plan.job.model))
+    layout = plan.job.model_config and str(portable(plan.job.model_config))
+    shown = str(portable(folder.path))
     options = {name: value for name, value in folder.config.items() if name not in NAMED}
     write_card(
         folder.path,
@@ -70,17 +73,18 @@ def _card(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, scores: dict |
         method=plan.job.method,
         preset=folder.config["preset"],
         knobs=options,
-        command=shlex.join(["accelerate", "launch", "erase_sd/train.py", *plan.options()]),
-        snippet=swap_in_snippet(pipe, base, folder.path, plan.job.model_config),
-        license=LICENSES.get(plan.job.model, "creativeml-openrail-m"),
+        command=shlex.join(["accelerate", "launch", "erase_sd/train.py", *map(str, map(portable, plan.options()))]),
+        snippet=swap_in_snippet(pipe, base, folder.path, layout, shown=shown),
+        license=license_of(plan.job.model),
+        measuring=measuring_commands(list(plan.job.concept), base, family(pipe).part, shown),
         scores=scores,
     )
 
 
-def before_after(before: Preview, after: Preview, explicit: bool) -> Image.Image:
-    """Return a sheet of the same prompts and seeds, before over after; pixelated where the concept is explicit."""
-    rows = [before.images, after.images]
-    if explicit:
-        rows = [list(map(pixelate, images)) for images in rows]
+def before_after(before: Preview, after: Preview, hidden: int) -> Image.Image:
+    """Return a sheet of the same prompts and seeds, before over after; the first `hidden` are pixelated."""
+    rows = []
+    for images in (before.images, after.images):
+        rows.append([*map(pixelate, images[:hidden]), *images[hidden:]])
     scale = max(1, -(-WIDTH // before.images[0].width))
     return sheet(rows, ["before", "after"], before.prompts, scale=scale)

@@ -72,6 +72,7 @@ def scores(parts: list[Part], questions: list[Question], before: list[Answer], a
 
     concept: share of its images that show it, and of those after that show nothing of its kind at all (other_share);
     retain: accuracy per kind on prompts without it; spared: accuracy of the kinds not erased on the concept's prompts.
+    What no question asks about is left out.
     """
     asked: list[Marked] = []
     kept: list[Marked] = []
@@ -80,26 +81,23 @@ def scores(parts: list[Part], questions: list[Question], before: list[Answer], a
             asked.append(Marked(question, b, a))
         else:
             kept.append(Marked(question, b, a))
-    erased = {kind for kind, _ in parts}
-    others = 0
-    for question, _, answer in asked:
-        others += answer[question.concept[0]] == OTHER
-    retain, spared = {}, {}
-    for kind in KINDS:
-        retain[kind] = _accuracy(kept, kind)
-        if kind not in erased:
-            spared[kind] = _accuracy(asked, kind)
-    concept = _shown(asked, [question.concept for question, *_ in asked])
+    rates: dict[str, dict] = {}
+    intervals: dict[str, dict] = {}
+    if asked:
+        concept = _shown(asked, [question.concept for question, *_ in asked])
+        rates["concept"] = concept | {"other_share": _share_of_others(asked)}
+        intervals["concept"] = _intervals(concept, len(asked))
+    if kept:
+        rates["retain"] = {kind: _accuracy(kept, kind) for kind in KINDS}
+        intervals["retain"] = _intervals_by_kind(rates["retain"], len(kept))
+    if asked:
+        erased = {kind for kind, _ in parts}
+        rates["spared"] = {kind: _accuracy(asked, kind) for kind in KINDS if kind not in erased}
+        intervals["spared"] = _intervals_by_kind(rates["spared"], len(asked))
     return {
-        "concept": concept | {"other_share": others / max(1, len(asked))},
-        "retain": retain,
-        "spared": spared,
+        **rates,
         "n": {"forget": len(asked), "retain": len(kept)},
-        "ci95": {
-            "concept": _intervals(concept, len(asked)),
-            "retain": _intervals_by_kind(retain, len(kept)),
-            "spared": _intervals_by_kind(spared, len(asked)),
-        },
+        "ci95": intervals,
         "protocol": {
             "judge": "erase_sd/pocket/oracle.safetensors",
             "judge_sha256": file_digest(WEIGHTS),
@@ -111,6 +109,14 @@ def scores(parts: list[Part], questions: list[Question], before: list[Answer], a
             "seeds": "one per image, below one million: never used in training",
         },
     }
+
+
+def _share_of_others(asked: list[Marked]) -> float:
+    """Return the share of the concept's images that show nothing of its kind after the run."""
+    others = 0
+    for question, _, answer in asked:
+        others += answer[question.concept[0]] == OTHER
+    return others / len(asked)
 
 
 def _accuracy(marked: list[Marked], kind: str) -> dict[str, float]:

@@ -21,6 +21,7 @@ from erase_sd.run.record import write_run, write_status
 # The tensors of a method's state: the optimiser's, what else it must not recompute, and sums before the first step.
 PARTS = ("optimizer", "kept", "sums")
 CONFIG = "job.json"  # not config.json, by which diffusers and our own loader tell the folder of a model
+TRIED = {CONFIG, "status.json"}  # what a run leaves that failed before it had anything to keep
 
 
 class Progress(NamedTuple):
@@ -76,7 +77,8 @@ class RunFolder:
         self._running = False
 
     def __enter__(self) -> RunFolder:
-        claim(self.path, CONFIG, self.config)
+        if not self._failed_before_any_work():
+            claim(self.path, CONFIG, self.config)
         if self.start not in ("latest", None) and not self.complete():
             _own(self.path / "checkpoints", self.start)  # now, not after hours of sampling
         self._stack = ExitStack()
@@ -105,9 +107,16 @@ class RunFolder:
     def complete(self) -> dict | None:
         """Return the record of a run that is already done, else None."""
         status, run = self.path / "status.json", self.path / "run.json"
-        if status.is_file() and run.is_file() and json.loads(status.read_text())["state"] == "complete":
-            return json.loads(run.read_text())
+        if status.is_file() and run.is_file() and _read(status).get("state") == "complete":
+            return _read(run)
         return None
+
+    def _failed_before_any_work(self) -> bool:
+        """Return whether all that is here is the failure of an earlier try, which nobody has to keep."""
+        status = self.path / "status.json"
+        if not status.is_file() or _read(status).get("state") != "failed":
+            return False
+        return all(path.name in TRIED or path.name.startswith(".") for path in self.path.iterdir())
 
     def status(self, state: str, code: int = 0, message: str = "") -> None:
         """Write how the run stands: running, complete, stopped or failed."""
@@ -161,6 +170,14 @@ class RunFolder:
         """Remove the checkpoints: the results have replaced them."""
         if self.writes:
             shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+
+def _read(file: Path) -> dict:
+    """Return the dict in a file of this run. Raises UserError for a damaged one."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged: remove it, and the same command goes on") from error
 
 
 def _counts(state: dict[str, Any]) -> dict[str, Any]:

@@ -173,8 +173,9 @@ def show(bar: tqdm, record: dict) -> None:
     bar.update()
     shown = {}
     for key in ("loss", "loss_r", "loss_f", "cos", "c", "images/s"):
-        if key in record:
-            shown[key] = f"{record[key]:.3g}"
+        value = record.get(key, math.nan)
+        if not math.isnan(value):
+            shown[key] = f"{value:,.0f}" if key == "images/s" and value >= 100 else f"{value:.3g}"
     bar.set_postfix(shown)
 
 

@@ -1,12 +1,14 @@
 """The record of a run: what was done to which weights, by which versions, in what time, and how it ended."""
 
 import json
+import math
 import platform
 import subprocess
 import sys
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,7 +69,7 @@ def run_record(
 
 
 def write_run(folder: str | Path, run: dict) -> None:
-    """Write folder/run.json. Raises ValueError for a value that JSON cannot hold, NaN included."""
+    """Write folder/run.json; a number that JSON cannot hold, NaN or infinity, becomes its name."""
     _write_json(Path(folder) / "run.json", run)
 
 
@@ -96,6 +98,15 @@ def _spread(values: list[float]) -> float | dict[str, float]:
     if isinstance(values[0], bool):
         return sum(values) / len(values)
     return {"first": values[0], "last": values[-1], "min": min(values), "max": max(values)}
+
+
+def finite(value: Any) -> Any:
+    """Return a copy of nested dicts and lists in which NaN and infinity are text: a finished run keeps its record."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -141,4 +152,4 @@ def _commit(folder: Path) -> str | None:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from erase_sd.common.cli import argument, assemble, parse, peek
+from erase_sd.common.cli import argument, assemble, filled, parse, peek, run_main
 from erase_sd.common.errors import UserError
 
 
@@ -83,6 +83,8 @@ def test_a_switch_can_be_turned_off_and_an_optional_value_emptied():
         (["--saliency", "taylor"], "error: --saliency: 'taylor' is not one of abs, signed\n"),
         (["--steps", "11"], "error: --steps: '11' is not one of 10, 100\n"),
         (["--fraction", "half"], "error: --fraction: 'half' is not a number\n"),
+        (["--fraction", "inf"], "error: --fraction: 'inf' is no finite number: give one\n"),
+        (["--betas", "0.5", "inf"], "error: --betas: 'inf' is no finite number: give one\n"),
         (["--fraction", "nan"], "error: --fraction: 'nan' is not a number\n"),
         (["--seed", "1.5"], "error: --seed: '1.5' is not a whole number\n"),
         (["--fractoin", "1"], "error: there is no option --fractoin; did you mean --fraction?\n"),
@@ -97,6 +99,47 @@ def test_a_switch_can_be_turned_off_and_an_optional_value_emptied():
 )
 def test_a_mistake_is_answered_with_one_sentence(capsys: pytest.CaptureFixture, argv: list[str], sentence: str):
     assert mistake(capsys, *argv) == sentence
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "stopped: the same command"),
+        (SystemExit(143), 143, "stopped: the same command"),
+        (UserError("no\n cat"), 2, "error: no cat\n"),
+        (SystemExit(2), 2, ""),
+        (
+            OSError(28, "No space left on device", "/full/run.json"),
+            2,
+            "error: /full/run.json cannot be used: No space",
+        ),
+        (FileExistsError(17, "File exists", "dangling"), 2, "error: dangling cannot be used: File exists"),
+    ],
+)
+def test_whoever_ends_a_program_reads_one_sentence(
+    capsys: pytest.CaptureFixture, outcome: BaseException, code: int, said: str
+):
+    def main() -> int:
+        raise outcome
+
+    with pytest.raises(SystemExit) as stop:
+        run_main(main)
+    error = capsys.readouterr().err
+    assert stop.value.code == code
+    assert error.startswith(said)
+    assert error.count("\n") == bool(said)
+
+
+def test_python_has_types_and_finite_numbers_too():
+    for values, message in (
+        ({"fraction": "1e-4"}, "--fraction '1e-4' is no number"),
+        ({"fraction": float("inf")}, "--fraction inf is no finite number"),
+        ({"momentum": 1}, "--momentum 1 is no truth value"),
+        ({"betas": (0.5, "x")}, "--betas 'x' is no number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            filled(Options, values)
+    assert filled(Options, {"fraction": 1, "forget_ceiling": None, "betas": [0, 1]}).fraction == 1
 
 
 def test_a_missing_required_option_is_named(capsys: pytest.CaptureFixture):

@@ -71,7 +71,7 @@ def test_bf16_under_accelerate_from_a_clone_that_is_not_installed(train: str, ti
     command = [*started(train, "--mixed_precision", "bf16"), "--concept", "nudity", "--model", str(tiny_sd), *QUICK]
     done = run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path / "runs" / "nudity"
+    folder = tmp_path / "runs" / "nudity-scissorhands"
     assert status(folder)["state"] == "complete"
     assert (folder / WEIGHTS).is_file()
     record = json.loads((folder / "run.json").read_text())
@@ -232,8 +232,8 @@ def test_under_the_launcher_status_json_keeps_the_true_code(train: str, tiny_sd:
     assert done.returncode == 1
     assert "error: " in done.stderr
     assert "lower --lr" in done.stderr
-    assert status(tmp_path / "runs/cat")["code"] == 2
-    assert not (tmp_path / "runs/cat/unet").exists()
+    assert status(tmp_path / "runs/cat-scissorhands")["code"] == 2
+    assert not (tmp_path / "runs/cat-scissorhands/unet").exists()
 
 
 LONG = [*QUICK, "--steps", "20", "--checkpointing_steps", "4"]
@@ -245,7 +245,7 @@ def uninterrupted(clone: Path, tiny_sd: Path, tmp_path_factory: pytest.TempPathF
     train = str(clone / "erase_sd/train.py")
     command = [sys.executable, "-P", train, "--concept", "cat", "--model", str(tiny_sd), *LONG]
     assert run(*command, cwd=cwd).returncode == 0
-    return cwd / "runs" / "cat"
+    return cwd / "runs" / "cat-scissorhands"
 
 
 def stopped(command: list[str], cwd: Path, signum: int) -> tuple[int, str]:
@@ -253,7 +253,7 @@ def stopped(command: list[str], cwd: Path, signum: int) -> tuple[int, str]:
     with open(cwd / "log", "w") as log:
         child = subprocess.Popen(command, cwd=cwd, env=environment(), stdout=log, stderr=log)
     end = time.monotonic() + 200
-    while not list((cwd / "runs/cat/checkpoints").glob("checkpoint-*[1-9]*")):  # a step, not only the trim
+    while not list((cwd / "runs/cat-scissorhands/checkpoints").glob("checkpoint-*[1-9]*")):  # a step
         assert child.poll() is None and time.monotonic() < end, (cwd / "log").read_text()[-3000:]
         time.sleep(0.01)
     child.send_signal(signum)
@@ -276,7 +276,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
 ) -> None:
     command = [sys.executable, train, "--concept", "cat", "--model", str(tiny_sd), *LONG]
     code, log = stopped(command, tmp_path, signum)
-    folder = tmp_path / "runs" / "cat"
+    folder = tmp_path / "runs" / "cat-scissorhands"
     assert code == (-9 if signum == signal.SIGKILL else 143), log[-3000:]
     assert status(folder)["state"] == ("running" if signum == signal.SIGKILL else "stopped")
     assert not (folder / "unet").exists()
@@ -294,7 +294,7 @@ def test_sigterm_to_the_launcher_checkpoints_and_ends_the_training(
     """accelerate forwards no signal to its one process: the run sees that its launcher is gone."""
     command = [*started(train, "--cpu", "--mixed_precision", "no"), "--concept", "cat", "--model", str(tiny_sd), *LONG]
     stopped(command, tmp_path, signal.SIGTERM)
-    folder = tmp_path / "runs" / "cat"
+    folder = tmp_path / "runs" / "cat-scissorhands"
     wait_until(lambda: status(folder)["state"] != "running")
     assert status(folder)["state"] == "stopped"
     assert status(folder)["code"] == 143

@@ -92,6 +92,15 @@ def test_several_concepts_are_each_asked_for_their_own() -> None:
     assert found["protocol"]["concepts"] == [["object", "cat"], ["style", "pencil"]]
 
 
+def test_what_nobody_asked_about_has_no_rate() -> None:
+    asked = [question("cat flat red", 0, CAT)], [answer("cat flat red")], [answer("dog flat red")]
+    kept = [question("dog neon blue", 1)], [answer("dog neon blue")], [answer("dog neon blue")]
+    found = scores([CAT], *asked)
+    assert "retain" not in found and "retain" not in found["ci95"] and found["concept"]["before"] == 1
+    found = scores([CAT], *kept)
+    assert not {"concept", "spared"} & {*found, *found["ci95"]} and found["retain"]["object"]["after"] == 1
+
+
 def test_a_ruined_model_scores_nothing() -> None:
     questions = [question("cat flat red", 0, CAT), question("dog neon blue", 1)]
     found = scores(

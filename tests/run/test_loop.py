@@ -1,5 +1,6 @@
 """The loop around every method: what it saves when, where it goes on, what it tells, how it stops."""
 
+import io
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 from erase_sd.common.errors import UserError
 from erase_sd.common.signals import StopFlag
@@ -321,3 +323,10 @@ def test_a_probe_that_is_not_finite_loses_the_model(tmp_path: Path, lost: float)
 def test_weights_that_are_not_finite_lose_the_model() -> None:
     with pytest.raises(FloatingPointError, match="after 3 steps b holds NaN or infinity"):
         loop.check_finite(Weight(), {"a": torch.ones(2, dtype=torch.long), "b": torch.tensor([1, math.nan])}, 3)
+
+
+def test_the_bar_shows_no_nan_and_whole_pictures_per_second() -> None:
+    with tqdm(total=1, disable=False, file=io.StringIO()) as bar:
+        loop.show(bar, {"step": 0, "loss": 0.25, "cos": math.nan, "images/s": 2431.7})
+        assert "loss=0.25" in bar.postfix and "images/s=2,432" in bar.postfix
+        assert "nan" not in bar.postfix and "e+" not in bar.postfix

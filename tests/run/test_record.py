@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,13 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from torch import nn
 
-from erase_sd.denoising.card import inert, swap_in_snippet, write_card
+from erase_sd.common.cli import parse
+from erase_sd.denoising.card import inert, measuring_commands, portable, swap_in_snippet, write_card
+from erase_sd.denoising.license import license_of
+from erase_sd.pocket import FOLDER
 from erase_sd.run.plots import write_saliency, write_trace
 from erase_sd.run.record import environment, run_record, summary, weights_hash, write_run, write_status
+from eval.generate import Generation
 
 TRACE = [
     {
@@ -49,7 +54,8 @@ def a_card(folder: Path, **changes: object) -> str:
         "knobs": {"fraction": 0.0005, "lam": 0.5},
         "command": "accelerate launch erase_sd/train.py --concept cat",
         "snippet": "pipe.unet = UNet2DConditionModel.from_pretrained(...)",
-        "license": "creativeml-openrail-m",
+        "license": {"license": "creativeml-openrail-m"},
+        "measuring": "python -m eval.generate --model 'a<b'",
     }
     write_card(folder, **card | changes)
     return (folder / "README.md").read_text()
@@ -80,10 +86,9 @@ def test_weights_hash_sees_every_weight_and_nothing_else() -> None:
     assert before != weights_hash(model)
 
 
-def test_nan_is_not_recorded(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        write_run(tmp_path, run_record({"lam": math.nan}, seed=0, base="", base_hash="", seconds=0))
-    assert not list(tmp_path.iterdir())
+def test_a_finished_run_is_not_lost_to_a_number_that_json_has_not(tmp_path: Path) -> None:
+    write_run(tmp_path, run_record({"lam": math.nan, "at": [math.inf]}, seed=0, base="", base_hash="", seconds=0))
+    assert json.loads((tmp_path / "run.json").read_text())["config"] == {"lam": "nan", "at": ["inf"]}
 
 
 def test_status(tmp_path: Path) -> None:
@@ -147,12 +152,69 @@ def test_card_tells_what_matters(tmp_path: Path) -> None:
     for part in ("## Limits", "incomplete", "Bias", "Misuse", "Not validated on SD v1.4", "| fraction | 0.0005 |"):
         assert part in text
     assert "| concept | 100.0 | 1.2 |" in text and "| retain object | 97.0 | 96.0 |" in text and "ci95" not in text
-    assert "Not measured" in a_card(tmp_path, scores=None)
+    assert "no longer draws" not in text and "in 100.0 % before and in 1.2 % after, of 200 pictures" in text
+    assert "right in 92.5 % before and in 91.5 % after" in text
+
+
+def test_a_card_without_scores_claims_nothing_and_says_how_to_measure(tmp_path: Path) -> None:
+    text = a_card(tmp_path, scores=None)
+    assert "Whether it still draws cat was **not measured**" in text and "a judge found" not in text
+    assert "<code>python -m eval.generate --model 'a&lt;b'" in text
+    half = {name: value for name, value in SCORES.items() if name != "retain"}
+    assert "what became of the rest was **not measured**" in a_card(tmp_path, scores=half)
+
+
+@pytest.mark.parametrize(
+    ("model", "concept", "judge"),
+    [
+        ("pocket", "cat", "eval.concepts gen/erased --baseline gen/base --concept cat"),
+        ("org/sd", "nudity", "eval.nudity gen/base gen/erased --baseline gen/base"),
+        ("org/sd", "Van Gogh", "eval.grid --folders gen/base gen/erased"),
+    ],
+)
+def test_the_commands_that_measure_are_commands(model: str, concept: str, judge: str) -> None:
+    base, erased, last = measuring_commands([concept], model, "unet", "runs/x").splitlines()
+    assert last == f"python -m {judge}"
+    for line in (base, erased):
+        given = parse(shlex.split(line)[3:], prog="", description="", generation=Generation)["generation"]
+        assert given["model"] == model
+    assert given["unet"] == "runs/x"
+
+
+def test_no_path_of_this_machine_is_in_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert portable(str(tmp_path / "runs" / "cat")) == "runs/cat"
+    assert portable("/home/me/models/sd") == "sd" and portable("org/sd") == "org/sd" and portable(0.5) == 0.5
+    text = a_card(tmp_path, model="/home/me/models/sd", knobs={"model_config": "/home/me/base"})
+    assert "/home/me" not in text and "erased from sd" in text
+
+
+def test_the_licence_is_the_base_models_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert license_of("pocket")["license"] == "cc-by-4.0"
+    unknown = license_of("org/some-model")
+    assert unknown["license"] == "other" and unknown["license_link"] == "https://huggingface.co/org/some-model"
+    assert license_of(str(tmp_path)) == {"license": "other", "license_name": "that-of-the-base-model"}
+    (tmp_path / "model_index.json").write_text('{"_name_or_path": "org/flux"}')
+    assert license_of(str(tmp_path))["license_link"] == "https://huggingface.co/org/flux"
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: flux-dev\n---\n# Flux\n")
+    assert license_of(str(tmp_path)) == {"license": "other", "license_name": "flux-dev"}
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    assert license_of(str(tmp_path))["license"] == "other"
+    (tmp_path / "card.md").write_text("---\nlicense: mit\n---\n")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(tmp_path / "card.md"))
+    assert license_of("org/cached")["license"] == "mit"
+    text = a_card(tmp_path, license=unknown)
+    assert yaml.safe_load(text.split("---")[1])["license_link"] == unknown["license_link"]
+
+
+def test_the_embedded_model_names_no_folder_of_another_machine() -> None:
+    for file in FOLDER.rglob("*.json"):
+        assert "/work/" not in file.read_text() and '"/' not in file.read_text(), file
 
 
 def test_pocket_card_claims_no_hub_base(tmp_path: Path) -> None:
-    text = a_card(tmp_path, model="pocket", license="mit")
-    assert "base_model" not in text and "Not validated on SD v1.4" not in text
+    text = a_card(tmp_path, model="pocket", license={"license": "mit"})
+    assert "base_model:" not in text and "Not validated on SD v1.4" not in text
 
 
 def test_card_does_not_execute_what_users_type(tmp_path: Path) -> None:
