@@ -47,6 +47,12 @@ def test_the_paper_preset_is_the_paper() -> None:
     assert (plan.losses.trim_scope, plan.losses.train_scope) == ("full", "full")
 
 
+@pytest.mark.parametrize("preset", ["authors-nsfw", "authors-cls"])
+def test_salun_has_the_released_rate(preset: str) -> None:
+    """Adam divides the factor of the loss out: the rate is not to be rescaled with it."""
+    assert make(concept="cat", method="salun", preset=preset).method.lr == 1e-5
+
+
 def test_what_is_given_beats_the_preset_and_the_preset_beats_the_default() -> None:
     plan = make(concept="cat", preset="authors-nsfw", lr=0.5, trim_scope="kv", forget_images=3)
     assert (plan.method.lr, plan.losses.trim_scope, plan.sampling.forget_images) == (0.5, "kv", 3)
