@@ -184,7 +184,7 @@ def _chunk(
 def scheduler_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
     """Return what a scheduler computes from: its class and its settings, whether they were given or left out.
 
-    The private entries of its config say where that came from; `_use_default_values` differs in order in every process.
+    The private entries of its config say where that came from; `_use_default_values` is in no fixed order.
     """
     settings = {"class": type(scheduler).__name__}
     for name, value in scheduler.config.items():
