@@ -21,7 +21,7 @@ from erase_sd.denoising.concept import resolve
 from erase_sd.denoising.results import RunResult, write_results
 from erase_sd.denoising.samples import collect
 from erase_sd.denoising.sharded import wanted
-from erase_sd.denoising.task import DenoisingTask
+from erase_sd.denoising.task import DenoisingTask, trimmed
 from erase_sd.models import guidance
 from erase_sd.models.families import family, modules, network
 from erase_sd.models.parameters import select, without_norms
@@ -183,14 +183,28 @@ def _check(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> Non
     if model.dtype not in (torch.float32, getattr(torch, plan.job.weights_dtype)):
         raise UserError(f"the {part} is {model.dtype}: load it in float32, mixed_precision saves the same time")
     losses = plan.losses
-    trimmed = without_norms(model, select(model, losses.trim_scope))
-    for scope in (losses.rank_scope or "full", losses.train_scope):
+    for scope in (losses.trim_scope, losses.rank_scope or "full", losses.train_scope):
         select(model, scope)
-    if plan.method.trims() and not trimmed:
-        raise UserError(f"--trim_scope {losses.trim_scope} holds norms only, which are never re-initialised: widen it")
+    if plan.method.trims():
+        _check_trim(model, plan)
     optimizer = plan.method.optimizer
     if optimizer is None:
         return
     if wanted(accelerator, plan.job.fsdp) and "8bit" in optimizer:
         raise UserError(f"--optimizer {optimizer} keeps blocks that cross the shards of --fsdp: use adamw or sgd")
     make_optimizer({"probe": nn.Parameter(torch.zeros(1, device=accelerator.device))}, plan.method)
+
+
+def _check_trim(model: nn.Module, plan: Plan) -> None:
+    """Refuse a trim of nothing, and one that was asked for where nothing is trained. Raises UserError."""
+    scope, training_scope = plan.losses.trim_scope, plan.losses.train_scope
+    asked = without_norms(model, select(model, scope))
+    if not asked:
+        raise UserError(f"--trim_scope {scope} holds norms only, which are never re-initialised: widen it")
+    repaired = trimmed(model, scope, select(model, training_scope))
+    outside = sorted(asked.keys() - repaired.keys())
+    if outside and (plan.chose_trim_scope() or not repaired):
+        raise UserError(
+            f"--trim_scope {scope} re-initialises {outside[0]}, which --train_scope {training_scope} never repairs: "
+            "narrow the first or widen the second"
+        )

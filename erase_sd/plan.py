@@ -42,10 +42,17 @@ class Plan(NamedTuple):
             losses = dataclasses.replace(losses, anchor_model="current")
         return losses
 
+    def chose_trim_scope(self) -> bool:
+        """Return whether the trim scope was asked for: it is not the one that the preset brings."""
+        preset = PRESETS[self.job.method][self.job.preset]
+        return self.losses.trim_scope != preset.get("trim_scope", TaskSettings().trim_scope)
+
     def options(self) -> list[str]:
         """Return the command line of this job: what its preset and the defaults do not say already."""
         given = _values(self)
         asked = {name: given[name] for name in ("concept", "model", "method", "preset")}
+        if given["weights_dtype"] != Job().weights_dtype:  # decides the rounding, as a preset would
+            asked["weights_dtype"] = given["weights_dtype"]
         usual = _values(make(**asked))
         words: list[str] = []
         for name, value in asked.items():
@@ -98,6 +105,8 @@ def make(**given: Any) -> Plan:
     if preset not in PRESETS[method]:
         raise UserError(f"unknown preset {preset!r}: {method} has {', '.join(PRESETS[method])}")
     values = PRESETS[method][preset] | given | {"preset": preset}
+    if values.get("weights_dtype") == "bfloat16":
+        values.setdefault("rounding", "kahan")  # nearest would lose most changes of small steps
     plan = Plan(*(filled(cls, values) for cls in classes.values()))
     _check_needs(plan)
     _check_schedule(plan, given)

@@ -48,6 +48,19 @@ def test_the_paper_preset_is_the_paper() -> None:
     assert (plan.losses.trim_scope, plan.losses.train_scope) == ("full", "full")
 
 
+@pytest.mark.parametrize("preset", ["authors-nsfw", "authors-cls"])
+def test_salun_has_the_released_rate(preset: str) -> None:
+    """Adam divides the factor of the loss out: the rate is not to be rescaled with it."""
+    assert make(concept="cat", method="salun", preset=preset).method.lr == 1e-5
+
+
+def test_bf16_weights_keep_what_rounding_loses_unless_told_otherwise() -> None:
+    assert make(concept="cat").method.rounding == "nearest"
+    assert make(concept="cat", weights_dtype="bfloat16").method.rounding == "kahan"
+    assert make(concept="cat", weights_dtype="bfloat16", rounding="stochastic").method.rounding == "stochastic"
+    assert make(concept="cat", method="uce", weights_dtype="bfloat16").method.rounding == "nearest"  # takes no steps
+
+
 def test_what_is_given_beats_the_preset_and_the_preset_beats_the_default() -> None:
     plan = make(concept="cat", preset="authors-nsfw", lr=0.5, trim_scope="kv", forget_images=3)
     assert (plan.method.lr, plan.losses.trim_scope, plan.sampling.forget_images) == (0.5, "kv", 3)
@@ -160,6 +173,8 @@ def test_the_configuration_survives_json_and_tells_results_apart() -> None:
         {"concept": "cat", "model": "pocket"},
         {"concept": ("cat", "neon style"), "model": "pocket", "seed": 3, "output_dir": "a b/c"},
         {"concept": "nudity", "preset": "authors-nsfw", "strict": False, "rank_scope": None, "lr": 1e-7},
+        {"concept": "x", "weights_dtype": "bfloat16"},
+        {"concept": "x", "weights_dtype": "bfloat16", "rounding": "nearest"},
         {"concept": "x", "strict": True, "max_grad_norm": 1.0, "mixed_precision": "bf16", "checkpointing_steps": 3},
     ],
 )

@@ -20,7 +20,7 @@ from erase_sd.settings import Sampling
 from prompts import Example
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 CHUNK = 64  # images per cache file: what a killed run loses at most
 CONCEPT, END = 1, 2  # in `marks`: a token of the concept, the first <|endoftext|>
@@ -157,7 +157,7 @@ def _chunk(
         image_seeds,
         settings.sample_steps,
         settings.sample_guidance,
-        dict(pipe.scheduler.config),
+        scheduler_settings(pipe.scheduler),
     ]
     if settings.resolution:
         recipe.append(settings.resolution)
@@ -179,6 +179,18 @@ def _chunk(
     if path:
         write_atomic(path, save({"z": z}))
     return z
+
+
+def scheduler_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """Return what a scheduler computes from: its class and its settings, whether they were given or left out.
+
+    The private entries of its config say where that came from; `_use_default_values` is in no fixed order.
+    """
+    settings = {"class": type(scheduler).__name__}
+    for name, value in scheduler.config.items():
+        if not name.startswith("_"):
+            settings[name] = value
+    return settings
 
 
 def marks(tokenizer: Any, captions: list[str], anchors: list[str]) -> Tensor:

@@ -96,7 +96,7 @@ class DenoisingTask:
         self.family, self.process = family(pipe), forward_process(pipe)
         whole: nn.Module = network(pipe).requires_grad_(False)
         trainable = select(whole, settings.train_scope)
-        trimmable = without_norms(whole, select(whole, settings.trim_scope))
+        trimmable = trimmed(whole, settings.trim_scope, trainable)
         ranked = select(whole, settings.rank_scope) if settings.rank_scope else trimmable
         for p in (trainable | trimmable | ranked).values():
             p.requires_grad_(True)
@@ -241,6 +241,15 @@ class DenoisingTask:
     def mean(self, x: Tensor) -> Tensor:
         """Return the mean of a scalar over the ranks."""
         return self.accelerator.reduce(x, "mean")
+
+
+def trimmed(model: nn.Module, scope: str, trained: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return what is re-initialised of a scope: no norms, and nothing that no training would repair."""
+    found = {}
+    for name, p in without_norms(model, select(model, scope)).items():
+        if name in trained:
+            found[name] = p
+    return found
 
 
 def frozen_copy(model: nn.Module, device: torch.device) -> nn.Module:

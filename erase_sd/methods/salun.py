@@ -17,11 +17,11 @@ from erase_sd.core.task import Params, Task
 from erase_sd.methods.base import GENTLE, POCKET, Method, Sizes
 
 RELEASED = GENTLE | {"schedule": "constant", "mask_mode": "gradient", "batch_size": 8, "drop_captions": 0.0}
-PRESETS = {
+PRESETS = {  # Adam does not see the factor by which the loss is rescaled here: the rates are the released ones
     # SD/train-scripts/nsfw_removal.py: MSE to the current network's anchor + 0.1 L_r, one epoch of 800 images.
-    "authors-nsfw": RELEASED | {"redirect_weight": 10.0, "lr": 1e-6, "steps": 100},
+    "authors-nsfw": RELEASED | {"redirect_weight": 10.0, "lr": 1e-5, "steps": 100},
     # random_label.py: alpha 0.5, five epochs.
-    "authors-cls": RELEASED | {"redirect_weight": 2.0, "lr": 5e-6, "steps": 500},
+    "authors-cls": RELEASED | {"redirect_weight": 2.0, "lr": 1e-5, "steps": 500},
     "sd": GENTLE | {"redirect_weight": 2.0, "lr": 1e-5, "batch_size": 16, "steps": 125},
     "pocket": GENTLE | POCKET | {"redirect_weight": 2.0, "lr": 1e-4, "steps": 150},
 }

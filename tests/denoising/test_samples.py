@@ -1,5 +1,9 @@
 """The model's own images: sampled once, whatever happens in between, and never another model's."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from erase_sd.denoising import samples
-from erase_sd.denoising.samples import Samples, Sources, collect, sampled
+from erase_sd.denoising.samples import Samples, Sources, collect, sampled, scheduler_settings
 from erase_sd.models.pipeline import encode
 from erase_sd.settings import Sampling
 from prompts import Example
@@ -110,6 +114,48 @@ def test_without_a_cache_nothing_is_written(
     assert not list(tmp_path.rglob("*"))
     assert_equal(collect(tiny_pipe, SOURCES, SETTINGS, 0, "model", None), first)
     assert sampler.images == 18
+
+
+DRAW_ONE = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from diffusers import PNDMScheduler
+from erase_sd.denoising import samples
+from erase_sd.settings import Sampling
+
+def draw(pipe, prompts, seeds, **options):
+    return [torch.zeros(1)]
+
+samples.sample = draw
+pipe = SimpleNamespace(scheduler=PNDMScheduler.from_pretrained(sys.argv[1]))
+print(list(pipe.scheduler.config["_use_default_values"]))
+samples.sampled(pipe, ["a cat"], [1], Sampling(), "model", Path(sys.argv[2]), "set")
+"""
+
+
+@pytest.mark.slow
+def test_every_process_finds_the_pictures_of_the_others(tmp_path: Path) -> None:
+    config = {"_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_start": 0.00085, "skip_prk_steps": True}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    orders = set()
+    for hash_seed in ("1", "2", "3"):
+        command = [sys.executable, "-c", DRAW_ONE, str(tmp_path), str(tmp_path / "cache")]
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        orders.add(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    assert len(orders) > 1  # or there was nothing to get wrong
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_the_order_of_left_out_settings_changes_no_key(tiny_pipe: StableDiffusionPipeline) -> None:
+    scheduler = tiny_pipe.scheduler
+    key = json.dumps(scheduler_settings(scheduler))
+    left_out = scheduler.config["_use_default_values"]
+    scheduler.register_to_config(_use_default_values=list(reversed(left_out)))
+    assert json.dumps(scheduler_settings(scheduler)) == key
+    scheduler.register_to_config(steps_offset=7)
+    assert json.dumps(scheduler_settings(scheduler)) != key
 
 
 @pytest.mark.parametrize("change", ["model", "prompt", "seed", "steps", "guidance", "scheduler", "settings"])

@@ -194,10 +194,10 @@ def test_draws_cover_all_samples_and_timesteps(tiny_pipe: StableDiffusionPipelin
 def test_scopes(tiny_pipe: StableDiffusionPipeline) -> None:
     ours = task(tiny_pipe, trim_scope="full", train_scope="kv")
     assert all(name.split(".")[-2] in ("to_k", "to_v") for name in ours.trainable())
-    assert ours.ranked() == ours.trimmable()
+    assert ours.ranked() == ours.trimmable() == ours.trainable()  # what is trimmed is trained
     assert not any("norm" in name for name in ours.trimmable())
     assert all(p.requires_grad for p in ours.trimmable().values())
-    wide = task(tiny_pipe, trim_scope="authors", rank_scope="full", train_scope="kv")
+    wide = task(tiny_pipe, trim_scope="authors", rank_scope="full", train_scope="full")
     assert len(wide.ranked()) == len(list(tiny_pipe.unet.parameters()))
     assert len(wide.trimmable()) == 10
     assert all(".attn1." in name for name in wide.trimmable())
