@@ -1,0 +1,98 @@
+"""One training loop for the parts of the pocket model: one-cycle AdamW, keyed batches, EMA, resume, bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from erase_sd.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from erase_sd.process import StopFlag, UserError
+
+EVERY = 250  # steps between two checkpoints
+
+
+def one_cycle(step: int, steps: int, peak: float, warmup: float = 0.06) -> float:
+    """Learning rate at a step: linear rise over the first 6 %, cosine fall to 1 % of the peak."""
+    x = (step + 1) / steps
+    if x < warmup:
+        return peak * x / warmup
+    return peak * (0.01 + 0.99 * (0.5 + 0.5 * torch.cos(torch.tensor((x - warmup) / (1 - warmup) * torch.pi)).item()))
+
+
+def _state(model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything a continuation needs, flat: weights, their average, the optimizer's moments."""
+    state = {f"model/{n}": t for n, t in model.state_dict().items()} | {f"ema/{n}": t for n, t in ema.items()}
+    for name, p in model.named_parameters():
+        state |= {f"optimizer/{name}/{slot}": t for slot, t in optimizer.state[p].items()}
+    return {k: t.contiguous() for k, t in state.items()}
+
+
+def _restore(
+    state: dict[str, Tensor], model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """Inverse of `_state`, in place."""
+    model.load_state_dict({k.removeprefix("model/"): t for k, t in state.items() if k.startswith("model/")})
+    ema.update({k.removeprefix("ema/"): t for k, t in state.items() if k.startswith("ema/")})
+    for name, p in model.named_parameters():
+        prefix = f"optimizer/{name}/"
+        slots = [key for key in state if key.startswith(prefix)]
+        optimizer.state[p] = {key.removeprefix(prefix): state[key] for key in slots}
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[int], Tensor],
+    folder: Path,
+    *,
+    steps: int,
+    lr: float,
+    decay: float = 0.995,
+    weight_decay: float = 1e-3,
+) -> None:
+    """Minimise loss(step) over the model's parameters and leave the averaged weights in it; resumes from `folder`.
+
+    `loss` draws its batch from a generator keyed by the step, so that a resumed training equals an uninterrupted one.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+    ema = {n: p.detach().clone() for n, p in model.named_parameters()}
+    start = _resume(folder, steps, model, ema, optimizer)
+    with StopFlag() as stop, tqdm(total=steps, initial=start, desc=folder.name, unit="step") as bar:
+        for step in range(start, steps):
+            optimizer.param_groups[0]["lr"] = one_cycle(step, steps, lr)
+            value = loss(step)
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            _average_(ema, model, min(decay, (step + 1) / (step + 10)))
+            bar.update()
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{value.item():.4f}")
+            if (step + 1) % EVERY == 0 or step + 1 == steps or stop.is_set():
+                save_checkpoint(folder, step + 1, _state(model, ema, optimizer), {"step": step + 1, "steps": steps}, 1)
+            if stop.is_set():
+                raise SystemExit(128 + stop.signum)
+    model.load_state_dict(ema, strict=False)
+
+
+def _resume(
+    folder: Path, steps: int, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> int:
+    """Restore the newest checkpoint, if there is one; returns the step to go on with."""
+    if (found := latest_checkpoint(folder)) is None:
+        return 0
+    state, meta = load_checkpoint(found)
+    if meta["steps"] != steps:
+        raise UserError(f"{found} belongs to a training of {meta['steps']} steps, not {steps}: remove {folder}")
+    _restore(state, model, ema, optimizer)
+    return meta["step"]
+
+
+def _average_(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    """Exponential moving average of the weights, in place."""
+    for name, p in model.named_parameters():
+        ema[name].lerp_(p.detach(), 1 - decay)
