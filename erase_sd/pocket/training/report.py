@@ -1,4 +1,4 @@
-"""How good the pocket model and its oracle are, on pictures neither was trained on; every share with n and interval."""
+"""How good the pocket model and its oracle are, on pictures neither was trained on; shares have n and interval."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from erase_sd.pipeline import load, sample
-from erase_sd.pocket.prompt_sets import Question, canonical_texts, exam, reworded_texts, shows
+from erase_sd.pocket.prompt_sets import Part, Question, canonical_texts, exam, reworded_texts
 from erase_sd.pocket.score import GUIDANCE, STEPS, wilson
 from erase_sd.pocket.training import artwork, oracle
 from erase_sd.pocket.training.oracle import LABELS, Oracle
 from erase_sd.pocket.training.vae import through
-from erase_sd.pocket.world import KINDS
+from erase_sd.pocket.world import KINDS, Scene
 from erase_sd.runtime import generator
 
 FRESH = 4000  # renders
@@ -31,7 +31,7 @@ def share(hits: int, n: int) -> dict[str, float | int | list[float]]:
 def measure(
     judge: Oracle, vae: AutoencoderKL, known: Tensor, strangers: Tensor, model: Path, n: int, renders: int = FRESH
 ) -> dict[str, dict]:
-    """Score the oracle on renders, reconstructions and everything else, and the pipeline in `model` on 2 n pictures."""
+    """Score the oracle on renders, reconstructions and everything else, the pipeline in `model` on 2 n pictures."""
     x, labels = artwork.scenes(known, renders, generator(NEVER, "report"))
     y = torch.cat([through(vae)(part) for part in x.split(100)])
     return {
@@ -68,9 +68,14 @@ def draw(model: Path, questions: list[Question], texts: list[str], description: 
     return sample(pipe, texts, seeds, steps=STEPS, guidance=GUIDANCE, batch_size=64, description=description)
 
 
+def indices(scene: Scene) -> list[int]:
+    """Number the object, style and background of a complete scene as the oracle does."""
+    return [names.index(part) for names, part in zip(KINDS.values(), scene, strict=True)]
+
+
 def pipeline_scores(judge: Oracle, model: Path, questions: list[Question]) -> dict[str, dict]:
     """Count how often the pipeline draws what it is asked for, in canonical and in other words."""
-    wanted = torch.tensor([[names.index(part) for names, part in zip(KINDS.values(), q.scene)] for q in questions])
+    wanted = torch.tensor([indices(question.scene) for question in questions])
     scores = {}
     for wording, write in WORDINGS.items():
         images = draw(model, questions, write(questions), f"{wording} words")
@@ -78,8 +83,8 @@ def pipeline_scores(judge: Oracle, model: Path, questions: list[Question]) -> di
     return scores
 
 
-def held_out_scores(judge: Oracle, model: Path, parts: list[tuple[str, str]], n: int) -> dict[str, dict]:
-    """Count how often a pipeline draws each of the parts that it is asked for, n pictures a wording."""
+def retrain_scores(judge: Oracle, model: Path, parts: list[Part], n: int) -> dict[str, dict]:
+    """Count how often a pipeline draws each part that it is asked for, n pictures a wording, and 2 n without them."""
     scores = {}
     for kind, word in parts:
         questions = exam([(kind, word)], n, 0)
@@ -87,15 +92,8 @@ def held_out_scores(judge: Oracle, model: Path, parts: list[tuple[str, str]], n:
         for wording, write in WORDINGS.items():
             images = draw(model, questions, write(questions), f"{word}, {wording} words")
             seen = oracle.seen(judge, oracle.to_tensor(images))[:, list(KINDS).index(kind)]
-            scores[f"{kind} {word}, {wording}"] = share(int((seen == index).sum()), n)
-    return scores
-
-
-def retained_questions(parts: list[tuple[str, str]], n: int) -> list[Question]:
-    """Ask for n scenes that show none of the parts."""
-    questions = exam(parts, 0, n)
-    assert not any(shows(question.scene, part) for question in questions for part in parts)
-    return questions
+            scores[f"{kind} {word}, {wording} words"] = share(int((seen == index).sum()), n)
+    return scores | {"everything else": pipeline_scores(judge, model, exam(parts, 0, n))}
 
 
 def sheet(images: list[Image.Image], columns: int = 10, side: int = 128) -> Image.Image:

@@ -98,11 +98,16 @@ def build_unet() -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def encoded(vae: AutoencoderKL, known: Tensor, folder: Path, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Encode n fresh renders to latent means (n, 16, 8, 8), fp16, and labels (n, 3); cached in the folder."""
+def encoded(
+    trained: Callable[[], AutoencoderKL], known: Tensor, folder: Path, n: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Encode n fresh renders to latent means (n, 16, 8, 8), fp16, and labels (n, 3); cached in the folder.
+
+    `trained` gives the VAE, which only an empty cache needs.
+    """
     path = folder / f"latents-{n}.safetensors"
     if not path.is_file():
-        latents, all_labels = [], []
+        vae, latents, all_labels = trained(), [], []
         for start in tqdm(range(0, n, 100), desc="latents", unit="00 pictures"):
             x, labels = artwork.scenes(known, min(100, n - start), generator(seed, "latents", start))
             latents.append(vae.encode(x).latent_dist.mean.half())
@@ -247,11 +252,20 @@ def save_half(pipe: StableDiffusionPipeline, folder: Path) -> None:
         if isinstance(part, nn.Module):
             halves[name] = copy.deepcopy(part).half()
     StableDiffusionPipeline(**(pipe.components | halves), requires_safety_checker=False).save_pretrained(str(folder))
-    for path in folder.rglob("*.json"):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if path.name in ("config.json", "model_index.json"):
-            for key in ("_name_or_path", "dtype", "torch_dtype"):
-                config.pop(key, None)
-            if path.parent.name == "text_encoder":
-                config["dtype"] = "float32"
-            write_atomic(path, json.dumps(config, indent=2) + "\n")
+    for path in (folder / "model_index.json", *folder.glob("*/config.json")):
+        _tidy(path)
+
+
+def save_unet(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Save a UNet alone, as fp16."""
+    copy.deepcopy(unet).half().save_pretrained(folder)
+    _tidy(folder / "config.json")
+
+
+def _tidy(path: Path) -> None:
+    """Rewrite a configuration without what holds on this machine or for this file alone."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    if "dtype" in config:
+        config["dtype"] = "float32"
+    write_atomic(path, json.dumps(config, indent=2) + "\n")
