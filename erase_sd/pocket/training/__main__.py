@@ -35,9 +35,9 @@ class Training:
     )
     work_dir: str = knob("runs/pocket", "checkpoints and cached latents")
     output_dir: str = knob("docs/results/second_edition", "where model/, oracle.safetensors, report.json, retrain/ go")
-    oracle_steps: int = knob(1800, "steps of the oracle, batch 46")
+    oracle_steps: tuple[int, ...] = knob((1800, 4200), "steps of the oracle per cycle, batch 46")
     vae_steps: int = knob(2800, "steps of the VAE, batch 8")
-    unet_steps: tuple[int, ...] = knob((2600, 2600, 800), "steps of UNet and text encoder per cycle, batch 64")
+    unet_steps: tuple[int, ...] = knob((2400, 3600), "steps of UNet and text encoder per cycle, batch 32")
     sharpen_steps: int = knob(1500, "steps of the decoder alone, after the UNet, batch 8")
     exam_images: int = knob(1280, "pictures on which the finished model is scored, in each wording")
     seed: int = knob(0, "seed of every draw")
@@ -57,18 +57,25 @@ class Workshop:
         """Train the oracle and write its weights."""
         from erase_sd.pocket.training import oracle
 
-        judge = oracle.train(
-            self.known, self.others, self.work / "oracle", steps=self.given.oracle_steps, seed=self.given.seed
-        )
+        judge = self._oracle(self.given.oracle_steps)
         write_atomic(self.out / "oracle.safetensors", oracle.packed(judge))
         return judge
 
+    def _oracle(self, cycles: tuple[int, ...]) -> Oracle:
+        from erase_sd.pocket.training import oracle
+
+        return oracle.train(self.known, self.others, self.work / "oracle", cycles=cycles, seed=self.given.seed)
+
     def vae(self) -> AutoencoderKL:
-        """Train the VAE."""
+        """Train the VAE; an oracle after its first cycle is teacher enough."""
         from erase_sd.pocket.training import vae
 
         return vae.train(
-            self.known, self.oracle(), self.work / "vae", steps=self.given.vae_steps, seed=self.given.seed
+            self.known,
+            self._oracle(self.given.oracle_steps[:1]),
+            self.work / "vae",
+            steps=self.given.vae_steps,
+            seed=self.given.seed,
         )
 
     def latents(self) -> tuple[Tensor, Tensor]:
@@ -90,7 +97,9 @@ class Workshop:
 
         coder = self.vae()
         steps, seed = self.given.sharpen_steps, self.given.seed
-        vae.sharpen(coder, self.known, self.oracle(), self.work / "sharpen", steps=steps, seed=seed)
+        vae.sharpen(
+            coder, self.known, self._oracle(self.given.oracle_steps[:1]), self.work / "sharpen", steps=steps, seed=seed
+        )
         return coder
 
     def all(self) -> dict:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from erase_sd.pocket.training.fit import fit
 from erase_sd.pocket.world import BACKGROUNDS, KINDS, OBJECTS, STYLES
 from erase_sd.runtime import generator
 
-STEPS, BATCH, LR = 1800, 48, 2e-3
+CYCLES, PEAKS, BATCH = (1800, 4200), (2e-3, 1.2e-3), 48
 REUSE = 3  # steps for which one batch of renders serves, mirrored, softened and noised anew
 SIZE = artwork.SIZE
 LABELS = {kind: [*names, "other"] for kind, names in KINDS.items()}
@@ -138,8 +139,12 @@ def worn(x: Tensor, g: torch.Generator) -> Tensor:
     return x + torch.randn(x.shape, generator=g) * 0.12 * torch.rand(len(x), 1, 1, 1, generator=g)
 
 
-def train(known: Tensor, others: Tensor, folder: Path, *, steps: int = STEPS, seed: int = 0) -> Oracle:
-    """Train the oracle on renders alone: it never sees what the VAE or the UNet makes of them."""
+def train(known: Tensor, others: Tensor, folder: Path, *, cycles: tuple[int, ...] = CYCLES, seed: int = 0) -> Oracle:
+    """Train the oracle on renders alone: it never sees what the VAE or the UNet makes of them.
+
+    One learning-rate cycle follows another, each from the averaged weights so far; after the first it knows enough to
+    teach the VAE.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         oracle = Oracle()
@@ -148,16 +153,22 @@ def train(known: Tensor, others: Tensor, folder: Path, *, steps: int = STEPS, se
     def renders(turn: int) -> tuple[Tensor, Tensor]:
         return batch(known, others, generator(seed, "oracle renders", turn))
 
-    def loss(step: int) -> Tensor:
-        x, labels = renders(step // REUSE)
-        x = worn(x, generator(seed, "oracle", step))
-        total = torch.zeros(())
-        for logits, wanted in zip(oracle(x).values(), labels.unbind(1), strict=True):
-            total = total + F.cross_entropy(logits, wanted, ignore_index=IGNORE, label_smoothing=0.02)
-        return total
-
-    fit(oracle, loss, folder, steps=steps, lr=LR, weight_decay=1e-2)
+    for i, steps in enumerate(cycles):
+        loss = partial(classification_loss, oracle, renders, seed, sum(cycles[:i]))
+        fit(oracle, loss, folder / f"cycle-{i + 1}", steps=steps, lr=PEAKS[min(i, len(PEAKS) - 1)], weight_decay=1e-2)
     return oracle.eval().requires_grad_(False)
+
+
+def classification_loss(
+    oracle: Oracle, renders: Callable[[int], tuple[Tensor, Tensor]], seed: int, before: int, step: int
+) -> Tensor:
+    """Add the cross-entropies of object, style and background on the batch of step `before + step`."""
+    x, labels = renders((before + step) // REUSE)
+    x = worn(x, generator(seed, "oracle", before + step))
+    total = torch.zeros(())
+    for logits, wanted in zip(oracle(x).values(), labels.unbind(1), strict=True):
+        total = total + F.cross_entropy(logits, wanted, ignore_index=IGNORE, label_smoothing=0.02)
+    return total
 
 
 @torch.no_grad()
