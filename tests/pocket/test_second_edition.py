@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from erase_sd.pocket import prompt_sets, world
 from erase_sd.pocket.training import artwork, oracle, report, unet, vae
@@ -200,6 +201,10 @@ def test_the_folder_is_a_plain_pipeline_in_fp32(tmp_path: Path, tokenizer) -> No
     assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) <= 20_000_000
     assert not any("_name_or_path" in file.read_text() for file in tmp_path.rglob("*.json"))
     loaded = StableDiffusionPipeline.from_pretrained(str(tmp_path))
+    stored = load_file(tmp_path / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") and tensor.dtype == torch.float16 for name, tensor in stored.items())
+    for name, tensor in loaded.text_encoder.state_dict().items():
+        assert torch.equal(tensor, pipe.text_encoder.state_dict()[name].half().float()), name
     assert {part.dtype for part in (loaded.unet, loaded.vae, loaded.text_encoder)} == {torch.float32}
     drawn = loaded("a kitten on a crimson background", num_inference_steps=1).images[0]
     assert drawn.size == (64, 64)

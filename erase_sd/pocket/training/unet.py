@@ -272,6 +272,18 @@ def save_half(pipe: StableDiffusionPipeline, folder: Path) -> None:
     StableDiffusionPipeline(**(pipe.components | halves), requires_safety_checker=False).save_pretrained(str(folder))
     for path in (folder / "model_index.json", *folder.glob("*/config.json")):
         _tidy(path)
+    _prefix_text_model(folder / "text_encoder" / "model.safetensors")
+
+
+def _prefix_text_model(path: Path) -> None:
+    """Name the text encoder's tensors `text_model.*`, as every Stable Diffusion on the Hub does.
+
+    transformers writes them without the prefix since 5.6 and reads both; older versions read only this one.
+    """
+    tensors = {}
+    for name, tensor in load_file(path).items():
+        tensors[f"text_model.{name.removeprefix('text_model.')}"] = tensor
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def save_unet(unet: UNet2DConditionModel, folder: Path) -> None:
