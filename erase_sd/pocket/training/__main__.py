@@ -37,7 +37,7 @@ class Training:
     output_dir: str = knob("docs/results/second_edition", "where model/, oracle.safetensors, report.json, retrain/ go")
     oracle_steps: tuple[int, ...] = knob((1800, 4200), "steps of the oracle per cycle, batch 46")
     vae_steps: int = knob(2800, "steps of the VAE, batch 8")
-    unet_steps: tuple[int, ...] = knob((2400, 3600), "steps of UNet and text encoder per cycle, batch 32")
+    unet_steps: tuple[int, ...] = knob((2400, 3000), "steps of UNet and text encoder per cycle, batch 32")
     sharpen_steps: int = knob(1500, "steps of the decoder alone, after the UNet, batch 8")
     exam_images: int = knob(1280, "pictures on which the finished model is scored, in each wording")
     seed: int = knob(0, "seed of every draw")
