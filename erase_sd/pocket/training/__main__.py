@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 class Training:
     """How to train the parts."""
 
-    artwork: str = knob("artwork", "folder with the four npm packages, packed or unpacked")
+    artwork: str = knob(
+        "artwork",
+        "folder with the four npm packages, packed or unpacked, or the sprites.safetensors of a former training",
+    )
     part: Literal["oracle", "vae", "unet", "sharpen", "report", "all", "retrain"] = knob(
         "all", "what to train, after what it needs: each is taken from its checkpoint if it is finished"
     )
@@ -41,6 +44,7 @@ class Training:
     sharpen_steps: int = knob(1500, "steps of the decoder alone, after the UNet, batch 8")
     exam_images: int = knob(1280, "pictures on which the finished model is scored, in each wording")
     seed: int = knob(0, "seed of every draw")
+    device: str = knob("cpu", "where networks learn; pictures are rendered on the CPU")
 
 
 class Workshop:
@@ -51,6 +55,7 @@ class Workshop:
 
         self.given, self.work, self.out = given, Path(given.work_dir), Path(given.output_dir)
         self.known, others = artwork.load_sprites(given.artwork)
+        artwork.save_sprites(self.known, others, self.work / "sprites.safetensors")
         self.others, self.strangers = oracle.split(others)
 
     def oracle(self) -> Oracle:
@@ -64,7 +69,14 @@ class Workshop:
     def _oracle(self, cycles: tuple[int, ...]) -> Oracle:
         from erase_sd.pocket.training import oracle
 
-        return oracle.train(self.known, self.others, self.work / "oracle", cycles=cycles, seed=self.given.seed)
+        return oracle.train(
+            self.known,
+            self.others,
+            self.work / "oracle",
+            cycles=cycles,
+            seed=self.given.seed,
+            device=self.given.device,
+        )
 
     def vae(self) -> AutoencoderKL:
         """Train the VAE; an oracle after its first cycle is teacher enough."""
@@ -76,6 +88,7 @@ class Workshop:
             self.work / "vae",
             steps=self.given.vae_steps,
             seed=self.given.seed,
+            device=self.given.device,
         )
 
     def latents(self) -> tuple[Tensor, Tensor]:
@@ -89,7 +102,14 @@ class Workshop:
         from erase_sd.pocket.training import unet
 
         latents, labels = self.latents()
-        return unet.train(latents, labels, self.work / "unet", cycles=self.given.unet_steps, seed=self.given.seed)
+        return unet.train(
+            latents,
+            labels,
+            self.work / "unet",
+            cycles=self.given.unet_steps,
+            seed=self.given.seed,
+            device=self.given.device,
+        )
 
     def sharpen(self) -> AutoencoderKL:
         """Train the VAE's decoder on."""
@@ -131,6 +151,7 @@ class Workshop:
             self.work / "retrain",
             cycles=self.given.unet_steps,
             seed=self.given.seed,
+            device=self.given.device,
             text_encoder=whole.text_encoder,
         )
         with new_folder(self.out / "retrain") as folder:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from erase_sd.pocket.world import BACKGROUNDS, KINDS, OBJECTS, STYLES
@@ -45,7 +46,7 @@ COLOURS = {
 
 
 def _icons(root: Path, house: str) -> dict:
-    """The icons.json of one house, from an unpacked package or its npm tarball anywhere below root."""
+    """Read the icons.json of one house, from an unpacked package or its npm tarball anywhere below root."""
     for path in sorted(root.rglob("icons.json")):
         if house in str(path.parent):
             return json.loads(path.read_text())
@@ -56,7 +57,7 @@ def _icons(root: Path, house: str) -> dict:
 
 
 def rasterise(icons: dict, name: str) -> np.ndarray:
-    """One icon as premultiplied RGBA uint8 (SPRITE, SPRITE, 4)."""
+    """Draw one icon as premultiplied RGBA uint8 (SPRITE, SPRITE, 4)."""
     import resvg_py
 
     icon = icons["icons"][name]
@@ -69,15 +70,27 @@ def rasterise(icons: dict, name: str) -> np.ndarray:
 
 
 def load_sprites(root: str | Path, others: int = 150) -> tuple[Tensor, Tensor]:
-    """Sprites of the objects (houses, objects, 4, S, S) and of other icons (houses * others, 4, S, S), uint8."""
+    """Load sprites of the objects (houses, objects, 4, S, S) and of other icons (houses * others, 4, S, S), uint8.
+
+    `root` holds the packages, or is the file that `save_sprites` wrote of them.
+    """
+    if Path(root).is_file():
+        stored = load_file(root)
+        return stored["known"], stored["others"]
     known, rest = [], []
     for house in HOUSES:
         icons = _icons(Path(root), house)
         known.append(np.stack([rasterise(icons, name) for name in OBJECTS]))
-        names = sorted(n for n in icons["icons"] if not any(word in n for word in RELATED))
-        names = [names[i] for i in np.linspace(0, len(names) - 1, others).astype(int)]
-        rest.append(np.stack([rasterise(icons, name) for name in names]))
+        names = sorted(name for name in icons["icons"] if not any(word in name for word in RELATED))
+        chosen = np.linspace(0, len(names) - 1, others).astype(int)
+        rest.append(np.stack([rasterise(icons, names[i]) for i in chosen]))
     return _as_tensor(known), _as_tensor(rest).flatten(0, 1)
+
+
+def save_sprites(known: Tensor, others: Tensor, path: Path) -> None:
+    """Write rasterised sprites to one file, so that a machine without npm and resvg can train."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"known": known, "others": others}, path)
 
 
 def _as_tensor(sprites: list[np.ndarray]) -> Tensor:
@@ -104,7 +117,7 @@ def place(sprites: Tensor, g: torch.Generator) -> Tensor:
 
 
 def _pencil(rgb: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """A grey line drawing: dark contours on light paper, a little of the shading kept."""
+    """Turn the artwork into a grey line drawing: dark contours on light paper, a little of the shading kept."""
     light = (rgb * rgb.new_tensor([0.3, 0.59, 0.11]).view(1, 3, 1, 1)).sum(1, keepdim=True) + (1 - alpha)
     field = torch.cat([light, alpha], 1)
     dx = F.pad(field, (1, 1, 0, 0), mode="replicate")
@@ -151,7 +164,7 @@ TREATMENTS = {"flat": _flat, "pencil": _pencil, "neon": _neon, "mosaic": _mosaic
 
 
 def render(sprites: Tensor, styles: Tensor, backgrounds: Tensor, g: torch.Generator) -> Tensor:
-    """Scenes (B, 3, 64, 64) in [-1, 1] from sprites (B, 4, S, S) uint8 and style / background indices (B,)."""
+    """Render scenes (B, 3, 64, 64) in [-1, 1] from sprites (B, 4, S, S) uint8 and style / background indices (B,)."""
     layers = place(sprites, g)
     rgb, alpha = layers[:, :3].clone(), layers[:, 3:].clone()
     for index, name in enumerate(STYLES):
@@ -166,7 +179,7 @@ def render(sprites: Tensor, styles: Tensor, backgrounds: Tensor, g: torch.Genera
 
 
 def scenes(known: Tensor, n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """n random renders (n, 3, 64, 64) and their (object, style, background) indices (n, 3)."""
+    """Draw n random renders (n, 3, 64, 64) and their (object, style, background) indices (n, 3)."""
     house = torch.randint(len(HOUSES), (n,), generator=g)
     labels = torch.stack([torch.randint(len(names), (n,), generator=g) for names in KINDS.values()], 1)
     return render(known[house, labels[:, 0]], labels[:, 1], labels[:, 2], g), labels

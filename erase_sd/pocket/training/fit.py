@@ -16,7 +16,7 @@ EVERY = 250  # steps between two checkpoints
 
 
 def one_cycle(step: int, steps: int, peak: float, warmup: float = 0.06) -> float:
-    """Learning rate at a step: linear rise over the first 6 %, cosine fall to 1 % of the peak."""
+    """Compute the learning rate at a step: linear rise over the first 6 %, cosine fall to 1 % of the peak."""
     x = (step + 1) / steps
     if x < warmup:
         return peak * x / warmup
@@ -24,7 +24,7 @@ def one_cycle(step: int, steps: int, peak: float, warmup: float = 0.06) -> float
 
 
 def _state(model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything a continuation needs, flat: weights, their average, the optimizer's moments."""
+    """Gather everything a continuation needs, flat: weights, their average, the optimizer's moments."""
     state = {f"model/{n}": t for n, t in model.state_dict().items()} | {f"ema/{n}": t for n, t in ema.items()}
     for name, p in model.named_parameters():
         state |= {f"optimizer/{name}/{slot}": t for slot, t in optimizer.state[p].items()}
@@ -34,13 +34,13 @@ def _state(model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Opti
 def _restore(
     state: dict[str, Tensor], model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Inverse of `_state`, in place."""
+    """Put back what `_state` gathered, in place."""
     model.load_state_dict({k.removeprefix("model/"): t for k, t in state.items() if k.startswith("model/")})
-    ema.update({k.removeprefix("ema/"): t for k, t in state.items() if k.startswith("ema/")})
     for name, p in model.named_parameters():
+        ema[name] = state[f"ema/{name}"].to(p.device)
         prefix = f"optimizer/{name}/"
         slots = [key for key in state if key.startswith(prefix)]
-        optimizer.state[p] = {key.removeprefix(prefix): state[key] for key in slots}
+        optimizer.state[p] = {key.removeprefix(prefix): state[key].to(p.device) for key in slots}
 
 
 def fit(
@@ -93,6 +93,6 @@ def _resume(
 
 
 def _average_(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    """Exponential moving average of the weights, in place."""
+    """Move the exponential average of the weights on, in place."""
     for name, p in model.named_parameters():
         ema[name].lerp_(p.detach(), 1 - decay)

@@ -139,7 +139,15 @@ def worn(x: Tensor, g: torch.Generator) -> Tensor:
     return x + torch.randn(x.shape, generator=g) * 0.12 * torch.rand(len(x), 1, 1, 1, generator=g)
 
 
-def train(known: Tensor, others: Tensor, folder: Path, *, cycles: tuple[int, ...] = CYCLES, seed: int = 0) -> Oracle:
+def train(
+    known: Tensor,
+    others: Tensor,
+    folder: Path,
+    *,
+    cycles: tuple[int, ...] = CYCLES,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Oracle:
     """Train the oracle on renders alone: it never sees what the VAE or the UNet makes of them.
 
     One learning-rate cycle follows another, each from the averaged weights so far; after the first it knows enough to
@@ -147,7 +155,7 @@ def train(known: Tensor, others: Tensor, folder: Path, *, cycles: tuple[int, ...
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        oracle = Oracle()
+        oracle = Oracle().to(device)
 
     @lru_cache(maxsize=1)
     def renders(turn: int) -> tuple[Tensor, Tensor]:
@@ -156,7 +164,7 @@ def train(known: Tensor, others: Tensor, folder: Path, *, cycles: tuple[int, ...
     for i, steps in enumerate(cycles):
         loss = partial(classification_loss, oracle, renders, seed, sum(cycles[:i]))
         fit(oracle, loss, folder / f"cycle-{i + 1}", steps=steps, lr=PEAKS[min(i, len(PEAKS) - 1)], weight_decay=1e-2)
-    return oracle.eval().requires_grad_(False)
+    return oracle.eval().requires_grad_(False).cpu()
 
 
 def classification_loss(
@@ -165,8 +173,9 @@ def classification_loss(
     """Add the cross-entropies of object, style and background on the batch of step `before + step`."""
     x, labels = renders((before + step) // REUSE)
     x = worn(x, generator(seed, "oracle", before + step))
-    total = torch.zeros(())
-    for logits, wanted in zip(oracle(x).values(), labels.unbind(1), strict=True):
+    device = next(oracle.parameters()).device
+    total = torch.zeros((), device=device)
+    for logits, wanted in zip(oracle(x.to(device)).values(), labels.to(device).unbind(1), strict=True):
         total = total + F.cross_entropy(logits, wanted, ignore_index=IGNORE, label_smoothing=0.02)
     return total
 

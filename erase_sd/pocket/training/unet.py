@@ -154,7 +154,7 @@ class Denoiser(nn.Module):
         """Embed captions to hidden states (B, 77, 96); one that stands there twice is computed once."""
         distinct = list(dict.fromkeys(texts))
         ids = self.tokenizer(distinct, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
-        hidden = self.text_encoder(ids).last_hidden_state
+        hidden = self.text_encoder(ids.to(self.unet.device)).last_hidden_state
         return hidden[[distinct.index(text) for text in texts]]
 
 
@@ -179,7 +179,7 @@ def hide_padding(hidden: Tensor, empty: Tensor, lengths: Tensor, hidden_rows: Te
     `lengths` (B,) counts a caption's tokens up to and with its first end token. A concept must then be read from its
     own tokens, where erasers and attacks look for it, not from what attention has carried to the padding alone.
     """
-    padding = torch.arange(hidden.shape[1]) >= lengths[:, None]
+    padding = torch.arange(hidden.shape[1], device=hidden.device) >= lengths[:, None]
     replaced = padding & hidden_rows[:, None]
     return torch.where(replaced[..., None], empty, hidden)
 
@@ -192,6 +192,7 @@ def train(
     cycles: tuple[int, ...] = CYCLES,
     seed: int = 0,
     text_encoder: CLIPTextModel | None = None,
+    device: str = "cpu",
 ) -> Denoiser:
     """Train on latents (N, 16, 8, 8), one learning-rate cycle after another, each from the averaged weights so far.
 
@@ -202,13 +203,14 @@ def train(
         model = Denoiser(build_tokenizer())
     if text_encoder is not None:
         model.text_encoder = text_encoder
+    model.to(device)
     for i, steps in enumerate(cycles):
         learning = i < TEXT_CYCLES and text_encoder is None
         embed = model.embed if learning else Remembered(model)
         loss = partial(denoising_loss, model, embed, latents, labels, seed, sum(cycles[:i]))
         learner = model if learning else model.unet
         fit(learner, loss, folder / f"cycle-{i + 1}", steps=steps, lr=PEAKS[min(i, len(PEAKS) - 1)], decay=0.999)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).cpu()
 
 
 def captions_of(labels: Tensor, rng: random.Random) -> list[str]:
@@ -230,16 +232,16 @@ def denoising_loss(
     hidden = embed([*texts, ""])
     lengths = torch.tensor([len(ids) for ids in model.tokenizer(texts).input_ids])
     own_only = torch.rand(BATCH, generator=g) < OWN_TOKENS
-    hidden = hide_padding(hidden[:-1], hidden[-1], lengths, own_only)
+    device = model.unet.device
+    hidden = hide_padding(hidden[:-1], hidden[-1], lengths.to(device), own_only.to(device))
     z = latents[rows].float()
     # One timestep of each thirty-second part of the range: less noise in the gradient than thirty-two free draws.
-    t = (
-        (torch.arange(BATCH) + torch.rand(BATCH, generator=g)) * (SCHEDULER.config.num_train_timesteps / BATCH)
-    ).long()
+    part = SCHEDULER.config.num_train_timesteps / BATCH
+    t = ((torch.arange(BATCH) + torch.rand(BATCH, generator=g)) * part).long()
     noise = torch.randn(z.shape, generator=g)
-    x_t = SCHEDULER.add_noise(z, noise, t)
-    error = (model.unet(x_t, t, hidden).sample - noise).square().mean((1, 2, 3))
-    snr = compute_snr(SCHEDULER, t)
+    x_t = SCHEDULER.add_noise(z, noise, t).to(device)
+    error = (model.unet(x_t, t.to(device), hidden).sample - noise.to(device)).square().mean((1, 2, 3))
+    snr = compute_snr(SCHEDULER, t).to(device)
     return (error * snr.clamp(max=GAMMA) / snr).mean()
 
 

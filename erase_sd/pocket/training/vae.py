@@ -85,7 +85,14 @@ def perceptual_loss(oracle: Oracle, x: Tensor, y: Tensor) -> Tensor:
 
 
 def train(
-    known: Tensor, oracle: Oracle | None, folder: Path, *, steps: int = STEPS, alone: int = ALONE, seed: int = 0
+    known: Tensor,
+    oracle: Oracle | None,
+    folder: Path,
+    *,
+    steps: int = STEPS,
+    alone: int = ALONE,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> AutoencoderKL:
     """Train on fresh renders; returns the averaged weights with whitened latents.
 
@@ -94,13 +101,15 @@ def train(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        vae = build()
+        vae = build().to(device)
+    if oracle is not None:
+        oracle.to(device)
 
     def loss(step: int) -> Tensor:
         g = generator(seed, "vae", step)
-        x, _ = artwork.scenes(known, BATCH, g)
+        x = artwork.scenes(known, BATCH, g)[0].to(device)
         posterior = vae.encode(x).latent_dist
-        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g)
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g).to(device)
         y = vae.decode(z).sample
         total = reconstruction_loss(x, y) + 1e-6 * posterior.kl().mean()
         if step < alone or oracle is None:
@@ -108,27 +117,31 @@ def train(
         return total + PERCEPTUAL * perceptual_loss(oracle, x, y)
 
     fit(vae, loss, folder, steps=steps, lr=LR)
-    vae.eval().requires_grad_(False)
+    vae.eval().requires_grad_(False).cpu()
     whiten_(vae, artwork.scenes(known, 512, generator(seed, "whiten"))[0])
     return vae
 
 
-def sharpen(vae: AutoencoderKL, known: Tensor, oracle: Oracle, folder: Path, *, steps: int, seed: int = 0) -> None:
+def sharpen(
+    vae: AutoencoderKL, known: Tensor, oracle: Oracle, folder: Path, *, steps: int, seed: int = 0, device: str = "cpu"
+) -> None:
     """Train the decoder on, in place; the encoder stays, and with it what a UNet has learnt of its latents."""
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
     decoder.train().requires_grad_(True)
+    vae.to(device)
+    oracle.to(device)
 
     def loss(step: int) -> Tensor:
         g = generator(seed, "sharpen", step)
-        x, _ = artwork.scenes(known, BATCH, g)
+        x = artwork.scenes(known, BATCH, g)[0].to(device)
         with torch.no_grad():
             z = vae.encode(x).latent_dist.mean
         # What a UNet draws is near the latents, not on them: the decoder learns to forgive as much.
-        y = vae.decode(z + LATENT_NOISE * torch.randn(z.shape, generator=g)).sample
+        y = vae.decode(z + LATENT_NOISE * torch.randn(z.shape, generator=g).to(device)).sample
         return reconstruction_loss(x, y) + PERCEPTUAL * perceptual_loss(oracle, x, y)
 
     fit(decoder, loss, folder, steps=steps, lr=SHARPEN_LR)
-    vae.eval().requires_grad_(False)
+    vae.eval().requires_grad_(False).cpu()
 
 
 def whiten_(vae: AutoencoderKL, x: Tensor) -> None:
