@@ -210,7 +210,10 @@ def test_the_folder_is_a_plain_pipeline_in_fp32(tmp_path: Path, tokenizer) -> No
     assert drawn.size == (64, 64)
 
 
-def test_a_share_comes_with_n_and_interval() -> None:
+def test_a_share_comes_with_n_and_interval_and_becomes_a_row() -> None:
     scored = report.share(97, 100)
     assert scored["n"] == 100 and scored["share"] == 0.97
     assert scored["ci95"][0] < 0.97 < scored["ci95"][1]
+    rows = report.table({"vae": {"l1": 0.05, "n": 10}, "pipeline": {"other": {"object": scored}}})
+    assert rows[0] == "| vae, L1 of a reconstruction in [-1, 1] | 0.0500 | | 10 |"
+    assert rows[1].startswith("| pipeline, other, object | 97.0% | 91.5% to 99.0% | 100 |")

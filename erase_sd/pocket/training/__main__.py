@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from erase_sd.options import knob, parse
 from erase_sd.process import run_main
-from erase_sd.runtime import new_folder, write_atomic
+from erase_sd.runtime import new_folder, replace_between, write_atomic
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -38,7 +38,7 @@ class Training:
     )
     work_dir: str = knob("runs/pocket", "checkpoints and cached latents")
     output_dir: str = knob("docs/results/second_edition", "where model/, oracle.safetensors, report.json, retrain/ go")
-    oracle_steps: tuple[int, ...] = knob((1800, 4200), "steps of the oracle per cycle, batch 46")
+    oracle_steps: tuple[int, ...] = knob((1800, 1000), "steps of the oracle per cycle, batch 46")
     vae_steps: int = knob(2800, "steps of the VAE, batch 8")
     unet_steps: tuple[int, ...] = knob((2400, 3000), "steps of UNet and text encoder per cycle, batch 32")
     sharpen_steps: int = knob(1500, "steps of the decoder alone, after the UNet, batch 8")
@@ -162,15 +162,24 @@ class Workshop:
         return report.retrain_scores(self.oracle(), scored, unet.HELD_OUT, self.given.exam_images // 4)
 
 
+def publish(result: dict, out: Path, name: str) -> None:
+    """Write scores as JSON, and as a table into the page beside it that has marks for them."""
+    from erase_sd.pocket.training.report import table
+
+    write_atomic(out / f"{name}.json", json.dumps(result, indent=2) + "\n")
+    rows = "\n".join(["| what | share | 95 % (Wilson) | n |", "|---|---|---|---|", *table(result), ""])
+    print(rows)
+    if (out / "README.md").is_file():
+        replace_between(out / "README.md", name, rows)
+
+
 def main() -> int:
     """Train what is asked for and write the scores of what was finished."""
     given = parse(sys.argv[1:], prog="pocket-training", description="Train the pocket model.", training=Training)
     workshop = Workshop(Training(**given["training"]))
     result = getattr(workshop, workshop.given.part)()
     if isinstance(result, dict):
-        name = "retrain.json" if workshop.given.part == "retrain" else "report.json"
-        write_atomic(workshop.out / name, json.dumps(result, indent=2) + "\n")
-        print(json.dumps(result, indent=2))
+        publish(result, workshop.out, "retrain" if workshop.given.part == "retrain" else "report")
     return 0
 
 

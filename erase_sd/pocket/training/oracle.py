@@ -19,7 +19,7 @@ from erase_sd.pocket.training.fit import fit
 from erase_sd.pocket.world import BACKGROUNDS, KINDS, OBJECTS, STYLES
 from erase_sd.runtime import generator
 
-CYCLES, PEAKS, BATCH = (1800, 4200), (2e-3, 1.2e-3), 48
+CYCLES, PEAKS, BATCH = (1800, 1000), (2e-3, 1.2e-3), 48
 REUSE = 3  # steps for which one batch of renders serves, mirrored, softened and noised anew
 SIZE = artwork.SIZE
 LABELS = {kind: [*names, "other"] for kind, names in KINDS.items()}

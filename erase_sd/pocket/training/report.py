@@ -96,6 +96,21 @@ def retrain_scores(judge: Oracle, model: Path, parts: list[Part], n: int) -> dic
     return scores | {"everything else": pipeline_scores(judge, model, exam(parts, 0, n))}
 
 
+def table(result: dict, about: str = "") -> list[str]:
+    """List the shares of a report as rows of a page, whatever their depth: what, share, interval, n."""
+    rows = []
+    for name, value in result.items():
+        what = f"{about}, {name}" if about else name
+        if "share" in value:
+            low, high = value["ci95"]
+            rows.append(f"| {what} | {value['share']:.1%} | {low:.1%} to {high:.1%} | {value['n']} |")
+        elif "l1" in value:
+            rows.append(f"| {what}, L1 of a reconstruction in [-1, 1] | {value['l1']:.4f} | | {value['n']} |")
+        else:
+            rows += table(value, what)
+    return rows
+
+
 def sheet(images: list[Image.Image], columns: int = 10, side: int = 128) -> Image.Image:
     """Lay pictures out in rows, enlarged without smoothing."""
     rows = -(-len(images) // columns)
