@@ -17,7 +17,7 @@ from erase_sd.runtime import generator
 
 STEPS, BATCH, LR = 2800, 8, 1.5e-3
 GROUPS = 2  # of the normalisations: one of few channels cannot carry a colour
-ALONE = 800  # steps of pixels alone
+ALONE = 834  # steps of pixels alone; the oracle was ready then
 SHARPEN_STEPS, SHARPEN_LR = 1500, 6e-4
 PERCEPTUAL = 0.5  # weight of the oracle's distances
 LATENT_NOISE = 0.05
