@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from erase_sd.pocket import prompt_sets, world
-from erase_sd.pocket.training import artwork, oracle, report, unet, vae
+from erase_sd.pocket.training import artwork, fit, oracle, report, unet, vae
 from erase_sd.runtime import generator
 
 
@@ -145,6 +145,22 @@ def _failing_at(call: int):
         return original(*args)
 
     return loss
+
+
+def test_a_later_cycle_goes_on_from_a_warm_start_alone(
+    data: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unet, "BATCH", 2)
+    learnt = unet.train(*data, tmp_path / "first", cycles=(1, 1))
+    fit.warm_start(tmp_path / "first" / "cycle-2", tmp_path / "moved" / "cycle-2")
+    moved = unet.train(*data, tmp_path / "moved", cycles=(1, 1))
+    assert not (tmp_path / "moved" / "cycle-1").exists()
+    for name, tensor in learnt.state_dict().items():
+        assert torch.equal(tensor.half().float(), moved.state_dict()[name]), name
+    monkeypatch.setattr(unet, "TEXT_CYCLES", 2)
+    further = unet.train(*data, tmp_path / "moved", cycles=(1, 1, 1))
+    assert torch.equal(further.text_encoder.final_layer_norm.weight, moved.text_encoder.final_layer_norm.weight)
+    assert not torch.equal(further.unet.conv_out.weight, moved.unet.conv_out.weight)
 
 
 def test_a_given_text_encoder_does_not_learn(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -79,6 +79,18 @@ def fit(
     model.load_state_dict(ema, strict=False)
 
 
+def fit_cycles(cycles: tuple[int, ...], fit_one: Callable[[int, int, Path], None], folder: Path) -> None:
+    """Call fit_one(index, steps before, folder) for each cycle in turn.
+
+    A cycle that has left no checkpoint is over where a later one has: the later one began with what it had learnt.
+    """
+    folders = [folder / f"cycle-{i + 1}" for i in range(len(cycles))]
+    begun = [latest_checkpoint(place) is not None for place in folders]
+    for i, place in enumerate(folders):
+        if begun[i] or not any(begun[i + 1 :]):
+            fit_one(i, sum(cycles[:i]), place)
+
+
 def _resume(
     folder: Path, steps: int, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> int:
@@ -88,8 +100,28 @@ def _resume(
     state, meta = load_checkpoint(found)
     if meta["steps"] != steps:
         raise UserError(f"{found} belongs to a training of {meta['steps']} steps, not {steps}: remove {folder}")
-    _restore(state, model, ema, optimizer)
+    if meta["step"] == steps:
+        ema.update(_averaged(state))
+    else:
+        _restore(state, model, ema, optimizer)
     return meta["step"]
+
+
+def _averaged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take the averaged weights out of a checkpoint."""
+    return {name.removeprefix("ema/"): state[name] for name in state if name.startswith("ema/")}
+
+
+def warm_start(begun: Path, start: Path) -> None:
+    """Write the averaged weights of a training's newest checkpoint to `start` as a finished one, in fp16.
+
+    A later cycle goes on from there on any machine: it needs neither Adam's moments nor what was before the average.
+    """
+    if (found := latest_checkpoint(begun)) is None:
+        raise UserError(f"there is no checkpoint in {begun}")
+    state, meta = load_checkpoint(found)
+    tensors = {f"ema/{name}": tensor.half() for name, tensor in _averaged(state).items()}
+    save_checkpoint(start, meta["step"], tensors, {"step": meta["step"], "steps": meta["step"]}, 1)
 
 
 def _average_(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from erase_sd.pocket.training import artwork
-from erase_sd.pocket.training.fit import fit
+from erase_sd.pocket.training.fit import fit, fit_cycles
 from erase_sd.pocket.world import BACKGROUNDS, KINDS, OBJECTS, STYLES
 from erase_sd.runtime import generator
 
@@ -161,9 +161,11 @@ def train(
     def renders(turn: int) -> tuple[Tensor, Tensor]:
         return batch(known, others, generator(seed, "oracle renders", turn))
 
-    for i, steps in enumerate(cycles):
-        loss = partial(classification_loss, oracle, renders, seed, sum(cycles[:i]))
-        fit(oracle, loss, folder / f"cycle-{i + 1}", steps=steps, lr=PEAKS[min(i, len(PEAKS) - 1)], weight_decay=1e-2)
+    def cycle(i: int, before: int, place: Path) -> None:
+        loss = partial(classification_loss, oracle, renders, seed, before)
+        fit(oracle, loss, place, steps=cycles[i], lr=PEAKS[min(i, len(PEAKS) - 1)], weight_decay=1e-2)
+
+    fit_cycles(cycles, cycle, folder)
     return oracle.eval().requires_grad_(False).cpu()
 
 

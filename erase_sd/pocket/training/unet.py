@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from erase_sd.pocket.training import artwork
-from erase_sd.pocket.training.fit import fit
+from erase_sd.pocket.training.fit import fit, fit_cycles
 from erase_sd.pocket.world import KINDS, Scene, grid, varied
 from erase_sd.runtime import generator, write_atomic
 
@@ -204,12 +204,15 @@ def train(
     if text_encoder is not None:
         model.text_encoder = text_encoder
     model.to(device)
-    for i, steps in enumerate(cycles):
+
+    def cycle(i: int, before: int, place: Path) -> None:
         learning = i < TEXT_CYCLES and text_encoder is None
         embed = model.embed if learning else Remembered(model)
-        loss = partial(denoising_loss, model, embed, latents, labels, seed, sum(cycles[:i]))
+        loss = partial(denoising_loss, model, embed, latents, labels, seed, before)
         learner = model if learning else model.unet
-        fit(learner, loss, folder / f"cycle-{i + 1}", steps=steps, lr=PEAKS[min(i, len(PEAKS) - 1)], decay=0.999)
+        fit(learner, loss, place, steps=cycles[i], lr=PEAKS[min(i, len(PEAKS) - 1)], decay=0.999)
+
+    fit_cycles(cycles, cycle, folder)
     return model.eval().requires_grad_(False).cpu()
 
 
