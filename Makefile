@@ -1,7 +1,8 @@
 # make demo    erase a concept from the pocket model in minutes, offline, on a CPU   (CONCEPT="neon style" for another)
 # make test    lint and tests
 # make kill    kill a tiny run twenty times, anywhere, and compare what the resumed ones find, minutes
-# make pocket  fetch the artwork (npm) and train the pocket model again, about two hours
+# make pocket  fetch the artwork (npm) and train the pocket model again, hours on a CPU
+# make retrain the same on data without the held-out concepts: what a model does that never saw them
 # make clean   remove the environment and the caches, never the results in runs/
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ EMPTY :=
 RUN = runs/$(subst $(EMPTY) $(EMPTY),-,$(CONCEPT))-scissorhands
 
 .DELETE_ON_ERROR:
-.PHONY: demo test kill lint pocket clean
+.PHONY: demo test kill lint pocket retrain clean
 
 demo: $(VENV)/installed
 	$(LAUNCH) erase_sd/train.py --concept "$(CONCEPT)" --model pocket
@@ -37,7 +38,10 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 
 pocket: $(VENV)/installed-train $(ARTWORK)
-	$(BIN)/python -m erase_sd.pocket.train --artwork $(ARTWORK)
+	$(BIN)/python -m erase_sd.pocket.training --artwork $(ARTWORK)
+
+retrain: $(VENV)/installed-train $(ARTWORK)
+	$(BIN)/python -m erase_sd.pocket.training --artwork $(ARTWORK) --part retrain
 
 $(ARTWORK):
 	mkdir -p $@

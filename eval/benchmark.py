@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from erase_sd.common.cli import at_least, command, knob, run_main
 from erase_sd.common.errors import UserError
-from erase_sd.common.files import RunLock, write_atomic
+from erase_sd.common.files import RunLock, replace_between, text_around, write_atomic
 from erase_sd.common.processes import workers
 from eval.benchmarking.aggregate import method_scores
 from eval.benchmarking.plots import grid, tradeoff
@@ -47,8 +47,6 @@ from eval.benchmarking.tables import (
     leaderboard_csv,
     leaderboard_page,
     leaderboard_summary,
-    replace_between,
-    text_around,
 )
 from eval.benchmarking.trial import finish
 

@@ -148,3 +148,20 @@ def slug(text: str) -> str:
         return folder
     suffix = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{folder}-{suffix}" if folder else suffix
+
+
+def text_around(page: Path, name: str) -> tuple[str, str]:
+    """Return a page up to its first mark of this name, and from its last. Raises UserError without the marks."""
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    head, _, rest = text.partition(start)
+    _, last, tail = rest.partition(end)
+    if not last:
+        raise UserError(f"--readme {page} has no line {start} followed by {end}")
+    return head + start, last + tail
+
+
+def replace_between(page: Path, name: str, text: str) -> None:
+    """Put the text between a page's marks of this name. Raises UserError as `text_around` does."""
+    head, tail = text_around(page, name)
+    write_atomic(page, f"{head}\n{text}{tail}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from erase_sd.pocket.world import KINDS, Part, Scene, caption, grid
+from erase_sd.pocket.world import KINDS, Part, Scene, caption, grid, reworded
 from prompts import Example
 
 HALF = 500_000  # image seeds of an evaluation lie below one million: the concept's in the lower half
@@ -113,3 +113,16 @@ def exam(parts: list[Part], n_forget: int, n_retain: int, seed: int = 0) -> list
         if not shows_any(scene, parts):
             retain.append(Question(scene, HALF + i % HALF, None))
     return forget + retain[:n_retain]
+
+
+def canonical_texts(questions: list[Question]) -> list[str]:
+    """Return each question in the canonical words, by which concepts are erased."""
+    return [caption(question.scene) for question in questions]
+
+
+def reworded_texts(questions: list[Question]) -> list[str]:
+    """Return each question in other words throughout: an evaluation of its own, which asks for the thing."""
+    texts = []
+    for question in questions:
+        texts.append(reworded(question.scene, random.Random(f"reworded {question.seed}")))
+    return texts

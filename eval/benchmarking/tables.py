@@ -5,11 +5,8 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
 
-from erase_sd.common.errors import UserError
-from erase_sd.common.files import write_atomic
 from erase_sd.pocket.score import wilson
 from eval.benchmarking.aggregate import RATES, MethodScore, average, common, pareto
 from eval.benchmarking.rows import BenchmarkRow, Finished, RowResult, protocol
@@ -229,20 +226,3 @@ def before_after_rate(found: Sequence[Pair], name: str, missing: bool = False) -
         before, after = 1 - before, 1 - after
     low, high = wilson(after, samples)
     return f"{100 * before:.1f} → {100 * after:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def text_around(page: Path, name: str) -> tuple[str, str]:
-    """Return a page up to its first mark of this name, and from its last. Raises UserError without the marks."""
-    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    head, _, rest = text.partition(start)
-    _, last, tail = rest.partition(end)
-    if not last:
-        raise UserError(f"--readme {page} has no line {start} followed by {end}")
-    return head + start, last + tail
-
-
-def replace_between(page: Path, name: str, text: str) -> None:
-    """Put the text between a page's marks of this name. Raises UserError as `text_around` does."""
-    head, tail = text_around(page, name)
-    write_atomic(page, f"{head}\n{text}{tail}")

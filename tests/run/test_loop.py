@@ -28,6 +28,9 @@ class Counting:
     def __init__(self, kill_at: int | None = None) -> None:
         self.kill_at = kill_at
 
+    def too_strong(self) -> tuple[str, ...]:
+        return ()
+
     def __call__(self, task, state=None):
         for i, both in enumerate(self.records(task, state)):
             if i == self.kill_at:

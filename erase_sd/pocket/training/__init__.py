@@ -1,1 +1,1 @@
-"""training."""
+"""How the embedded model was trained, and how to train it again."""

@@ -1,8 +1,8 @@
-"""One training loop for the pocket model's three parts: one-cycle AdamW, keyed batches, EMA, resume, progress bar."""
+"""One training loop for the parts of the pocket model: one-cycle AdamW, keyed batches, EMA, resume, bar."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ EVERY = 250  # steps between two checkpoints
 
 
 def one_cycle(step: int, steps: int, peak: float, warmup: float = 0.06) -> float:
-    """Learning rate at a step: linear rise over the first 6 %, cosine fall to 1 % of the peak."""
+    """Compute the learning rate at a step: linear rise over the first 6 %, cosine fall to 1 % of the peak."""
     x = (step + 1) / steps
     if x < warmup:
         return peak * x / warmup
@@ -25,21 +25,23 @@ def one_cycle(step: int, steps: int, peak: float, warmup: float = 0.06) -> float
 
 
 def _state(model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything a continuation needs, flat: weights, their average, Adam's moments."""
+    """Gather everything a continuation needs, flat: weights, their average, the optimizer's moments."""
     state = {f"model/{n}": t for n, t in model.state_dict().items()} | {f"ema/{n}": t for n, t in ema.items()}
     for name, p in model.named_parameters():
-        state |= {f"adam/{name}/{slot}": t for slot, t in optimizer.state[p].items()}
+        state |= {f"optimizer/{name}/{slot}": t for slot, t in optimizer.state[p].items()}
     return {k: t.contiguous() for k, t in state.items()}
 
 
 def _restore(
     state: dict[str, Tensor], model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Inverse of `_state`, in place."""
+    """Put back what `_state` gathered, in place."""
     model.load_state_dict({k.removeprefix("model/"): t for k, t in state.items() if k.startswith("model/")})
-    ema.update({k.removeprefix("ema/"): t for k, t in state.items() if k.startswith("ema/")})
     for name, p in model.named_parameters():
-        optimizer.state[p] = {slot: state[f"adam/{name}/{slot}"] for slot in ("step", "exp_avg", "exp_avg_sq")}
+        ema[name] = state[f"ema/{name}"].to(p.device)
+        prefix = f"optimizer/{name}/"
+        slots = [key for key in state if key.startswith(prefix)]
+        optimizer.state[p] = {key.removeprefix(prefix): state[key].to(p.device) for key in slots}
 
 
 def fit(
@@ -78,6 +80,18 @@ def fit(
     model.load_state_dict(ema, strict=False)
 
 
+def fit_cycles(cycles: tuple[int, ...], fit_one: Callable[[int, int, Path], None], folder: Path) -> None:
+    """Call fit_one(index, steps before, folder) for each cycle in turn.
+
+    A cycle that has left no checkpoint is over where a later one has: the later one began with what it had learnt.
+    """
+    folders = [folder / f"cycle-{i + 1}" for i in range(len(cycles))]
+    begun = [latest_checkpoint(place) is not None for place in folders]
+    for i, place in enumerate(folders):
+        if begun[i] or not any(begun[i + 1 :]):
+            fit_one(i, sum(cycles[:i]), place)
+
+
 def _resume(
     folder: Path, steps: int, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> int:
@@ -87,11 +101,31 @@ def _resume(
     state, meta = load_checkpoint(found)
     if meta["steps"] != steps:
         raise UserError(f"{found} belongs to a training of {meta['steps']} steps, not {steps}: remove {folder}")
-    _restore(state, model, ema, optimizer)
+    if meta["step"] == steps:
+        ema.update(_averaged(state))
+    else:
+        _restore(state, model, ema, optimizer)
     return meta["step"]
 
 
+def _averaged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take the averaged weights out of a checkpoint."""
+    return {name.removeprefix("ema/"): state[name] for name in state if name.startswith("ema/")}
+
+
+def warm_start(begun: Path, start: Path) -> None:
+    """Write the averaged weights of a training's newest checkpoint to `start` as a finished one, in fp16.
+
+    A later cycle goes on from there on any machine: it needs neither Adam's moments nor what was before the average.
+    """
+    if (found := latest_checkpoint(begun)) is None:
+        raise UserError(f"there is no checkpoint in {begun}")
+    state, meta = load_checkpoint(found)
+    tensors = {f"ema/{name}": tensor.half() for name, tensor in _averaged(state).items()}
+    save_checkpoint(start, meta["step"], tensors, {"step": meta["step"], "steps": meta["step"]}, 1)
+
+
 def _average_(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    """Exponential moving average of the weights, in place."""
+    """Move the exponential average of the weights on, in place."""
     for name, p in model.named_parameters():
         ema[name].lerp_(p.detach(), 1 - decay)
