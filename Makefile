@@ -31,7 +31,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 kill: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/test_kills.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/end_to_end/test_kills.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -88,7 +88,7 @@ def export(job: ExportJob, settings: ExportSettings) -> list[str]:
     if not chosen.guidance and stored_guidance(folder):
         raise UserError(
             f"{folder} keeps guidance beside its network, which --to {job.to} cannot hold: give --to hub, or load it "
-            f"with erase_sd.pipeline.load(BASE, {part}={str(folder)!r})"
+            f"with erase_sd.models.pipeline.load(BASE, {part}={str(folder)!r})"
         )
     return chosen.write(loaded(job, folder, record, part), output, settings)
 
