@@ -24,6 +24,7 @@ from erase_sd.denoising.sharded import wanted
 from erase_sd.denoising.task import DenoisingTask, trimmed
 from erase_sd.models import guidance
 from erase_sd.models.families import family, modules, network
+from erase_sd.models.noise import check_scheduler
 from erase_sd.models.parameters import select, without_norms
 from erase_sd.models.pipeline import load_network
 from erase_sd.models.placement import placed, training
@@ -182,6 +183,7 @@ def _check(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> Non
     model, part = network(pipe), family(pipe).part
     if model.dtype not in (torch.float32, getattr(torch, plan.job.weights_dtype)):
         raise UserError(f"the {part} is {model.dtype}: load it in float32, mixed_precision saves the same time")
+    check_scheduler(pipe)
     losses = plan.losses
     for scope in (losses.trim_scope, losses.rank_scope or "full", losses.train_scope):
         select(model, scope)

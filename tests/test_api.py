@@ -12,9 +12,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import (
     AutoPipelineForText2Image,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
 )
 from PIL import Image
 
@@ -214,6 +219,24 @@ def test_what_cannot_work_is_refused_before_anything_is_sampled_or_written(
     with pytest.raises(UserError, match=message):
         erase(tiny_pipe, **{"concept": "dragon", "output_dir": tmp_path / "run"} | QUICK | given)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (EDMEulerScheduler(), "a EDMEulerScheduler, adds noise"),
+        (EDMDPMSolverMultistepScheduler(), "a EDMDPMSolverMultistepScheduler, adds noise"),
+        (UniPCMultistepScheduler(use_flow_sigmas=True), "a UniPCMultistepScheduler with use_flow_sigmas"),
+        (EulerDiscreteScheduler(timestep_type="continuous"), "a EulerDiscreteScheduler with continuous timesteps"),
+    ],
+)
+def test_an_unknown_forward_process_is_refused_by_name_before_anything_is_sampled(
+    tiny_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch, scheduler: SchedulerMixin, message: str
+) -> None:
+    monkeypatch.setattr(concept, "sample", lambda *args, **options: pytest.fail("an image was sampled"))
+    tiny_pipe.scheduler = scheduler
+    with pytest.raises(UserError, match=message):
+        erase(tiny_pipe, "dragon", **QUICK)
 
 
 def test_half_precision_weights_are_refused(tiny_pipe: StableDiffusionPipeline) -> None:

@@ -11,8 +11,31 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Generator, Tensor
 
+from erase_sd.common.errors import UserError
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+DIFFUSION = {  # samplers of the same forward process: DDPM's, whose betas are in their config
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+}
+FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"}
+ANSWERS = ("epsilon", "v_prediction", "sample")  # what a network of DDPM's process may predict
 
 
 class ForwardProcess(Protocol):
@@ -76,5 +99,27 @@ class Flow:
 
 
 def forward_process(pipe: DiffusionPipeline) -> ForwardProcess:
-    """Return the forward process that the pipeline's network was trained on."""
-    return Flow(pipe) if "Flow" in type(pipe.scheduler).__name__ else Diffusion(pipe)
+    """Return the forward process that the pipeline's network was trained on. Raises UserError for an unknown one."""
+    check_scheduler(pipe)
+    return Flow(pipe) if type(pipe.scheduler).__name__ in FLOW else Diffusion(pipe)
+
+
+def check_scheduler(pipe: DiffusionPipeline) -> None:
+    """Refuse a scheduler whose forward process is not known: the network would be trained on another. UserError."""
+    name, config = type(pipe.scheduler).__name__, pipe.scheduler.config
+    if name in FLOW:
+        return
+    odd = ""
+    if name in DIFFUSION:
+        if config.get("use_flow_sigmas"):
+            odd = " with use_flow_sigmas"
+        elif config.get("timestep_type") == "continuous":
+            odd = " with continuous timesteps"
+        elif config.get("prediction_type", "epsilon") not in ANSWERS:
+            odd = f" with prediction_type {config['prediction_type']}"
+        else:
+            return
+    raise UserError(
+        f"the pipeline's scheduler, a {name}{odd}, adds noise in a way that is not known here: models of DDPM's noise "
+        "or of flow matching can be erased, give one with its own scheduler"
+    )
