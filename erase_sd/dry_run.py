@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from erase_sd.denoising.concept import PocketTarget, Target, resolve
+from erase_sd.denoising.task import trimmed
 from erase_sd.methods.base import Sizes
 from erase_sd.models.checks import check_index, check_place, check_single_file, explained
 from erase_sd.models.families import family
-from erase_sd.models.parameters import select, without_norms
+from erase_sd.models.parameters import select
 from erase_sd.plan import Plan
 
 GIB = 2**30
@@ -81,7 +82,7 @@ def sizes(network: nn.Module, others: dict[str, nn.Module], plan: Plan) -> Sizes
     """Return the numbers of parameters that the plan's scopes select. Raises UserError as `select` does."""
     losses = plan.used_losses()
     trained = select(network, losses.train_scope)
-    trimmable = without_norms(network, select(network, losses.trim_scope))
+    trimmable = trimmed(network, losses.trim_scope, trained)
     ranked = select(network, losses.rank_scope) if losses.rank_scope else trimmable
     return Sizes(
         network=_count(network.parameters()),

@@ -34,7 +34,8 @@ class Job:
     seed: int = knob(0, "seed of every random draw")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = knob(None, "autocast; by default accelerate's setting")
     weights_dtype: Literal["float32", "bfloat16"] = knob(
-        "float32", "the network's weights while it is trained, and in the result; bfloat16 needs a --rounding"
+        "float32",
+        "the network's weights while it is trained, and in the result; bfloat16 takes --rounding kahan unless told",
     )
     fsdp: bool = knob(False, "divide the network among the processes (FSDP2) instead of copying it to each")
     gradient_checkpointing: bool = knob(False, "compute activations twice instead of keeping them")

@@ -6,7 +6,7 @@ becomes of the other 16 bits:
 
     nearest     they are dropped
     stochastic  they are the probability of rounding up, so that the expected weight is the fp32 one
-    kahan       they are kept in a 16-bit buffer and join the next step: exactly fp32 weights, in two halves
+    kahan       they are kept in a 16-bit buffer and join the next step: fp32 master weights in two halves
 """
 
 from collections.abc import Callable, Iterator
