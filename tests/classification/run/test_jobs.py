@@ -12,10 +12,11 @@ import torch
 
 from classification.run import jobs
 from erase_sd.common.errors import UserError
+from erase_sd.methods.base import Method
 
 
 @dataclass(frozen=True)
-class Steps:
+class Steps(Method):
     """A method of two steps that does something to the task after each of them."""
 
     act: object
