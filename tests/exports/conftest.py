@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from erase_sd.common.files import digest
 from erase_sd.common.rng import generator
 from erase_sd.models.families import modules
-from erase_sd.models.pipeline import draw, load, save_network
+from erase_sd.models.pipeline import load, sample_batch, save_network
 from erase_sd.run.record import weights_hash
 from tests.conftest import SD14_UNET, SD14_VAE, TINY_UNET, TINY_VAE, byte_tokenizer, text_encoder
 
@@ -77,7 +77,7 @@ def picture(pipe: DiffusionPipeline) -> np.ndarray:
             tensor.data = tensor.data.clone()
     pipe.set_progress_bar_config(disable=True)
     seeds = [generator(seed, "image") for seed in (0, 1)]
-    return draw(pipe, ["a cat", "a dog on grass"], seeds, steps=2, guidance=3.5, output_type="np")
+    return sample_batch(pipe, ["a cat", "a dog on grass"], seeds, steps=2, guidance=3.5, output_type="np")
 
 
 def same_weights(ours: nn.Module, theirs: nn.Module) -> bool:
