@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
-from erase_sd import api as erase
+from erase_sd.api import erase
 from erase_sd.common.errors import UserError
 from erase_sd.common.rng import generator
 from erase_sd.denoising.card import swap_in_snippet

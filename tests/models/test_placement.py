@@ -15,6 +15,7 @@ from erase_sd import erase
 from erase_sd.common.errors import UserError
 from erase_sd.common.rng import generator
 from erase_sd.denoising import concept
+from erase_sd.denoising import task as denoising_task
 from erase_sd.denoising.task import DenoisingTask
 from erase_sd.models.pipeline import load
 from erase_sd.models.placement import placed, training
@@ -132,8 +133,13 @@ def test_only_the_network_stays_on_the_accelerator_while_it_is_trained(tiny_pipe
 def test_the_original_network_is_copied_only_where_a_loss_looks_at_it(
     tiny_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch, knobs: dict, copies: int
 ) -> None:
-    made, copy = [], DenoisingTask._frozen_copy
-    monkeypatch.setattr(DenoisingTask, "_frozen_copy", lambda task: made.append(copy(task)) or made[-1])
+    made, copy = [], denoising_task.frozen_copy
+
+    def counted(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+        made.append(copy(model, device))
+        return made[-1]
+
+    monkeypatch.setattr(denoising_task, "frozen_copy", counted)
     monkeypatch.setattr(concept.Target, "preview", lambda *args: concept.Preview([], [], None))
     quick = {k: QUICK[k] for k in ("batch_size", "forget_images", "retain_images", "sample_steps")}
     erase(tiny_pipe, "cat", **quick | knobs | {"steps": 1})
