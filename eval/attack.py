@@ -30,7 +30,7 @@ from erase_sd.pocket.score import GUIDANCE, STEPS
 from eval.attacks import ATTACKS, PLAIN
 from eval.attacks import attack as build
 from eval.attacks.asked import Asked, called, of_concept, of_pocket
-from eval.attacks.base import AttackJudge, AttackSetup, ConceptAttack, Drawing
+from eval.attacks.base import AttackJudge, AttackSampling, AttackSetup, ConceptAttack
 from eval.attacks.judges import judge
 from eval.attacks.pictures import Originals, from_folder
 from eval.attacks.published import PublishedPrompts
@@ -118,7 +118,7 @@ def attack(options: AttackJob) -> list[dict[str, Any]]:
     attacks = _attacks(options)
     asked = _asked(options)
     judged_by = judge(options.judge, asked.concept, options.others, options.batch_size)
-    drawing = _drawing(options)
+    sampling = _sampling(options)
     state = PartialState(cpu=not torch.accelerator.is_available())  # else several CPU processes would be strangers
     for model in models.values():  # each is loaded once to see that it can be: later would be after hours
         attacks = _possible(options, attacks, model.load(), asked)
@@ -130,7 +130,7 @@ def attack(options: AttackJob) -> list[dict[str, Any]]:
         "prompts": asked.source,
         "prompts_sha256": asked.sha256,
         "targets": [asdict(target) for target in asked.targets],
-        "drawing": {"steps": drawing.steps, "guidance": drawing.guidance, "size": drawing.size},
+        "sampling": {"steps": sampling.steps, "guidance": sampling.guidance, "size": sampling.size},
         "dtype": options.dtype,
         "seed": options.seed,
         "skip_plain": options.skip_plain,
@@ -139,7 +139,7 @@ def attack(options: AttackJob) -> list[dict[str, Any]]:
         "wordings": list(options.wordings),
     }
     with AttackFolder(Path(options.output_dir), protocol, state) as folder:
-        setup = _setup(options, original, asked, judged_by, drawing, attacks, models[ORIGINAL].sha256)
+        setup = _setup(options, original, asked, judged_by, sampling, attacks, models[ORIGINAL].sha256)
         for model in _in_turn(models, options.controls):
             _campaign(options, folder, model, attacks, setup, asked)
         results = folder.finish() if state.is_main_process else []
@@ -303,10 +303,9 @@ def _asked(options: AttackJob) -> Asked:
     return called(asked, options.wordings)
 
 
-def _drawing(options: AttackJob) -> Drawing:
-
+def _sampling(options: AttackJob) -> AttackSampling:
     steps, guidance = (STEPS, GUIDANCE) if options.judge == "pocket" else (50, 7.5)
-    return Drawing(
+    return AttackSampling(
         steps=options.steps or steps,
         guidance=guidance if options.guidance is None else options.guidance,
         size=options.size,
@@ -335,7 +334,7 @@ def _setup(
     original: DiffusionPipeline,
     asked: Asked,
     judged_by: AttackJudge,
-    drawing: Drawing,
+    sampling: AttackSampling,
     attacks: dict[str, ConceptAttack],
     model_hash: str,
 ) -> AttackSetup:
@@ -344,22 +343,22 @@ def _setup(
     many = max(each.examples for each in attacks.values())
     captions = list(islice(cycle(asked.captions), many))
     if options.pictures:
-        z = from_folder(original, Path(options.pictures), drawing)
+        z = from_folder(original, Path(options.pictures), sampling)
         references = z[torch.arange(len(asked.targets)) % len(z)]
         examples = z[torch.arange(many) % len(z)]
     else:
         cache = Path(options.output_dir) / "prepared"
-        source = Originals(pipe=original, sha256=model_hash, drawing=drawing, cache=cache)
+        source = Originals(pipe=original, sha256=model_hash, sampling=sampling, cache=cache)
         wanted = any(each.needs_references for each in attacks.values())
         references = source.of_targets(asked.targets) if wanted else []
         first = EXAMPLES + 10_000 * options.seed
-        examples = source.drawn(captions, list(range(first, first + many))) if many else None
+        examples = source.of_prompts(captions, list(range(first, first + many))) if many else None
     return AttackSetup(
         pipe=original,
         original=original,
         concept=asked.concept,
         judge=judged_by,
-        drawing=drawing,
+        sampling=sampling,
         seed=options.seed,
         references=dict(enumerate(references)),
         captions=tuple(captions),
@@ -385,7 +384,7 @@ WORDS = 3  # columns of text, set to the left
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The results as text: rates in percent; queries, gradient steps and seconds are means of a target.
+    """Return the results as text: rates in percent; queries, gradient steps and seconds are means of a target.
 
     The models stand beside each other under every attack.
     """

@@ -70,11 +70,11 @@ class Erased:
 
     @property
     def network(self) -> nn.Module:
-        """The erased network."""
+        """Return the erased network."""
         return getattr(self.pipe, self.part)
 
     def metadata(self, **more: str) -> dict[str, str]:
-        """The metadata of a .safetensors file: strings only, and "format", without which transformers refuses it."""
+        """Return the metadata of a .safetensors file: strings, and "format", without which transformers refuses it."""
         return {"format": "pt"} | {f"erase_sd.{name}": value for name, value in (self.facts | more).items()}
 
 

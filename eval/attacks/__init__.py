@@ -58,6 +58,6 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {  # over the classes' defaults,
 
 
 def attack(name: str, budget: str = "published", given: dict[str, Any] | None = None) -> ConceptAttack:
-    """The attack of this name with the budget's options and, above them, the given ones."""
+    """Return the attack of this name with the budget's options and, above them, the given ones."""
     options = OWN.get(name, {}) | BUDGETS[budget].get(name, {}) | (given or {})
     return ATTACKS[name](**options)

@@ -32,12 +32,15 @@ class Asked:
 
     @property
     def explicit(self) -> bool:
-        """Whether its pictures are not to be shown."""
+        """Return whether its pictures are not to be shown."""
         return self.concept.name in EXPLICIT or self.source in EXPLICIT
 
 
 def of_pocket(text: str, count: int | None, seed: int) -> Asked:
-    """A concept of the embedded model: targets are scenes that no training drew. Raises UserError for other words."""
+    """Return a concept of the embedded model: targets are scenes of no training.
+
+    Raises UserError for other words.
+    """
     part = kind, word = part_named(text)
     pairs = []
     for scene in grid():
@@ -58,7 +61,7 @@ def of_pocket(text: str, count: int | None, seed: int) -> Asked:
 
 
 def of_concept(text: str, source: str | None, count: int | None, seed: int) -> Asked:
-    """Any other concept, with its own prompts or those of a source of eval.generate, which say how many there are.
+    """Return any other concept, with its own prompts or those of a source of eval.generate: as many as those say.
 
     Raises UserError for a concept or a source that cannot be read.
     """
@@ -79,5 +82,5 @@ def of_concept(text: str, source: str | None, count: int | None, seed: int) -> A
 
 
 def called(asked: Asked, wordings: tuple[str, ...]) -> Asked:
-    """The same with other names of the concept."""
+    """Return this with other names of the concept."""
     return replace(asked, concept=replace(asked.concept, wordings=wordings))

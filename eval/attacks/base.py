@@ -63,7 +63,7 @@ class AttackedConcept:
     wordings: tuple[str, ...] = ()  # what else it is called
 
     def replaced(self, prompt: str, by: str) -> str:
-        """The prompt with `by` for the concept's words, or behind it where the prompt does not name the concept."""
+        """Return the prompt with `by` for the concept's words, or behind a prompt that does not name the concept."""
         names = "|".join(re.escape(word) for word in self.words)
         text, count = re.subn(rf"\b(?:{names})\b", lambda _: by, prompt, flags=re.IGNORECASE)
         return text if count else f"{prompt} {by}"
@@ -79,8 +79,8 @@ class AttackJudge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """How the attacked model draws."""
+class AttackSampling:
+    """How the attacked model samples."""
 
     steps: int
     guidance: float
@@ -96,24 +96,24 @@ class AttackSetup:
     original: DiffusionPipeline  # the unerased one: only for what its pictures, words and answers are
     concept: AttackedConcept
     judge: AttackJudge
-    drawing: Drawing
+    sampling: AttackSampling
     seed: int
     references: dict[int, Tensor] = field(default_factory=dict)  # row -> latent (C, H, W) of the target's picture
     captions: tuple[str, ...] = ()  # of the training pictures
     examples: Tensor | None = None  # (N, C, H, W) latents of pictures of the concept, from seeds of their own
 
     def rng(self, *key: int | str) -> torch.Generator:
-        """A generator on the CPU that depends on the seed and this key alone."""
+        """Return a generator on the CPU that depends on the seed and this key alone."""
         return generator(self.seed, "attack", *key)
 
     @property
     def device(self) -> torch.device:
-        """Where the attacked network computes."""
+        """Return where the attacked network computes."""
         return network(self.pipe).device
 
     def sample(self, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-        """Pictures of the attacked model, one for each prompt and seed."""
-        how = self.drawing
+        """Return pictures of the attacked model, one for each prompt and seed."""
+        how = self.sampling
         return sample(
             self.pipe,
             prompts,
@@ -124,8 +124,8 @@ class AttackSetup:
             size=how.size,
         )
 
-    def draw(self, targets: list[AttackTarget], prompts: list[str] | None = None) -> list[Image.Image]:
-        """Pictures of the attacked model from the targets' seeds: of their plain prompts, or of others."""
+    def sample_targets(self, targets: list[AttackTarget], prompts: list[str] | None = None) -> list[Image.Image]:
+        """Return pictures of the attacked model from the targets' seeds: of their plain prompts, or of others."""
         texts, seeds = [], []
         for target in targets:
             texts.append(target.prompt)
@@ -133,14 +133,14 @@ class AttackSetup:
         return self.sample(prompts or texts, seeds)
 
     def reference(self, targets: list[AttackTarget]) -> Tensor:
-        """(n, C, H, W) latents of the targets' pictures as the original drew them."""
+        """Return (n, C, H, W) latents of the targets' pictures as the original drew them."""
         return torch.stack([self.references[target.row] for target in targets]).to(self.device)
 
     def encode(self, captions: list[str], pipe: DiffusionPipeline | None = None) -> Cond:
-        """What the network sees of the captions, with a gradient where the text encoder has one."""
+        """Return what the network sees of the captions, with a gradient where the text encoder has one."""
         pipe = pipe or self.pipe
-        side = self.drawing.size or resolution(pipe)
-        cond = family(pipe).encode(pipe, captions, self.drawing.guidance, side)
+        side = self.sampling.size or resolution(pipe)
+        cond = family(pipe).encode(pipe, captions, self.sampling.guidance, side)
         return {name: x.to(self.device) for name, x in cond.items()}
 
 
@@ -182,19 +182,19 @@ class ConceptAttack:
 
     @property
     def budget(self) -> str:
-        """What it may spend on a target, in words."""
+        """Return what it may spend on a target, in words."""
         return "one picture"
 
     def targets(self, given: list[AttackTarget]) -> list[AttackTarget]:
-        """The targets it goes for: the given ones, unless it brings its own."""
+        """Return the targets it goes for: the given ones, unless it brings its own."""
         return given
 
     def options(self) -> dict[str, Any]:
-        """Everything that can be set, as JSON takes it."""
+        """Return everything that can be set, as JSON takes it."""
         return asdict(self)
 
     def refusal(self, pipe: DiffusionPipeline, concept: AttackedConcept) -> str | None:
-        """Why it cannot be carried out on this model and concept, or None."""
+        """Return why it cannot be carried out on this model and concept, or None."""
         kind = type(pipe).__name__
         if self.families is not None and kind not in self.families:
             return f"it works on {', '.join(self.families)}, not on a {kind}"
@@ -212,7 +212,7 @@ class ConceptAttack:
 
 
 def prediction(pipe: DiffusionPipeline, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """The network's output at latents (n, C, H, W) and timesteps (n,), at least fp32, with a gradient if there is one.
+    """Return the network's output at latents (n, C, H, W) and timesteps (n,), at least fp32, with its gradient.
 
     The conditioning has n rows, or one for all.
     """
@@ -222,19 +222,19 @@ def prediction(pipe: DiffusionPipeline, x_t: Tensor, t: Tensor, cond: Cond) -> T
 
 
 def noised(pipe: DiffusionPipeline, z: Tensor, t: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(x_t, what the network should answer) of latents (n, C, H, W) at timesteps (n,), with noise from the CPU."""
+    """Return (x_t, what the network should answer) of latents (n, C, H, W) at timesteps (n,); noise from the CPU."""
     forward = forward_process(pipe)
     noise = torch.randn(z.shape, generator=rng).to(z.device)
     return forward.add_noise(z, noise, t), forward.target(z, noise, t)
 
 
 def images_of_one(images: list[Image.Image], shown: list[bool]) -> Image.Image | None:
-    """The first picture that shows the concept, or None."""
+    """Return the first picture that shows the concept, or None."""
     return images[shown.index(True)] if True in shown else None
 
 
 def findings(labels: list[str], images: list[list[Image.Image]], shown: list[list[bool]]) -> list[Finding]:
-    """One finding per target of pictures [try][target] and of what the judge says of them."""
+    """Return one finding per target of pictures [try][target] and of what the judge says of them."""
     found = []
     for i in range(len(images[0])):
         column = [row[i] for row in images]

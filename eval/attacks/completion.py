@@ -33,12 +33,12 @@ class Completion(ConceptAttack):
 
     @property
     def budget(self) -> str:
-        """A picture for every hand-over."""
+        """Say that it is a picture for every hand-over."""
         return f"one picture after {', '.join(map(str, self.first_steps))} steps of the original"
 
     def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
         """Hand the original's latents over and have them finished."""
-        most = max(1, setup.drawing.steps - 1)  # the last step is the attacked model's
+        most = max(1, setup.sampling.steps - 1)  # the last step is the attacked model's
         kept = _beginnings(setup, targets, min(most, max(self.first_steps)))
         labels, images, shown = [], [], []
         for n in self.first_steps:
@@ -49,7 +49,7 @@ class Completion(ConceptAttack):
 
 
 def _beginnings(setup: AttackSetup, targets: list[AttackTarget], most: int) -> dict[int, Tensor]:
-    """{steps done: latents (n, C, H, W)} of the original's drawing."""
+    """{steps done: latents (n, C, H, W)} as the original samples."""
     kept: dict[int, Tensor] = {}
 
     def remember(done: int, t: Tensor | None, latents: Tensor) -> Tensor:

@@ -52,16 +52,16 @@ class ConceptInversion(ConceptAttack):
 
     @property
     def examples(self) -> int:
-        """Pictures that it learns from."""
+        """Return pictures that it learns from."""
         return self.pictures
 
     @property
     def budget(self) -> str:
-        """What learning costs; a target is one picture."""
+        """Return what learning costs; a target is one picture."""
         return f"{self.vectors} vectors, {self.steps} steps of {self.batch_size} once, one picture"
 
     def prepare(self, setup: AttackSetup) -> Preparation:
-        """The learned vectors {text encoder: (vectors, D)}."""
+        """Return the learned vectors {text encoder: (vectors, D)}."""
         rng = setup.rng("inversion")
         marked = markers(setup.pipe, self.vectors)
         captions = [setup.concept.replaced(caption, marked) for caption in setup.captions[: self.pictures]]
@@ -95,5 +95,5 @@ class ConceptInversion(ConceptAttack):
         prompts = [setup.concept.replaced(target.prompt, marked) for target in targets]
         vectors = {name: x.to(setup.device) for name, x in ready.tensors.items()}
         with soft_tokens(setup.pipe, vectors):
-            images = setup.draw(targets, prompts)
+            images = setup.sample_targets(targets, prompts)
         return findings(["inversion"], [images], [setup.judge.shows(images)])

@@ -35,7 +35,7 @@ class ImageToImage(ConceptAttack):
 
     @property
     def budget(self) -> str:
-        """A picture for every strength."""
+        """Say that it is a picture for every strength."""
         return f"one picture at each of the strengths {', '.join(map(str, self.strengths))}"
 
     def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
@@ -51,12 +51,12 @@ class ImageToImage(ConceptAttack):
 
 
 def skipped(steps: int, strength: float) -> int:
-    """Steps that the noised picture stands for: at least one, and one is left for the model."""
+    """Return how many steps the noised picture stands for: at least one, and one is left for the model."""
     return min(max(1, steps - int(steps * strength)), max(1, steps - 1))
 
 
 def _denoised(setup: AttackSetup, targets: list[AttackTarget], z: Tensor, noise: Tensor, strength: float) -> list:
-    start = skipped(setup.drawing.steps, strength)
+    start = skipped(setup.sampling.steps, strength)
 
     def hand_over(done: int, t: Tensor | None, latents: Tensor) -> Tensor:
         return noised_to(setup.pipe, z, noise, t) if done == start else latents

@@ -49,7 +49,7 @@ class Inpainting(ConceptAttack):
 
 
 def mask(z: Tensor, side: float) -> Tensor:
-    """(H, W), True in the central part of latents (n, C, H, W) that is `side` of each side."""
+    """Return a mask (H, W), True in the central part of latents (n, C, H, W) that is `side` of each side."""
     height, width = z.shape[-2:]
     inner = torch.zeros(height, width, dtype=torch.bool, device=z.device)
     high, wide = max(1, round(height * side)), max(1, round(width * side))

@@ -32,7 +32,7 @@ Shows = Callable[[list[Image.Image]], list[bool]]
 
 
 def judge(name: str, concept: AttackedConcept, others: tuple[str, ...] = (), batch_size: int = 32) -> AttackJudge:
-    """The judge of this name for a concept; `others` are sentences that CLIP weighs it against.
+    """Return the judge of this name for a concept; `others` are sentences that CLIP weighs it against.
 
     Raises UserError for an unknown name, for what cannot be loaded, and for a concept that the judge does not know.
     """
@@ -123,11 +123,11 @@ def _clip(name: str, concept: AttackedConcept, others: tuple[str, ...], batch_si
 
 
 def class_vector(features: Tensor) -> Tensor:
-    """The direction (D,) of several sentences (n, D): the mean of their unit vectors, as CLIP ensembles prompts."""
+    """Return the direction (D,) of sentences (n, D): the mean of their unit vectors, as CLIP ensembles prompts."""
     mean = torch.nn.functional.normalize(features.float(), dim=1).mean(0)
     return mean / mean.norm()
 
 
 def first_is_nearest(features: Tensor, classes: Tensor) -> Tensor:
-    """(B,) whether class 0 of (C, D) unit vectors has the largest cosine with each picture (B, D)."""
+    """Tell (B,) whether class 0 of (C, D) unit vectors has the largest cosine with each picture (B, D)."""
     return (features.float() @ classes.to(features.device).T).argmax(1) == 0

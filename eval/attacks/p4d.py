@@ -28,21 +28,21 @@ from eval.attacks.base import (
     noised,
     prediction,
 )
-from eval.attacks.soft_prompt import Vocabulary, markers, soft_tokens
+from eval.attacks.soft_prompt import Vocabulary, encode_vectors, sample_vectors
 
 
 def nearest(v: Tensor, table: Tensor) -> Tensor:
-    """The token (n,) whose embedding in the table (V, D) has the largest cosine with each vector (n, D)."""
+    """Return the token (n,) whose embedding in the table (V, D) has the largest cosine with each vector (n, D)."""
     return (F.normalize(v, dim=1) @ F.normalize(table, dim=1).T).argmax(1)
 
 
 def straight_through(v: Tensor, table: Tensor) -> Tensor:
-    """The nearest embeddings (n, D) forward; backward, the gradient reaches v as it is."""
+    """Return the nearest embeddings (n, D) forward; backward, the gradient reaches v as it is."""
     return v + (table[nearest(v, table)] - v).detach()
 
 
 def layout(length: int, every: int) -> list[bool]:
-    """Which tokens of a P4D-K prompt are free: one before every `every` of the prompt's `length` own tokens."""
+    """Return which tokens of a P4D-K prompt are free: one before every `every` of the prompt's `length` own tokens."""
     free: list[bool] = []
     for i in range(length):
         if i % every == 0:
@@ -78,7 +78,7 @@ class PromptingForDebugging(ConceptAttack):
 
     @property
     def budget(self) -> str:
-        """Steps and pictures at most."""
+        """Return how many steps and pictures it takes at most."""
         return f"{self.steps} steps of {self.samples}, {-(-self.steps // self.picture_every)} pictures"
 
     def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
@@ -102,9 +102,7 @@ class PromptingForDebugging(ConceptAttack):
                 continue
             queries += 1
             found = nearest(soft.detach(), words.table)
-            vectors = prompt.vectors(words.table[found])
-            with soft_tokens(setup.pipe, words.split(vectors)):
-                images = setup.draw([target], [markers(setup.pipe, len(vectors))])
+            images = sample_vectors(setup, words, prompt.vectors(words.table[found]), target)
             shown = setup.judge.shows(images)
             if shown[0]:
                 break
@@ -124,8 +122,7 @@ class PromptingForDebugging(ConceptAttack):
         with torch.no_grad():
             wanted = prediction(setup.original, x_t, t, asked)
         vectors = prompt.vectors(straight_through(soft, prompt.words.table))
-        with soft_tokens(setup.pipe, prompt.words.split(vectors)):
-            cond = setup.encode([markers(setup.pipe, len(vectors))])
+        cond = encode_vectors(setup, prompt.words, vectors, 1)
         return F.mse_loss(prediction(setup.pipe, x_t, t, cond), wanted)
 
 

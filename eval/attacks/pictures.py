@@ -14,7 +14,7 @@ from erase_sd.common.errors import UserError
 from erase_sd.denoising.samples import sampled
 from erase_sd.models.families import resolution
 from erase_sd.settings import Sampling
-from eval.attacks.base import AttackTarget, Drawing
+from eval.attacks.base import AttackSampling, AttackTarget
 from eval.images.folder import picture, read
 
 if TYPE_CHECKING:
@@ -27,35 +27,35 @@ class Originals:
 
     pipe: DiffusionPipeline
     sha256: str  # of its weights
-    drawing: Drawing
+    sampling: AttackSampling
     cache: Path
 
     def of_targets(self, targets: Sequence[AttackTarget]) -> Tensor:
-        """(N, C, H, W) of the targets' plain prompts and seeds."""
+        """Return (N, C, H, W) of the targets' plain prompts and seeds."""
         prompts, seeds = [], []
         for target in targets:
             prompts.append(target.prompt)
             seeds.append(target.seed)
-        return self.drawn(prompts, seeds)
+        return self.of_prompts(prompts, seeds)
 
-    def drawn(self, prompts: list[str], seeds: list[int]) -> Tensor:
-        """(N, C, H, W) on the CPU, one for each prompt and seed."""
+    def of_prompts(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        """Return (N, C, H, W) on the CPU, one for each prompt and seed."""
         how = Sampling(
-            sample_steps=self.drawing.steps,
-            sample_guidance=self.drawing.guidance,
-            sample_batch_size=self.drawing.batch_size,
-            resolution=self.drawing.size,
+            sample_steps=self.sampling.steps,
+            sample_guidance=self.sampling.guidance,
+            sample_batch_size=self.sampling.batch_size,
+            resolution=self.sampling.size,
         )
         return sampled(self.pipe, prompts, seeds, how, self.sha256, self.cache, "pictures of the concept")
 
 
 @torch.no_grad()
-def from_folder(pipe: DiffusionPipeline, path: Path, drawing: Drawing) -> Tensor:
-    """(N, C, H, W) on the CPU: every sound picture of a folder, squeezed to the drawing's size and encoded.
+def from_folder(pipe: DiffusionPipeline, path: Path, sampling: AttackSampling) -> Tensor:
+    """Return (N, C, H, W) on the CPU: every sound picture of a folder, squeezed to the size asked for and encoded.
 
     Raises UserError if there is none.
     """
-    folder, side = read(path), drawing.size or resolution(pipe)
+    folder, side = read(path), sampling.size or resolution(pipe)
     config, rows = pipe.vae.config, []
     for entry in folder.entries:
         image, why = picture(folder, entry)

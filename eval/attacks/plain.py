@@ -17,5 +17,5 @@ class PlainPrompt(ConceptAttack):
 
     def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
         """Draw and judge every target."""
-        images = setup.draw(targets)
+        images = setup.sample_targets(targets)
         return findings(["plain"], [images], [setup.judge.shows(images)])

@@ -27,20 +27,20 @@ class PublishedPrompts(ConceptAttack):
 
     @property
     def name(self) -> str:
-        """What the result is called."""
+        """Return what the result is called."""
         return f"published:{Path(self.file).stem}"
 
     @property
     def budget(self) -> str:
-        """The file says it all."""
+        """Say that the file holds all there is."""
         return "one picture of every row"
 
     def options(self) -> dict:
-        """The rows in place of the path, which may be another tomorrow."""
+        """Return the rows in place of the path, which may be another tomorrow."""
         return {"rows_sha256": targets_digest(self.targets([]))}
 
     def targets(self, given: list[AttackTarget]) -> list[AttackTarget]:
-        """The rows of the file. Raises UserError for a file that cannot be read."""
+        """Return the rows of the file. Raises UserError for a file that cannot be read."""
         targets = []
         with asked_by_the_user():
             rows = read(Path(self.file))
@@ -51,5 +51,5 @@ class PublishedPrompts(ConceptAttack):
 
     def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
         """Draw and judge every row."""
-        images = setup.draw(targets)
+        images = setup.sample_targets(targets)
         return findings(["published"], [images], [setup.judge.shows(images)])

@@ -59,17 +59,17 @@ class Relearning(ConceptAttack):
 
     @property
     def examples(self) -> int:
-        """Pictures that it learns from."""
+        """Return pictures that it learns from."""
         return self.pictures
 
     def refusal(self, pipe: DiffusionPipeline, concept: AttackedConcept) -> str | None:
-        """It also needs numbers that small steps do not vanish in."""
+        """Refuse, besides, numbers in which small steps vanish."""
         fine = type(pipe).__name__ not in EVERY or network(pipe).dtype == torch.float32
         return super().refusal(pipe, concept) or (None if fine else "it fine-tunes, which needs --dtype float32")
 
     @property
     def budget(self) -> str:
-        """Steps and pictures at most."""
+        """Return how many steps and pictures it takes at most."""
         return f"{self.checks[-1]} steps on {self.pictures} pictures, {len(self.checks)} pictures of a target"
 
     def prepare(self, setup: AttackSetup) -> Preparation:
@@ -82,7 +82,7 @@ class Relearning(ConceptAttack):
         for step, pipe in tuned(self, setup):
             taught = replace(setup, pipe=pipe)
             labels.append(f"{step} steps")
-            images.append(taught.draw(targets))
+            images.append(taught.sample_targets(targets))
             shown.append(setup.judge.shows(images[-1]))
         found = findings(labels, images, shown)
         counted = []
@@ -93,12 +93,12 @@ class Relearning(ConceptAttack):
 
 
 def first_check(checks: tuple[int, ...], shown: list[bool]) -> int | None:
-    """The steps of the first check at which the concept was back, None if it never was."""
+    """Return the steps of the first check at which the concept was back, None if it never was."""
     return next((step for step, back in zip(checks, shown, strict=True) if back), None)
 
 
 def tuned(attack: Relearning, setup: AttackSetup) -> Iterator[tuple[int, DiffusionPipeline]]:
-    """(steps, pipeline) at every check of the fine-tuning; the attacked model itself stays as it is."""
+    """Return (steps, pipeline) at every check of the fine-tuning; the attacked model itself stays as it is."""
     learner = copy.copy(setup.pipe)
     setattr(learner, family(learner).part, copy.deepcopy(network(setup.pipe)))
     weights = list(network(learner).requires_grad_(True).parameters())

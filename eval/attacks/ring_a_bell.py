@@ -34,17 +34,17 @@ Fitness = Callable[[Tensor], Tensor]  # token ids (P, K) -> (P,), lower is bette
 
 
 def concept_vector(positive: Tensor, negative: Tensor) -> Tensor:
-    """v (L, D) of hidden states (pairs, L, D) of prompts with and without the concept."""
+    """Return v (L, D) of hidden states (pairs, L, D) of prompts with and without the concept."""
     return (positive - negative).mean(0)
 
 
 def distance(states: Tensor, wanted: Tensor) -> Tensor:
-    """|E(x) - target|^2 of hidden states (P, L, D): (P,)."""
+    """Return |E(x) - target|^2 of hidden states (P, L, D): (P,)."""
     return (states - wanted).square().flatten(1).sum(1)
 
 
 def crossed(parents: Tensor, rate: float, rng: Generator) -> Tensor:
-    """The parents (P, K), each followed by two children with a random partner with probability `rate`."""
+    """Return the parents (P, K), each followed by two children with a random partner with probability `rate`."""
     n, length = parents.shape
     rows = []
     for i in range(n):
@@ -58,7 +58,7 @@ def crossed(parents: Tensor, rate: float, rng: Generator) -> Tensor:
 
 
 def mutated(population: Tensor, rate: float, allowed: Tensor, rng: Generator) -> Tensor:
-    """The population (P, K) with one token, out of `allowed`, replaced in a share `rate` of it."""
+    """Return the population (P, K) with one token, out of `allowed`, replaced in a share `rate` of it."""
     n, length = population.shape
     hit = torch.rand(n, generator=rng) < rate
     place = torch.randint(length, (n,), generator=rng)
@@ -77,7 +77,7 @@ def evolved(
     allowed: Tensor,
     rng: Generator,
 ) -> Tensor:
-    """The best tokens (K,) of the last generation."""
+    """Return the best tokens (K,) of the last generation."""
     for _ in range(generations):
         better = fitness(population).argsort(stable=True)[: len(population) // 2]
         population = mutated(crossed(population[better], crossover, rng), mutation, allowed, rng)
@@ -106,11 +106,11 @@ class RingABell(ConceptAttack):
 
     @property
     def budget(self) -> str:
-        """What the search may ask of the text encoder."""
+        """Return what the search may ask of the text encoder."""
         return f"{self.generations} generations of {self.population}, one picture"
 
     def prepare(self, setup: AttackSetup) -> Preparation:
-        """The concept's vector, by the original's text encoder."""
+        """Return the concept's vector, by the original's text encoder."""
         with torch.no_grad():
             positive = hidden_states(setup.original, [positive for positive, _ in setup.concept.pairs])
             negative = hidden_states(setup.original, [negative for _, negative in setup.concept.pairs])
@@ -136,7 +136,7 @@ class RingABell(ConceptAttack):
 
         best = evolved(first, fitness, self.generations, self.crossover, self.mutation, allowed, rng)
         text = tokenizer.decode(best)
-        images = setup.draw([target], [text])
+        images = setup.sample_targets([target], [text])
         shown = setup.judge.shows(images)
         left = float(fitness(best[None]))
         return Finding(
@@ -148,14 +148,14 @@ class RingABell(ConceptAttack):
 
 
 def hidden_states(pipe: DiffusionPipeline, texts: list[str]) -> Tensor:
-    """E of texts: last hidden state (n, L, D), fp32, of the pipeline's first text encoder."""
+    """Return E of texts: last hidden state (n, L, D), fp32, of the pipeline's first text encoder."""
     tokenizer = pipe.tokenizer
     ids = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True).input_ids
     return _encoded(pipe, torch.tensor(ids))
 
 
 def states_of(pipe: DiffusionPipeline, tokens: Tensor) -> Tensor:
-    """E of tokens (P, K): they stand between start and end, padded as the tokenizer pads."""
+    """Return E of tokens (P, K): they stand between start and end, padded as the tokenizer pads."""
     tokenizer = pipe.tokenizer
     tokens = tokens[:, : tokenizer.model_max_length - 2]
     ids = torch.full((len(tokens), tokenizer.model_max_length), tokenizer.pad_token_id)

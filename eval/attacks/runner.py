@@ -79,7 +79,7 @@ class AttackFolder:
         self._stack.close()
 
     def done(self) -> dict[tuple[str, int], AttackRecord]:
-        """Every finished target by (key, row): a record, and a picture that it still describes."""
+        """Return every finished target by (key, row): a record, and a picture that it still describes."""
         records: list[AttackRecord] = []
         for file in sorted((self.path / "results").glob("*/*.json")):
             records += json.loads(file.read_text(encoding="utf-8"))["records"]
@@ -182,11 +182,11 @@ class Campaign:
         return digest([self.model.name, self.model.sha256, name, self.attacks[name].options()])[:32]
 
     def place(self, name: str) -> str:
-        """Where an attack's files lie below results/ and pictures/."""
+        """Return where an attack's files lie below results/ and pictures/."""
         return f"{self.model.name}/{name.replace(':', '-')}"
 
     def targets(self, name: str, done: dict[tuple[str, int], AttackRecord]) -> list[AttackTarget]:
-        """What an attack goes for."""
+        """Return what an attack goes for."""
         left = []
         for target in self.asked.targets:
             spared = self.skip_plain and name != PLAIN and done[self.key(PLAIN), target.row]["success"]
@@ -200,7 +200,7 @@ class Campaign:
         blocks: list[tuple[str, list[AttackTarget]]] = []
         total = 0
         for name in names:
-            for block in _blocks(self.attacks[name], self.targets(name, done), self.setup.drawing.batch_size):
+            for block in _blocks(self.attacks[name], self.targets(name, done), self.setup.sampling.batch_size):
                 if any((self.key(name), target.row) not in done for target in block):
                     blocks.append((name, block))
                     total += len(block)
@@ -304,7 +304,7 @@ def _blocks(attack: ConceptAttack, targets: list[AttackTarget], batch_size: int)
 
 
 def summary(records: list[AttackRecord], n: int, plain: dict[int, bool] | None) -> dict[str, Any]:
-    """Rates over n targets with 95 % Wilson intervals; `plain` tells the rows that the plain prompt draws.
+    """Return rates over n targets with 95 % Wilson intervals; `plain` tells the rows that the plain prompt draws.
 
     pre + post = asr, as UnlearnDiffAtk counts: what the plain prompt draws already, and what only the attack does.
     `alone` is the attack's own rate over what it attempted, whether or not the plain prompt would have done. Costs are

@@ -2,7 +2,7 @@
 
     text = f"a {markers(pipe, 4)} in a garden"
     with soft_tokens(pipe, vectors):           # {"text_encoder": (4, D)}, one entry for each text encoder
-        cond = encode([text])                  # or draw: what the pipeline tokenises and encodes itself, of any family
+        cond = encode([text])                  # or sample: what a pipeline of any family encodes itself
 
 The j-th marker of a caption becomes the j-th vector. Texts without markers, such as negative prompts, stay as they
 are.
@@ -18,16 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from erase_sd.common.errors import UserError
-from erase_sd.models.families import modules
+from erase_sd.models.families import Cond, modules
+from eval.attacks.base import AttackSetup, AttackTarget
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from PIL import Image
 
 CANDIDATES = "~*^@#_"  # characters that prompts hardly contain, of which every tokenizer knows one
 
 
 def encoders(pipe: DiffusionPipeline) -> dict[str, tuple[nn.Module, Any]]:
-    """{"text_encoder": (module, tokenizer), ...} of the text encoders that the pipeline has."""
+    """Return {"text_encoder": (module, tokenizer), ...} of the text encoders that the pipeline has."""
     return {
         name: (part, pipe.components[name.replace("text_encoder", "tokenizer")])
         for name, part in modules(pipe).items()
@@ -36,12 +38,12 @@ def encoders(pipe: DiffusionPipeline) -> dict[str, tuple[nn.Module, Any]]:
 
 
 def tables(pipe: DiffusionPipeline) -> dict[str, Tensor]:
-    """The vocabulary of each text encoder: (V, D) embeddings, fp32, detached."""
+    """Return the vocabulary of each text encoder: (V, D) embeddings, fp32, detached."""
     return {name: part.get_input_embeddings().weight.detach().float() for name, (part, _) in encoders(pipe).items()}
 
 
 def marker(pipe: DiffusionPipeline) -> str:
-    """A character that every tokenizer of the pipeline knows as a token. Raises UserError if there is none."""
+    """Return a character that every tokenizer of the pipeline knows as a token. Raises UserError if there is none."""
     for character in CANDIDATES:
         if all(marker_id(tokenizer, character) is not None for _, tokenizer in encoders(pipe).values()):
             return character
@@ -49,18 +51,18 @@ def marker(pipe: DiffusionPipeline) -> str:
 
 
 def marker_id(tokenizer: Any, character: str) -> int | None:
-    """The token of a character, which other tokens may precede (a T5's space); None if it is no token of its own."""
+    """Return the token of a character, which others may precede (a T5's space); None if it is no token of its own."""
     ids = tokenizer(f"{character} {character}", add_special_tokens=False).input_ids
     return ids[-1] if ids.count(ids[-1]) == 2 and ids[-1] not in tokenizer.all_special_ids else None
 
 
 def markers(pipe: DiffusionPipeline, n: int) -> str:
-    """A text of n markers."""
+    """Return a text of n markers."""
     return " ".join([marker(pipe)] * n)
 
 
 def filled(ids: Tensor, embedded: Tensor, marked: int, vectors: Tensor) -> Tensor:
-    """Embeddings (B, L, D) of token ids (B, L) with the vectors where a row's markers stand, in their order.
+    """Return embeddings (B, L, D) of token ids (B, L) with the vectors where a row's markers stand, in their order.
 
     The vectors are (n, D), the same for all rows, or (B, n, D).
     """
@@ -84,7 +86,7 @@ def soft_tokens(pipe: DiffusionPipeline, vectors: dict[str, Tensor]) -> Iterator
 
 
 def embeddings(encoder: nn.Module) -> list[nn.Embedding]:
-    """The modules that look tokens up: T5 names one of them its input's and calls another with the same weight."""
+    """Return the modules that look tokens up: T5 names one its input's and calls another with the same weight."""
     table = encoder.get_input_embeddings().weight
     found = []
     for module in encoder.modules():
@@ -98,6 +100,18 @@ def _hook(marked: int, vectors: Tensor) -> Any:
         return filled(inputs[0], output, marked, vectors)
 
     return replace
+
+
+def encode_vectors(setup: AttackSetup, words: Vocabulary, vectors: Tensor, n: int) -> Cond:
+    """Return what the network sees of n prompts of vectors (L, sum of D) or (n, L, sum of D), with their gradient."""
+    with soft_tokens(setup.pipe, words.split(vectors)):
+        return setup.encode([markers(setup.pipe, vectors.shape[-2])] * n)
+
+
+def sample_vectors(setup: AttackSetup, words: Vocabulary, vectors: Tensor, target: AttackTarget) -> list[Image.Image]:
+    """Return the picture that a prompt of vectors (L, sum of D) gives from the target's seed."""
+    with soft_tokens(setup.pipe, words.split(vectors)):
+        return setup.sample_targets([target], [markers(setup.pipe, len(vectors))])
 
 
 class Vocabulary:
@@ -116,14 +130,14 @@ class Vocabulary:
         self.widths = {name: table.shape[1] for name, table in by_encoder.items()}
 
     def ids(self, text: str, most: int) -> list[int]:
-        """The tokens of a text without start and end, at most so many."""
+        """Return the tokens of a text without start and end, at most so many."""
         return self.tokenizer(text, add_special_tokens=False).input_ids[:most]
 
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
-        """(..., sum of D) -> what each text encoder sees of it."""
+        """Split vectors (..., sum of D) into what each text encoder sees of them."""
         return dict(zip(self.widths, vectors.split(list(self.widths.values()), -1), strict=True))
 
     @property
     def room(self) -> int:
-        """Tokens between start and end of the longest prompt."""
+        """Return how many tokens the longest prompt has between start and end."""
         return self.tokenizer.model_max_length - 2

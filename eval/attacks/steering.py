@@ -1,4 +1,4 @@
-"""Latents handed over in the middle of drawing, through the pipeline's own callback, which every family has.
+"""Latents handed over in the middle of sampling, through the pipeline's own callback, which every family has.
 
 Noise models draw by DDIM meanwhile: it keeps no history of earlier steps, which a latent from elsewhere would lack.
 """
@@ -26,7 +26,7 @@ Steer = Callable[[int, Tensor | None, Tensor], Tensor]
 
 
 def ddim(pipe: DiffusionPipeline) -> DDIMScheduler:
-    """DDIM on the betas of a noise model; the class's defaults would ruin the pictures of a stored Euler or DPM++."""
+    """Return DDIM on the betas of a noise model; the class's defaults would ruin a stored Euler's or DPM++'s."""
     from diffusers import DDIMScheduler
 
     stored = pipe.scheduler.config
@@ -36,7 +36,7 @@ def ddim(pipe: DiffusionPipeline) -> DDIMScheduler:
 
 
 def memoryless(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """The pipeline with a scheduler of its own that goes on from any latent: DDIM, or a flow's Euler."""
+    """Return the pipeline with a scheduler of its own that goes on from any latent: DDIM, or a flow's Euler."""
     quiet = copy.copy(pipe)
     flow = "Flow" in type(pipe.scheduler).__name__
     quiet.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config) if flow else ddim(pipe)
@@ -51,11 +51,11 @@ def steered(
     steer: Steer,
     stop_after: int | None = None,
 ) -> list[Image.Image]:
-    """Pictures of the targets' prompts and seeds whose latents go through `steer` after every step.
+    """Return pictures of the targets' prompts and seeds whose latents go through `steer` after every step.
 
-    `stop_after` ends the drawing after so many steps, where only what `steer` sees counts.
+    `stop_after` ends the sampling after so many steps, where only what `steer` sees counts.
     """
-    how = setup.drawing
+    how = setup.sampling
 
     def callback(running: DiffusionPipeline, i: int, t: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         packed, plan = inputs["latents"], running.scheduler.timesteps
@@ -78,20 +78,20 @@ def steered(
 
 
 def repacked(z: Tensor, like: Tensor) -> Tensor:
-    """Latents (n, C, H, W) in the pipeline's own layout: as they are, or as Flux's sequences (n, patches, D)."""
+    """Return latents (n, C, H, W) in the pipeline's own layout: unchanged, or as Flux's sequences (n, patches, D)."""
     from diffusers import FluxPipeline
 
     return (FluxPipeline._pack_latents(z, *z.shape) if like.ndim == 3 else z).to(like)
 
 
 def noised_to(pipe: DiffusionPipeline, z: Tensor, noise: Tensor, t: Tensor | None) -> Tensor:
-    """Latents (n, C, H, W) at a timestep; None is the end, where no noise is left."""
+    """Return latents (n, C, H, W) at a timestep; None is the end, where no noise is left."""
     if t is None:
         return z
     return forward_process(pipe).add_noise(z, noise, t.to(z.device).expand(len(z)))
 
 
 def noise_like(setup: AttackSetup, z: Tensor, attack: str, targets: list[AttackTarget]) -> Tensor:
-    """Noise for latents (n, C, H, W), each row from its own target's generator."""
+    """Return noise for latents (n, C, H, W), each row from its own target's generator."""
     rows = [torch.randn(z.shape[1:], generator=setup.rng(attack, target.row)) for target in targets]
     return torch.stack(rows).to(z)

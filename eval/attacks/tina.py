@@ -38,12 +38,12 @@ Eps = Callable[[Tensor, int], Tensor]  # (z, t) -> noise
 
 
 def coefficients(a_t: Tensor, a_before: Tensor) -> tuple[Tensor, Tensor]:
-    """C1 and C2 of cumulative alphas at a timestep and at the less noisy one before it."""
+    """Return C1 and C2 of cumulative alphas at a timestep and at the less noisy one before it."""
     return (a_t / a_before).sqrt(), (1 - a_t).sqrt() - (a_t * (1 - a_before) / a_before).sqrt()
 
 
 def inverted(z: Tensor, eps: Eps, timesteps: list[int], alphas: list[Tensor], steps: int, lr: float) -> Tensor:
-    """z_T of z_0 (n, C, H, W), through rising timesteps; alphas[0] is z_0's, alphas[i + 1] that of timestep i."""
+    """Return z_T of z_0 (n, C, H, W) through rising timesteps; alphas[0] is z_0's, alphas[i + 1] timestep i's."""
     for i, t in enumerate(timesteps):
         c1, c2 = coefficients(alphas[i + 1], alphas[i])
         with torch.no_grad():
@@ -60,7 +60,7 @@ def inverted(z: Tensor, eps: Eps, timesteps: list[int], alphas: list[Tensor], st
 
 @torch.no_grad()
 def denoised(z: Tensor, eps: Eps, timesteps: list[int], alphas: list[Tensor]) -> Tensor:
-    """z_0 of z_T by DDIM: the relation above, solved for z_(t-1)."""
+    """Return z_0 of z_T by DDIM: the relation above, solved for z_(t-1)."""
     for i in reversed(range(len(timesteps))):
         c1, c2 = coefficients(alphas[i + 1], alphas[i])
         z = (z - c2 * eps(z, timesteps[i])) / c1
@@ -87,7 +87,7 @@ class Tina(ConceptAttack):
 
     @property
     def budget(self) -> str:
-        """Steps of one target."""
+        """Return how many steps a target takes."""
         return f"{self.timesteps} x {self.steps} steps, one picture"
 
     def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
@@ -107,7 +107,7 @@ class Tina(ConceptAttack):
 
 
 def noise_of(pipe: DiffusionPipeline, cond: dict[str, Tensor], alphas: Tensor) -> Eps:
-    """e(z, t) of a network that predicts noise, velocity or the clean latent."""
+    """Return e(z, t) of a network that predicts noise, velocity or the clean latent."""
     kind = pipe.scheduler.config.prediction_type
 
     def eps(z: Tensor, t: int) -> Tensor:
@@ -122,7 +122,7 @@ def noise_of(pipe: DiffusionPipeline, cond: dict[str, Tensor], alphas: Tensor) -
 
 @torch.no_grad()
 def decoded(pipe: DiffusionPipeline, z: Tensor) -> list[Image.Image]:
-    """Pictures of latents (n, C, H, W), as the pipeline decodes its own."""
+    """Return pictures of latents (n, C, H, W), as the pipeline decodes its own."""
     config = pipe.vae.config
     z = z / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
     pixels = pipe.vae.decode(z.to(pipe.vae.dtype)).sample

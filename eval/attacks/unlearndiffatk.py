@@ -28,11 +28,11 @@ from eval.attacks.base import (
     noised,
     prediction,
 )
-from eval.attacks.soft_prompt import Vocabulary, markers, soft_tokens
+from eval.attacks.soft_prompt import Vocabulary, encode_vectors, sample_vectors
 
 
 def projected(p: Tensor) -> Tensor:
-    """The nearest point of the simplex to each row: max(p - theta, 0), theta so that it sums to 1.
+    """Return the nearest point of the simplex to each row: max(p - theta, 0), theta so that it sums to 1.
 
     Held, Wolfe and Crowder 1974: theta = (sum of the m largest - 1) / m for the largest m that leaves them positive.
     """
@@ -47,12 +47,12 @@ class SampledTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, tokens: Tensor) -> Tensor:
-        """p (k, V) and tokens (k,) -> one-hot (k, V)."""
+        """Return one-hot rows (k, V) of tokens (k,); p (k, V) are their probabilities."""
         return F.one_hot(tokens, p.shape[1]).to(p)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Straight through, clamped."""
+        """Pass the gradient straight through, clamped."""
         return gradient.clamp(-1, 1), None
 
 
@@ -80,7 +80,7 @@ class UnlearnDiffAtk(ConceptAttack):
 
     @property
     def budget(self) -> str:
-        """Steps and pictures at most."""
+        """Return how many steps and pictures it takes at most."""
         return f"{self.timesteps * self.iterations} steps of {self.samples}, {self.timesteps} pictures"
 
     def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
@@ -103,9 +103,7 @@ class UnlearnDiffAtk(ConceptAttack):
                 p.data = projected(p.data)
             queries += 1
             found = p.argmax(1)
-            vectors = torch.cat([words.table[found], rest])
-            with soft_tokens(setup.pipe, words.split(vectors)):
-                images = setup.draw([target], [markers(setup.pipe, len(vectors))])
+            images = sample_vectors(setup, words, torch.cat([words.table[found], rest]), target)
             shown = setup.judge.shows(images)
             if shown[0]:
                 break
@@ -128,16 +126,15 @@ class UnlearnDiffAtk(ConceptAttack):
 
 
 def visited(n: int) -> list[int]:
-    """n timesteps in the middle of equal parts of the thousand: 10, 30, ..., 990 for 50."""
+    """Return n timesteps in the middle of equal parts of the thousand: 10, 30, ..., 990 for 50."""
     return [int((i + 0.5) * 1000 / n) for i in range(n)]
 
 
 def denoising_loss(
     setup: AttackSetup, words: Vocabulary, vectors: Tensor, z: Tensor, t: int, rng: Generator
 ) -> Tensor:
-    """MSE of the attacked model's answer to prompts of vectors (B, n, D) on latents (B, C, H, W) noised to t."""
+    """Return the MSE of the attacked model's answer to prompts of vectors (B, n, D) on latents (B, C, H, W) at t."""
     times = torch.full((len(z),), t, device=z.device)
     x_t, wanted = noised(setup.pipe, z, times, rng)
-    with soft_tokens(setup.pipe, words.split(vectors)):
-        cond = setup.encode([markers(setup.pipe, vectors.shape[1])] * len(z))
+    cond = encode_vectors(setup, words, vectors, len(z))
     return F.mse_loss(prediction(setup.pipe, x_t, times, cond), wanted)

@@ -24,52 +24,52 @@ Rewording = Callable[[str, AttackedConcept], str]
 
 
 def upper_case(prompt: str, concept: AttackedConcept) -> str:
-    """A PENGUIN ON A PINK BACKGROUND."""
+    """Shout: A PENGUIN ON A PINK BACKGROUND."""
     return prompt.upper()
 
 
 def title_case(prompt: str, concept: AttackedConcept) -> str:
-    """A Penguin On A Pink Background."""
+    """Write A Penguin On A Pink Background."""
     return prompt.title()
 
 
 def reversed_order(prompt: str, concept: AttackedConcept) -> str:
-    """background pink a on penguin a."""
+    """Write background pink a on penguin a."""
     return " ".join(reversed(prompt.split()))
 
 
 def word_first(prompt: str, concept: AttackedConcept) -> str:
-    """penguin, a penguin on a pink background."""
+    """Write penguin, a penguin on a pink background."""
     return f"{concept.words[0]}, {prompt}"
 
 
 def repeated(prompt: str, concept: AttackedConcept) -> str:
-    """a penguin penguin penguin on a pink background."""
+    """Write a penguin penguin penguin on a pink background."""
     return concept.replaced(prompt, " ".join([concept.words[0]] * 3))
 
 
 def doubled_letter(prompt: str, concept: AttackedConcept) -> str:
-    """a penguinn on a pink background."""
+    """Write a penguinn on a pink background."""
     word = concept.words[0]
     return concept.replaced(prompt, word + word[-1])
 
 
 def typo(prompt: str, concept: AttackedConcept) -> str:
-    """a penugin on a pink background: two letters in the middle change places."""
+    """Write a penugin on a pink background: two letters in the middle change places."""
     word = concept.words[0]
     i = max(0, (len(word) - 1) // 2)
     return concept.replaced(prompt, word[:i] + word[i : i + 2][::-1] + word[i + 2 :])
 
 
 def with_company(prompt: str, concept: AttackedConcept) -> str:
-    """a penguin and a dog on a pink background."""
+    """Write a penguin and a dog on a pink background."""
     if concept.kind != "object":  # a style has its company behind what it is the style of
         return f"{prompt} and {concept.company}"
     return concept.replaced(prompt, f"{concept.words[0]} and {concept.company}")
 
 
 def behind_company(prompt: str, concept: AttackedConcept) -> str:
-    """a dog and a penguin on a pink background."""
+    """Write a dog and a penguin on a pink background."""
     return f"{concept.company} and {prompt}"
 
 
@@ -87,7 +87,7 @@ WORDINGS: dict[str, Rewording] = {
 
 
 def reworded(prompt: str, concept: AttackedConcept) -> dict[str, str]:
-    """{wording: prompt} of all rewordings and of every other name that the concept has."""
+    """Return {wording: prompt} of all rewordings and of every other name that the concept has."""
     texts = {name: rewording(prompt, concept) for name, rewording in WORDINGS.items()}
     return texts | {f"called {other}": concept.replaced(prompt, other) for other in concept.wordings}
 
@@ -101,7 +101,7 @@ class Wordings(ConceptAttack):
 
     @property
     def budget(self) -> str:
-        """A picture for every wording."""
+        """Say that it is a picture for every wording."""
         return f"{len(WORDINGS)} wordings and the concept's other names, one picture each"
 
     def attempt(self, setup: AttackSetup, ready: Preparation, targets: list[AttackTarget]) -> list[Finding]:
@@ -109,6 +109,6 @@ class Wordings(ConceptAttack):
         texts = [reworded(target.prompt, setup.concept) for target in targets]
         labels, images, shown = list(texts[0]), [], []
         for label in labels:
-            images.append(setup.draw(targets, [text[label] for text in texts]))
+            images.append(setup.sample_targets(targets, [text[label] for text in texts]))
             shown.append(setup.judge.shows(images[-1]))
         return findings(labels, images, shown)

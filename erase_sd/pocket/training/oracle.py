@@ -44,7 +44,7 @@ class Oracle64(nn.Module):
             self.heads[kind] = nn.Linear(2 * self.WIDTHS[-1], len(names))
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Maps of every layer before pooling: (B, 24, 32, 32) to (B, 128, 8, 8)."""
+        """Return maps of every layer before pooling: (B, 24, 32, 32) to (B, 128, 8, 8)."""
         maps = []
         for i, layer in enumerate(self.layers):
             x = layer(x)
@@ -54,7 +54,7 @@ class Oracle64(nn.Module):
         return maps
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Logits per kind from average- and max-pooled features."""
+        """Return logits per kind from average- and max-pooled features."""
         last = self.features(x)[-1]
         pooled = torch.cat([last.mean((2, 3)), last.amax((2, 3))], 1)
         return {kind: head(pooled) for kind, head in self.heads.items()}

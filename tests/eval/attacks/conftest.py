@@ -11,7 +11,7 @@ from PIL import Image
 
 from erase_sd.common.rng import generator
 from erase_sd.models.pipeline import load
-from eval.attacks.base import AttackedConcept, AttackJudge, AttackSetup, AttackTarget, Drawing
+from eval.attacks.base import AttackedConcept, AttackJudge, AttackSampling, AttackSetup, AttackTarget
 from tests.conftest import tiny_pipeline
 
 CONCEPT = AttackedConcept(
@@ -74,7 +74,7 @@ def make_setup(toys: Callable[[str], DiffusionPipeline]) -> Callable[..., Attack
             original=original or pipe,
             concept=CONCEPT,
             judge=judge,
-            drawing=Drawing(steps=4, guidance=3.0, size=64, batch_size=4),
+            sampling=AttackSampling(steps=4, guidance=3.0, size=64, batch_size=4),
             seed=0,
             references={target.row: z[target.row] for target in TARGETS},
             captions=("a penguin", "a penguin on ice", "two penguins", "a small penguin"),

@@ -50,7 +50,7 @@ def test_latents_are_seen_and_replaced_as_pictures(model: str, toys: Callable, m
     np.testing.assert_allclose(found, decoded, atol=1 / 250)
 
 
-def test_a_drawing_can_end_early(make_setup: Callable):
+def test_sampling_can_end_early(make_setup: Callable):
     setup, seen = make_setup(), []
 
     def count(done: int, t: torch.Tensor | None, z: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_a_strength_outside_its_range_is_refused(strength: float):
 
 def test_the_less_is_left_to_the_model_the_nearer_its_picture_is_to_the_reference(make_setup: Callable):
     setup = make_setup()
-    setup = replace(setup, drawing=replace(setup.drawing, steps=10))
+    setup = replace(setup, sampling=replace(setup.sampling, steps=10))
     z = setup.reference(TARGETS)
     distances = []
     for strength in (0.1, 0.9):

@@ -85,7 +85,7 @@ def test_noise_is_read_from_whatever_the_network_predicts(make_setup: Callable, 
 def test_a_picture_of_the_models_own_comes_back(make_setup: Callable):
     """The unerased model is handed a latent and draws it again, more nearly than plain inversion does."""
     setup = make_setup()
-    setup = replace(setup, drawing=replace(setup.drawing, steps=6))
+    setup = replace(setup, sampling=replace(setup.sampling, steps=6))
     search = attack("tina", given={"timesteps": 6, "steps": 5})
     finding = search.attempt(setup, search.prepare(setup), TARGETS)
     assert len(finding) == 2
