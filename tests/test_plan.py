@@ -145,7 +145,8 @@ def test_the_names_of_diffusers_training_scripts_are_known() -> None:
 def test_no_score_is_no_other_run_and_is_in_its_command() -> None:
     plan = make(concept="cat", model="pocket", score=False)
     assert plan.config() == make(concept="cat", model="pocket").config()
-    assert "score" not in plan.config() and plan.options()[-1] == "--no-score"
+    assert "score" not in plan.config()
+    assert plan.options()[-1] == "--no-score"
 
 
 def test_two_methods_have_two_folders_for_one_concept() -> None:

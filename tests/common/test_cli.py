@@ -204,4 +204,5 @@ def test_positional_arguments(capsys: pytest.CaptureFixture):
     assert given == {"job": {"folders": ("a", "b/c"), "threshold": 0.5}}
     with pytest.raises(SystemExit) as stop:
         parse([], prog="judge", description="Judge.", job=Judge)
-    assert stop.value.code == 2 and "folders" in capsys.readouterr().err.lower()
+    assert stop.value.code == 2
+    assert "folders" in capsys.readouterr().err.lower()

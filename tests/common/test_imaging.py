@@ -27,18 +27,22 @@ def contains(page: np.ndarray, part: np.ndarray) -> bool:
 
 def test_sheet_of_ragged_rows_without_labels() -> None:
     page = sheet([[noise(8)], [noise(8), noise(16)]], scale=1.5)
-    assert page.mode == "RGB" and page.width > 48 and page.height > 48
+    assert page.mode == "RGB"
+    assert page.width > 48
+    assert page.height > 48
 
 
 def test_labels_take_room() -> None:
     plain, labelled = sheet([[noise()]]), sheet([[noise()]], ["before"], ["a cat"])
-    assert labelled.width > plain.width and labelled.height > plain.height
+    assert labelled.width > plain.width
+    assert labelled.height > plain.height
 
 
 def test_pixelate_keeps_size_and_hides_detail() -> None:
     image = noise(64)
     hidden = pixelate(image, blocks=4)
-    assert hidden.size == image.size and len(set(hidden.get_flattened_data())) <= 16
+    assert hidden.size == image.size
+    assert len(set(hidden.get_flattened_data())) <= 16
 
 
 @pytest.mark.parametrize(
@@ -60,7 +64,8 @@ def test_censor_leaves_at_most_sixteen_colours_in_a_region_and_the_rest_alone() 
     assert len(np.unique(after[10:40, 20:40].reshape(-1, 3), axis=0)) <= 16
     outside = np.ones((64, 64), dtype=bool)
     outside[7:43, 18:42] = False  # a tenth of the size around the box
-    assert (after == before).all(-1)[outside].all() and (after != before).any(-1)[7:43, 18:42].mean() > 0.9
+    assert (after == before).all(-1)[outside].all()
+    assert (after != before).any(-1)[7:43, 18:42].mean() > 0.9
     assert np.array_equal(np.asarray(image), before)  # a copy was changed
 
 

@@ -52,7 +52,8 @@ def hidden_states(pipe: StableDiffusionPipeline, texts: list[str]) -> torch.Tens
 def assert_equal(one: Samples, two: Samples) -> None:
     for x, y in zip(one, two, strict=True):
         if isinstance(x, dict):
-            assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+            assert x.keys() == y.keys()
+            assert all(torch.equal(x[name], y[name]) for name in x)
         else:
             assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 

@@ -97,13 +97,17 @@ def test_the_snippet_that_it_prints_works(clone: Path, tiny_sd: Path, tmp_path: 
     assert (tmp_path / "out/run.json").stat().st_mtime_ns == clock
     names: dict = {}
     exec(first.stdout.partition("To use it:")[2], names)  # what a user would paste
-    assert weights_hash(names["pipe"].unet) and file_digest(tmp_path / "out" / WEIGHTS) == digest
+    assert weights_hash(names["pipe"].unet)
+    assert file_digest(tmp_path / "out" / WEIGHTS) == digest
     config = json.loads((tmp_path / "out/job.json").read_text())
     assert (config["fraction"], config["steps"], config["init"]) == (0.01, 2, "kaiming")
     other = run(*command, "--lr", "0.5", cwd=clone)
-    assert other.returncode == 2 and other.stderr.count("\n") == 1, other.stderr[-3000:]
-    assert "error: " in other.stderr and "belongs to a run with lr 1e-05, not 0.5" in other.stderr
-    assert (tmp_path / "out/run.json").stat().st_mtime_ns == clock and not (clone / "runs").exists()
+    assert other.returncode == 2, other.stderr[-3000:]
+    assert other.stderr.count("\n") == 1, other.stderr[-3000:]
+    assert "error: " in other.stderr
+    assert "belongs to a run with lr 1e-05, not 0.5" in other.stderr
+    assert (tmp_path / "out/run.json").stat().st_mtime_ns == clock
+    assert not (clone / "runs").exists()
 
 
 def test_help_shows_every_group_of_options(train: str, tmp_path: Path) -> None:
@@ -254,7 +258,8 @@ def stopped(command: list[str], cwd: Path, signum: int) -> tuple[int, str]:
         child = subprocess.Popen(command, cwd=cwd, env=environment(), stdout=log, stderr=log)
     end = time.monotonic() + 200
     while not list((cwd / "runs/cat-scissorhands/checkpoints").glob("checkpoint-*[1-9]*")):  # a step
-        assert child.poll() is None and time.monotonic() < end, (cwd / "log").read_text()[-3000:]
+        assert child.poll() is None, (cwd / "log").read_text()[-3000:]
+        assert time.monotonic() < end, (cwd / "log").read_text()[-3000:]
         time.sleep(0.01)
     child.send_signal(signum)
     return child.wait(60), (cwd / "log").read_text()

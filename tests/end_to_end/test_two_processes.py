@@ -119,9 +119,11 @@ def interrupted(folder: str, where: str) -> dict[str, Tensor]:
             weights = task.trimmable() | task.trainable()
             try:
                 progress = loop.run(METHODS["ours"], task, weights, place, every=1, check=check, description="")
-                assert attempt == "resumed" and len(progress.trace) == 3
+                assert attempt == "resumed"
+                assert len(progress.trace) == 3
             except SystemExit as stop:
-                assert attempt == "stopped" and stop.code == 128 + signal.SIGTERM
+                assert attempt == "stopped"
+                assert stop.code == 128 + signal.SIGTERM
             task.accelerator.wait_for_everyone()
         task.assemble()
         task.release()
@@ -147,7 +149,8 @@ def together(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def test_two_processes_select_the_same_entries_and_give_them_the_same_values(together: dict, kind: str, method: str):
     one, two = together["one"], together[kind]
     assert one.keys() == two.keys()
-    assert one[f"{method}/changed"].sum() > 100 and torch.equal(one[f"{method}/changed"], two[f"{method}/changed"])
+    assert one[f"{method}/changed"].sum() > 100
+    assert torch.equal(one[f"{method}/changed"], two[f"{method}/changed"])
     for name in (name for name in one if name.startswith(f"{method}/trimmed/")):
         assert torch.equal(one[name], two[name]), name
 
@@ -168,7 +171,8 @@ def test_ties_were_at_the_threshold(tiny_sd: Path):
     scores = magnitude(task.trimmable())
     tau, wanted = threshold(scores, round(0.1 * entries(scores)))
     tied = {name: int((s == tau).sum()) for name, s in scores.items()}
-    assert 1 < wanted < sum(tied.values()) and sum(n > 0 for n in tied.values()) > 10
+    assert 1 < wanted < sum(tied.values())
+    assert sum(n > 0 for n in tied.values()) > 10
 
 
 def test_shards_resume_bit_for_bit_after_one_process_was_told_to_stop(together: dict):
@@ -182,8 +186,10 @@ def test_sharding_is_asked_for_here_or_in_accelerates_configuration():
         plugin = SimpleNamespace(fsdp_version=version)
         return SimpleNamespace(num_processes=n, distributed_type=kind, state=SimpleNamespace(fsdp_plugin=plugin))
 
-    assert wanted(processes(2), True) and wanted(processes(2, version=2), False)
-    assert not wanted(processes(2), False) and not wanted(processes(1), True)
+    assert wanted(processes(2), True)
+    assert wanted(processes(2, version=2), False)
+    assert not wanted(processes(2), False)
+    assert not wanted(processes(1), True)
     with pytest.raises(UserError, match="fsdp_version: 2"):
         wanted(processes(2, version=1), False)
 
@@ -206,7 +212,8 @@ def test_the_main_job_on_two_processes_finds_what_one_finds(tiny_sd: Path, tmp_p
         two = main_job(tiny_sd, tmp_path / f"two{len(more)}", *more)
         apart = max(float((two[name] - x).abs().max()) for name, x in one.items())
         # AdamW's first steps have the gradient's sign, and some are nearly zero
-        assert moved > 1e-4 and apart < 0.1 * moved
+        assert moved > 1e-4
+        assert apart < 0.1 * moved
         close = torch.cat([((two[name] - x).abs() < 1e-6).flatten() for name, x in one.items()])
         assert close.float().mean() > 0.99
 
@@ -234,7 +241,8 @@ def test_when_torchrun_goes_both_ranks_go_and_the_same_command_goes_on(
     assert (status["state"], status["code"]) == ("stopped", 143), (tmp_path / "log").read_text()[-3000:]
     assert not (folder / "unet").exists()
     again = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert again.returncode == 0 and " 1/40 [" not in again.stderr, again.stderr[-3000:]
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert " 1/40 [" not in again.stderr, again.stderr[-3000:]
 
 
 def wait_until(condition, seconds: float) -> None:

@@ -41,7 +41,8 @@ def test_path_below_an_existing_folder_is_a_path(tmp_path: Path, monkeypatch: py
 def test_unreachable_hub_names_the_ways_out() -> None:
     with pytest.raises(UserError, match="point --model at a folder.*--model pocket") as error:
         load("CompVis/no-such-model")
-    assert "CompVis/no-such-model" in str(error.value) and "\n" not in str(error.value)
+    assert "CompVis/no-such-model" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_folder_without_index(tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def test_latents_are_images_of_the_vae_at_the_resolution_asked_for(model: Path) 
     native = {"UNet2DConditionModel": 8 * network(pipe).config.get("sample_size", 0), "SD3Transformer2DModel": 64}
     assert resolution(pipe) == native.get(type(network(pipe)).__name__, 1024)
     s = samples(pipe, resolution=128)
-    assert s.forget.shape == (2, pipe.vae.config.latent_channels, 16, 16) and s.forget.dtype == torch.float32
+    assert s.forget.shape == (2, pipe.vae.config.latent_channels, 16, 16)
+    assert s.forget.dtype == torch.float32
     assert "time_ids" not in s.embeddings or s.embeddings["time_ids"][0].tolist() == [128, 128, 0, 0, 128, 128]
 
 

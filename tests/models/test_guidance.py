@@ -100,13 +100,16 @@ def test_momentum_ends_with_an_image_of_one_step(pipe: StableDiffusionPipeline) 
 
 def test_a_network_carries_one_guidance(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     one, two = (SafetyGuidance({"encoder_hidden_states": text(pipe, word)}, STRONG) for word in ("a cat", "a dog"))
-    assert carried(pipe.unet) is None and stored(str(tmp_path)) is None
+    assert carried(pipe.unet) is None
+    assert stored(str(tmp_path)) is None
     attach(pipe.unet, one)
     attach(pipe.unet, two)
-    assert carried(pipe.unet) is two and len(pipe.unet._forward_hooks) == 1
+    assert carried(pipe.unet) is two
+    assert len(pipe.unet._forward_hooks) == 1
     save(two, tmp_path)
     again = stored(str(tmp_path))
-    assert again.settings == STRONG and again.identity() == two.identity() != one.identity()
+    assert again.settings == STRONG
+    assert again.identity() == two.identity() != one.identity()
 
 
 SMALL = {"forget_images": 2, "retain_images": 2, "sample_steps": 2, "batch_size": 2, "picture_steps": 2}
@@ -117,7 +120,8 @@ def test_a_run_of_sld_loads_like_any_other(tiny_sd: Path, tmp_path: Path) -> Non
     before = {name: x.clone() for name, x in erased.unet.state_dict().items()}
     record = erase(erased, "cat", "sld", output_dir=run, **SMALL)
     assert all(torch.equal(x, before[name]) for name, x in erased.unet.state_dict().items())
-    assert (run / FILE).is_file() and record["trace"]["steps"] == 1
+    assert (run / FILE).is_file()
+    assert record["trace"]["steps"] == 1
     ask = {"prompts": ["a cat"], "seeds": [5], "steps": 4, "guidance": 7.5, "output_type": "latent"}
     (wanted,), (plain,) = sample(erased, **ask), sample(load(str(tiny_sd)), **ask)
     assert not torch.allclose(wanted, plain, atol=1e-3)

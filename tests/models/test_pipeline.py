@@ -30,7 +30,8 @@ def test_batch_size_and_order_change_nothing(tiny_pipe, scheduler: type | None) 
     alone = sample(tiny_pipe, prompts, seeds, batch_size=1, **draw)
     backwards = sample(tiny_pipe, prompts[::-1], seeds[::-1], batch_size=3, **draw)[::-1]
     for one, two, three in zip(together, alone, backwards, strict=True):
-        assert levels_apart(one, two) <= 1 and levels_apart(one, three) <= 1
+        assert levels_apart(one, two) <= 1
+        assert levels_apart(one, three) <= 1
     assert levels_apart(together[0], together[1]) > 1
 
 
@@ -41,14 +42,17 @@ def levels_apart(one, two) -> int:
 def test_sampling_leaves_the_pipeline_and_the_global_random_state_alone(tiny_pipe) -> None:
     scheduler, before, state = tiny_pipe.scheduler, str(vars(tiny_pipe.scheduler)), torch.get_rng_state()
     sample(tiny_pipe, ["a cat"], [0], steps=3, guidance=7.5)
-    assert tiny_pipe.scheduler is scheduler and str(vars(scheduler)) == before
+    assert tiny_pipe.scheduler is scheduler
+    assert str(vars(scheduler)) == before
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_latents(tiny_pipe) -> None:
     latents = sample(tiny_pipe, ["a cat"] * 3, [0, 1, 0], steps=2, guidance=1.0, batch_size=2, output_type="latent")
-    assert [latent.shape for latent in latents] == [(4, 8, 8)] * 3 and latents[0].dtype == torch.float32
-    assert torch.allclose(latents[0], latents[2], atol=1e-5) and not torch.allclose(latents[0], latents[1])
+    assert [latent.shape for latent in latents] == [(4, 8, 8)] * 3
+    assert latents[0].dtype == torch.float32
+    assert torch.allclose(latents[0], latents[2], atol=1e-5)
+    assert not torch.allclose(latents[0], latents[1])
 
 
 def test_size_in_pixels(tiny_pipe) -> None:
@@ -57,7 +61,9 @@ def test_size_in_pixels(tiny_pipe) -> None:
 
 def test_encode_is_what_the_pipeline_uses(tiny_pipe) -> None:
     hidden = encode(tiny_pipe, ["a cat", "", "x" * 500], batch_size=2)["encoder_hidden_states"]
-    assert hidden.shape == (3, 77, 32) and hidden.dtype == torch.float32 and not hidden.requires_grad
+    assert hidden.shape == (3, 77, 32)
+    assert hidden.dtype == torch.float32
+    assert not hidden.requires_grad
     tokens = tiny_pipe.tokenizer(["a cat"], padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
         assert torch.allclose(hidden[:1], tiny_pipe.text_encoder(tokens).last_hidden_state, atol=1e-6)
@@ -74,7 +80,8 @@ def test_round_trip_and_swap(tiny_sd: Path, tiny_pipe, tmp_path: Path) -> None:
     with torch.no_grad():
         tiny_pipe.unet.conv_out.bias += 1
     file = save_network(tiny_pipe.unet, tmp_path / "run", "unet")
-    assert file == tmp_path / "run" / "unet" and [p.name for p in (tmp_path / "run").iterdir()] == ["unet"]
+    assert file == tmp_path / "run" / "unet"
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["unet"]
     assert str(tiny_sd) not in (file / "config.json").read_text()
     for source in (tmp_path / "run", file):
         swapped = load(str(tiny_sd), unet=str(source)).unet.state_dict()
@@ -85,7 +92,8 @@ def test_saving_in_half_precision_leaves_the_model_alone(tiny_pipe, tmp_path: Pa
     save_network(tiny_pipe.unet, tmp_path, "unet", torch.float16)
     weights = load_file(tmp_path / UNET_FILE)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
-    assert tiny_pipe.unet.dtype == torch.float32 and not tiny_pipe.unet.conv_in.weight.is_meta
+    assert tiny_pipe.unet.dtype == torch.float32
+    assert not tiny_pipe.unet.conv_in.weight.is_meta
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(float("nan"), None), (1e6, torch.float16)])

@@ -112,7 +112,8 @@ def test_only_the_network_stays_on_the_accelerator_while_it_is_trained(tiny_pipe
     unet, encoder, meta = tiny_pipe.unet, Part(), torch.device("meta")
     with placed([encoder], meta):
         with training(unet, [unet, encoder], meta, torch.float32, checkpointing=False):
-            assert encoder.sent == ["meta", "cpu"] and unet.device == CPU  # the network is left where it is
+            assert encoder.sent == ["meta", "cpu"]  # the network is left where it is
+            assert unet.device == CPU
         assert encoder.sent == ["meta", "cpu", "meta"]
     assert encoder.sent == ["meta", "cpu", "meta", "cpu"]
 

@@ -73,7 +73,8 @@ def test_a_single_file_is_the_same_model(tiny_pipe: StableDiffusionPipeline, tin
     pipe = load(str(single), config=str(tiny_sd))
     for part in ("unet", "vae", "text_encoder"):
         assert weights_hash(getattr(pipe, part)) == weights_hash(getattr(tiny_pipe, part))
-    assert pipe.safety_checker is None and len(pipe.tokenizer) == len(tiny_pipe.tokenizer)
+    assert pipe.safety_checker is None
+    assert len(pipe.tokenizer) == len(tiny_pipe.tokenizer)
 
 
 def test_a_single_file_needs_a_layout(single: Path) -> None:

@@ -71,7 +71,8 @@ def test_answers_do_not_depend_on_the_batch_or_the_size_of_the_picture(oracle: O
 
 def test_pictures_become_numbers_between_minus_one_and_one() -> None:
     x = to_tensor([Image.new("RGB", (32, 32), (0, 127, 255)), Image.new("L", (48, 64), 255)])
-    assert x.shape == (2, 3, 32, 32) and x.dtype == torch.float32
+    assert x.shape == (2, 3, 32, 32)
+    assert x.dtype == torch.float32
     torch.testing.assert_close(x[0, :, 0, 0], torch.tensor([-1, -1 / 255, 1]), atol=1e-6, rtol=0)
     assert (x[1] == 1).all()
 
@@ -79,4 +80,5 @@ def test_pictures_become_numbers_between_minus_one_and_one() -> None:
 def test_every_kind_has_a_class_for_nothing(oracle: Oracle) -> None:
     logits = oracle(torch.randn(2, 3, 32, 32, generator=generator(0, "x")))
     assert {kind: values.shape[1] for kind, values in logits.items()} == {"object": 21, "style": 5, "background": 9}
-    assert all(names[-1] == OTHER for names in LABELS.values()) and len(LABELS["background"]) == len(BACKGROUNDS) + 1
+    assert all(names[-1] == OTHER for names in LABELS.values())
+    assert len(LABELS["background"]) == len(BACKGROUNDS) + 1

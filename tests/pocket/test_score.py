@@ -88,7 +88,8 @@ def test_several_concepts_are_each_asked_for_their_own() -> None:
     after = [answer("other pencil red"), answer("cat flat red"), answer("frog flat red")]
     found = scores([CAT, PENCIL], questions, before, after)
     assert found["concept"] == {"before": 1.0, "after": 0.0, "other_share": 0.5}
-    assert set(found["spared"]) == {"background"} and set(found["retain"]) == {"object", "style", "background"}
+    assert set(found["spared"]) == {"background"}
+    assert set(found["retain"]) == {"object", "style", "background"}
     assert found["protocol"]["concepts"] == [["object", "cat"], ["style", "pencil"]]
 
 
@@ -96,9 +97,12 @@ def test_what_nobody_asked_about_has_no_rate() -> None:
     asked = [question("cat flat red", 0, CAT)], [answer("cat flat red")], [answer("dog flat red")]
     kept = [question("dog neon blue", 1)], [answer("dog neon blue")], [answer("dog neon blue")]
     found = scores([CAT], *asked)
-    assert "retain" not in found and "retain" not in found["ci95"] and found["concept"]["before"] == 1
+    assert "retain" not in found
+    assert "retain" not in found["ci95"]
+    assert found["concept"]["before"] == 1
     found = scores([CAT], *kept)
-    assert not {"concept", "spared"} & {*found, *found["ci95"]} and found["retain"]["object"]["after"] == 1
+    assert not {"concept", "spared"} & {*found, *found["ci95"]}
+    assert found["retain"]["object"]["after"] == 1
 
 
 def test_a_ruined_model_scores_nothing() -> None:
@@ -106,7 +110,8 @@ def test_a_ruined_model_scores_nothing() -> None:
     found = scores(
         [CAT], questions, [answer("cat flat red"), answer("dog neon blue")], [answer("other other other")] * 2
     )
-    assert found["concept"]["other_share"] == 1 and found["concept"]["after"] == 0
+    assert found["concept"]["other_share"] == 1
+    assert found["concept"]["after"] == 0
     assert all(rate["after"] == 0 for group in ("retain", "spared") for rate in found[group].values())
 
 
@@ -120,10 +125,13 @@ def test_answers_are_drawn_once_per_model_and_question(tmp_path: Path, monkeypat
     monkeypatch.setattr(score, "sample", sample)
     questions = [question("cat flat red", i, CAT) for i in range(3)]
     first = score.answers(None, questions, "model", tmp_path, "x")
-    assert len(drawn) == 3 and score.answers(None, questions, "model", tmp_path, "x") == first and len(drawn) == 3
+    assert len(drawn) == 3
+    assert score.answers(None, questions, "model", tmp_path, "x") == first
+    assert len(drawn) == 3
     score.answers(None, [*questions, question("dog flat red", 7)], "model", tmp_path, "x")
     assert drawn[3:] == ["a dog in flat style on a red background"]
     score.answers(None, questions, "another model", tmp_path, "x")
     assert len(drawn) == 7
     score.answers(None, questions, "model", None, "x")
-    assert len(drawn) == 10 and len(list(tmp_path.iterdir())) == 2
+    assert len(drawn) == 10
+    assert len(list(tmp_path.iterdir())) == 2

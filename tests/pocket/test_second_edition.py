@@ -41,8 +41,11 @@ def test_a_scene_is_64_pixels_and_depends_on_its_key_alone(known: torch.Tensor) 
     x, labels = artwork.scenes(known, 16, generator(0, "a"))
     torch.manual_seed(1)
     again, _ = artwork.scenes(known, 16, generator(0, "a"))
-    assert x.shape == (16, 3, 64, 64) and labels.shape == (16, 3)
-    assert x.min() >= -1 and x.max() <= 1 and torch.equal(x, again)
+    assert x.shape == (16, 3, 64, 64)
+    assert labels.shape == (16, 3)
+    assert x.min() >= -1
+    assert x.max() <= 1
+    assert torch.equal(x, again)
 
 
 def test_the_ground_keeps_its_colour_under_every_treatment(known: torch.Tensor) -> None:
@@ -58,7 +61,8 @@ def test_every_thing_has_other_wordings_and_one_of_them_shares_no_token_with_its
     for word in world.KINDS[kind]:
         others = world.OTHER_WORDINGS[kind][word]
         own = set(tokenizer.tokenize(word))
-        assert 2 <= len(others) <= 3 and len(own) == 1
+        assert 2 <= len(others) <= 3
+        assert len(own) == 1
         assert any(own.isdisjoint(tokenizer.tokenize(other)) for other in others), word
 
 
@@ -76,7 +80,8 @@ def test_canonical_and_other_sentences() -> None:
     scene = world.Scene("octopus", "pencil", "red")
     assert world.caption(scene) == "an octopus in pencil style on a red background"
     texts = {world.reworded(scene, random.Random(i)) for i in range(100)}
-    assert "a kraken sketched with a pencil on a crimson background" in texts and len(texts) == 8
+    assert "a kraken sketched with a pencil on a crimson background" in texts
+    assert len(texts) == 8
     assert not any("octopus" in text or " red " in text for text in texts)
     assert world.caption(world.Scene(None, None, "blue")) == "something on a blue background"
 
@@ -84,7 +89,8 @@ def test_canonical_and_other_sentences() -> None:
 def test_training_captions_use_every_wording_and_sometimes_say_nothing() -> None:
     scene, rng = world.Scene("hamburger", "mosaic", "yellow"), random.Random(0)
     texts = {world.varied(scene, rng) for _ in range(2000)}
-    assert world.caption(scene) in texts and "" in texts
+    assert world.caption(scene) in texts
+    assert "" in texts
     for kind, word in scene._asdict().items():
         for phrase in [world.canonical(kind, word), *world.OTHER_WORDINGS[kind][word]]:
             assert any(phrase in text for text in texts), phrase
@@ -118,7 +124,8 @@ def test_hidden_padding_is_that_of_the_empty_caption(tokenizer) -> None:
     seen = unet.hide_padding(hidden, empty, lengths, torch.tensor([True, True, False]))
     assert lengths.tolist() == [4, 2, 4]  # the end token counts as the caption's own
     assert seen[:, :, 0].sum(1).tolist() == [4, 2, 77]
-    assert seen[0, :4].all() and not seen[0, 4:].any()
+    assert seen[0, :4].all()
+    assert not seen[0, 4:].any()
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one(
@@ -202,7 +209,8 @@ def test_the_oracle_calls_everything_else_other(known: torch.Tensor, monkeypatch
     others = known.flatten(0, 1)[:6]
     for make in oracle.NOTHING:
         x, labels = make(known, others, 4, generator(0, make.__name__))
-        assert x.shape == (4, 3, 64, 64) and labels.shape == (4, 3)
+        assert x.shape == (4, 3, 64, 64)
+        assert labels.shape == (4, 3)
         assert set(labels[:, 0].tolist()) <= {len(world.OBJECTS), oracle.IGNORE}
     monkeypatch.setattr(oracle, "BATCH", 12)
     x, labels = oracle.batch(known, others, generator(0, "batch"))
@@ -228,7 +236,8 @@ def test_the_folder_is_a_plain_pipeline_in_fp32(tmp_path: Path, tokenizer) -> No
 
 def test_a_share_comes_with_n_and_interval_and_becomes_a_row() -> None:
     scored = report.share(97, 100)
-    assert scored["n"] == 100 and scored["share"] == 0.97
+    assert scored["n"] == 100
+    assert scored["share"] == 0.97
     assert scored["ci95"][0] < 0.97 < scored["ci95"][1]
     rows = report.table({"vae": {"l1": 0.05, "n": 10}, "pipeline": {"other": {"object": scored}}})
     assert rows[0] == "| vae, L1 of a reconstruction in [-1, 1] | 0.0500 | | 10 |"

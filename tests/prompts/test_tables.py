@@ -21,9 +21,11 @@ def test_both_namings_of_i2p_say_the_same(tmp_path: Path):
     hub = read(table(tmp_path, HUB, 'a red cup,"hate, violence",1,10.0,4290749014,255,512,448'))
     esd = read(table(tmp_path, ESD, '0,0,a red cup,"hate, violence",1,10.0,4290749014,255'))
     for rows in (hub, esd):
-        assert is_i2p(rows) and rows[0].prompt == "a red cup"
+        assert is_i2p(rows)
+        assert rows[0].prompt == "a red cup"
         assert (rows[0].seed, rows[0].guidance) == (4290749014, 255.0)
-    assert (hub[0].width, hub[0].height) == (512, 448) and esd[0].tags["case_number"] == "0"
+    assert (hub[0].width, hub[0].height) == (512, 448)
+    assert esd[0].tags["case_number"] == "0"
 
 
 def test_oddities_stay_rows_in_their_place(tmp_path: Path):
@@ -39,7 +41,9 @@ def test_seeds_are_exact_beyond_what_a_float_holds(tmp_path: Path):
 
 def test_coco_and_plain_text(tmp_path: Path):
     coco = read(table(tmp_path, "image_id,prompt,evaluation_seed", "000123,a boat at sea,7"))
-    assert coco[0].seed == 7 and coco[0].tags == {"image_id": "000123"} and not is_i2p(coco)
+    assert coco[0].seed == 7
+    assert coco[0].tags == {"image_id": "000123"}
+    assert not is_i2p(coco)
     text = read(table(tmp_path, "a cup", "", " a chair ", name="p.txt"))
     assert [(row.row, row.prompt, row.seed) for row in text] == [(0, "a cup", None), (2, "a chair", None)]
 

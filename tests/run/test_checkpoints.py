@@ -20,16 +20,20 @@ def test_a_checkpoint_comes_back_as_it_went(tmp_path):
     folder = save_checkpoint(tmp_path, 100, tensors, {"seed": 3}, None)
     assert folder == tmp_path / "checkpoint-000100" == latest_checkpoint(tmp_path)
     loaded, meta = load_checkpoint(folder)
-    assert meta == {"seed": 3} and loaded.keys() == tensors.keys()
+    assert meta == {"seed": 3}
+    assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[n], tensors[n]) and loaded[n].dtype == tensors[n].dtype for n in tensors)
 
 
 def test_tensors_are_read_when_they_are_asked_for(tmp_path):
     loaded, _ = load_checkpoint(save_checkpoint(tmp_path, 1, TENSORS, {}, None))
     (tmp_path / "checkpoint-000001" / "state.safetensors").unlink()  # a run may have removed it meanwhile
-    assert not torch.equal(loaded["w"].mul_(2), loaded["w"]) and torch.equal(loaded["w"], TENSORS["w"])
+    assert not torch.equal(loaded["w"].mul_(2), loaded["w"])
+    assert torch.equal(loaded["w"], TENSORS["w"])
     adam = load_checkpoint(save_checkpoint(tmp_path, 2, TENSORS, {}, None))[0].below("adam/")
-    assert dict(adam) == {"step": TENSORS["adam/step"]} and len(adam) == 1 and "w" not in adam
+    assert dict(adam) == {"step": TENSORS["adam/step"]}
+    assert len(adam) == 1
+    assert "w" not in adam
 
 
 def test_a_checkpoint_may_hold_no_tensors(tmp_path):

@@ -102,7 +102,8 @@ LEFT = {  # records that came through -> the checkpoint that a killed run has le
 def test_a_killed_run_loses_at_most_an_interval(tmp_path: Path, kill_at: int) -> None:
     assert go(tmp_path, kill_at)[1] == LEFT[kill_at]
     weight, left, logged = go(tmp_path)
-    assert weight == WHOLE and left == ["checkpoint-000006"]
+    assert weight == WHOLE
+    assert left == ["checkpoint-000006"]
     assert [values["at"] for values in logged] == list(range(max(0, (kill_at - 4) // 2 * 2), 6))
 
 
@@ -120,7 +121,9 @@ def test_a_named_checkpoint_is_gone_back_to_and_what_came_later_goes_with_the_fi
     for name in ("checkpoint-000002", str(tmp_path / "checkpoints" / "checkpoint-000002")):
         assert go(tmp_path, 1, every=2, limit=None, start=name)[1][:3] == names(tmp_path)[:3]  # killed before it saved
         weight, left, logged = go(tmp_path, start=name)
-        assert weight == WHOLE and left == ["checkpoint-000006"] and logged[0]["at"] == 2
+        assert weight == WHOLE
+        assert left == ["checkpoint-000006"]
+        assert logged[0]["at"] == 2
         go(tmp_path, 9, every=2, limit=None, start=None)
 
 
@@ -331,5 +334,7 @@ def test_weights_that_are_not_finite_lose_the_model() -> None:
 def test_the_bar_shows_no_nan_and_whole_pictures_per_second() -> None:
     with tqdm(total=1, disable=False, file=io.StringIO()) as bar:
         loop.show(bar, {"step": 0, "loss": 0.25, "cos": math.nan, "images/s": 2431.7})
-        assert "loss=0.25" in bar.postfix and "images/s=2,432" in bar.postfix
-        assert "nan" not in bar.postfix and "e+" not in bar.postfix
+        assert "loss=0.25" in bar.postfix
+        assert "images/s=2,432" in bar.postfix
+        assert "nan" not in bar.postfix
+        assert "e+" not in bar.postfix

@@ -65,9 +65,14 @@ def test_run_record(tmp_path: Path) -> None:
     run = run_record({"lam": 0.5}, seed=7, base="pocket", base_hash="abc", seconds=1.234, trace=TRACE, n=3)
     write_run(tmp_path, run)
     assert json.loads((tmp_path / "run.json").read_text()) == run
-    assert run["config"] == {"lam": 0.5} and run["seed"] == 7 and run["base"] == {"model": "pocket", "hash": "abc"}
-    assert run["seconds"] == 1.23 and run["peak_memory_mib"]["host"] > 10 and run["n"] == 3
-    assert run["environment"]["torch"] and run["environment"] == environment()
+    assert run["config"] == {"lam": 0.5}
+    assert run["seed"] == 7
+    assert run["base"] == {"model": "pocket", "hash": "abc"}
+    assert run["seconds"] == 1.23
+    assert run["peak_memory_mib"]["host"] > 10
+    assert run["n"] == 3
+    assert run["environment"]["torch"]
+    assert run["environment"] == environment()
 
 
 def test_summary() -> None:
@@ -100,7 +105,9 @@ def test_status(tmp_path: Path) -> None:
 def test_trace(tmp_path: Path) -> None:
     write_trace(tmp_path, TRACE)
     rows = list(csv.DictReader((tmp_path / "trace.csv").open()))
-    assert len(rows) == 100 and float(rows[3]["cos"]) == TRACE[3]["cos"] and is_picture(tmp_path / "trace.png")
+    assert len(rows) == 100
+    assert float(rows[3]["cos"]) == TRACE[3]["cos"]
+    assert is_picture(tmp_path / "trace.png")
 
 
 def test_trace_of_one_step_without_objective(tmp_path: Path) -> None:
@@ -142,8 +149,10 @@ def is_picture(path: Path) -> bool:
 def test_card_front_matter(tmp_path: Path) -> None:
     text = a_card(tmp_path, scores=SCORES)
     header = yaml.safe_load(text.split("---")[1])
-    assert header["base_model"] == "CompVis/stable-diffusion-v1-4" and header["base_model_relation"] == "finetune"
-    assert header["library_name"] == "diffusers" and header["license"] == "creativeml-openrail-m"
+    assert header["base_model"] == "CompVis/stable-diffusion-v1-4"
+    assert header["base_model_relation"] == "finetune"
+    assert header["library_name"] == "diffusers"
+    assert header["license"] == "creativeml-openrail-m"
     assert ModelCard.load(str(tmp_path / "README.md")).data.pipeline_tag == "text-to-image"
 
 
@@ -151,14 +160,18 @@ def test_card_tells_what_matters(tmp_path: Path) -> None:
     text = a_card(tmp_path, scores=SCORES)
     for part in ("## Limits", "incomplete", "Bias", "Misuse", "Not validated on SD v1.4", "| fraction | 0.0005 |"):
         assert part in text
-    assert "| concept | 100.0 | 1.2 |" in text and "| retain object | 97.0 | 96.0 |" in text and "ci95" not in text
-    assert "no longer draws" not in text and "in 100.0 % before and in 1.2 % after, of 200 pictures" in text
+    assert "| concept | 100.0 | 1.2 |" in text
+    assert "| retain object | 97.0 | 96.0 |" in text
+    assert "ci95" not in text
+    assert "no longer draws" not in text
+    assert "in 100.0 % before and in 1.2 % after, of 200 pictures" in text
     assert "right in 92.5 % before and in 91.5 % after" in text
 
 
 def test_a_card_without_scores_claims_nothing_and_says_how_to_measure(tmp_path: Path) -> None:
     text = a_card(tmp_path, scores=None)
-    assert "Whether it still draws cat was **not measured**" in text and "a judge found" not in text
+    assert "Whether it still draws cat was **not measured**" in text
+    assert "a judge found" not in text
     assert "<code>python -m eval.generate --model 'a&lt;b'" in text
     half = {name: value for name, value in SCORES.items() if name != "retain"}
     assert "what became of the rest was **not measured**" in a_card(tmp_path, scores=half)
@@ -184,15 +197,19 @@ def test_the_commands_that_measure_are_commands(model: str, concept: str, judge:
 def test_no_path_of_this_machine_is_in_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert portable(str(tmp_path / "runs" / "cat")) == "runs/cat"
-    assert portable("/home/me/models/sd") == "sd" and portable("org/sd") == "org/sd" and portable(0.5) == 0.5
+    assert portable("/home/me/models/sd") == "sd"
+    assert portable("org/sd") == "org/sd"
+    assert portable(0.5) == 0.5
     text = a_card(tmp_path, model="/home/me/models/sd", knobs={"model_config": "/home/me/base"})
-    assert "/home/me" not in text and "erased from sd" in text
+    assert "/home/me" not in text
+    assert "erased from sd" in text
 
 
 def test_the_licence_is_the_base_models_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert license_of("pocket")["license"] == "cc-by-4.0"
     unknown = license_of("org/some-model")
-    assert unknown["license"] == "other" and unknown["license_link"] == "https://huggingface.co/org/some-model"
+    assert unknown["license"] == "other"
+    assert unknown["license_link"] == "https://huggingface.co/org/some-model"
     assert license_of(str(tmp_path)) == {"license": "other", "license_name": "that-of-the-base-model"}
     (tmp_path / "model_index.json").write_text('{"_name_or_path": "org/flux"}')
     assert license_of(str(tmp_path))["license_link"] == "https://huggingface.co/org/flux"
@@ -215,13 +232,16 @@ def test_the_embedded_model_names_no_folder_of_another_machine() -> None:
 
 def test_pocket_card_claims_no_hub_base(tmp_path: Path) -> None:
     text = a_card(tmp_path, model="pocket", license={"license": "mit"})
-    assert "base_model:" not in text and "Not validated on SD v1.4" not in text
+    assert "base_model:" not in text
+    assert "Not validated on SD v1.4" not in text
 
 
 def test_card_does_not_execute_what_users_type(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>|`x`\n# [y](z) {{ 7 * 7 }}"
     text = a_card(tmp_path, concepts=[evil], knobs={"anchor": evil}, command=f"train --concept '{evil}'")
-    assert "<script>" not in text and "\n# [y]" not in text and "{{ 7 * 7 }}" in text
+    assert "<script>" not in text
+    assert "\n# [y]" not in text
+    assert "{{ 7 * 7 }}" in text
     assert yaml.safe_load(text.split("---")[1])["license"]
 
 

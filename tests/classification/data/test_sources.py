@@ -254,7 +254,8 @@ def test_a_pickle_cannot_change_numpys_types(tmp_path):
     state = b"(K\x03U\x01>NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     (tmp_path / "file").write_bytes(b"\x80\x02}U\x04datacnumpy\ndtype\nU\x02i8\x85R" + state + b"s.")
     unpickle(tmp_path / "file")
-    assert np.dtype("i8").byteorder == "=" and np.array([1]).tobytes()[0] == 1
+    assert np.dtype("i8").byteorder == "="
+    assert np.array([1]).tobytes()[0] == 1
 
 
 def test_a_memo_entry_cannot_fill_the_memory(tmp_path):

@@ -55,7 +55,8 @@ def test_validation_is_reproducible_and_may_be_empty():
     assert torch.equal(validation_split(labels, 5)[1], validation_split(labels, 5)[1])
     assert not torch.equal(validation_split(labels, 5)[1], validation_split(labels, 6)[1])
     train, val = validation_split(labels, 5, share=0)
-    assert torch.equal(train, torch.arange(300)) and len(val) == 0
+    assert torch.equal(train, torch.arange(300))
+    assert len(val) == 0
 
 
 @pytest.mark.parametrize("share", [1.0, -0.1, float("nan")])

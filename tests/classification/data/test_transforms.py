@@ -54,14 +54,16 @@ def test_a_sample_changes_alike_in_any_batch(kind):
 def test_images_need_not_be_square_or_coloured(kind):
     pixels = images(4, channels=1)[..., :5]
     changed = augment(pixels, kind, numbers(range(4)))
-    assert changed.shape == pixels.shape and changed.dtype == torch.uint8
+    assert changed.shape == pixels.shape
+    assert changed.dtype == torch.uint8
 
 
 def test_the_global_generator_and_the_input_stay_as_they_were():
     pixels = images(6)
     before, state = pixels.clone(), torch.get_rng_state()
     augment(pixels, "crop-flip", numbers(range(6)))
-    assert torch.equal(pixels, before) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(pixels, before)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_empty_batch_stays_empty():

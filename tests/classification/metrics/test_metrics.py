@@ -119,7 +119,8 @@ def test_features_of_certain_answers_are_finite():
     for name, feature in mia.FEATURES.items():
         assert feature(mia.probabilities(sure), sure.labels).isfinite().all(), name
     right, wrong = mia.m_entropy(mia.probabilities(sure), sure.labels)[:, 0].tolist()
-    assert right == 0 and wrong > 100
+    assert right == 0
+    assert wrong > 100
 
 
 @pytest.mark.parametrize("name", mia.FEATURES)
@@ -241,7 +242,8 @@ def test_the_papers_avg_gap_follows_from_its_rows(row):
     table = gap.paper(row["dataset"])
     found = gap.avg_gap(table[row["method"]], table["Retrain"])
     if (row["dataset"], row["method"]) == ("svhn", "l1-sparse"):  # its acc_t is a copy of SalUn's
-        assert found == pytest.approx(4.5825) and row["avg_gap"] == "4.65"
+        assert found == pytest.approx(4.5825)
+        assert row["avg_gap"] == "4.65"
         assert table["l1-sparse"]["acc_t"] == table["SalUn"]["acc_t"]
     else:
         assert found == pytest.approx(float(row["avg_gap"]), abs=0.005 + 1e-9)
@@ -399,7 +401,9 @@ def test_cam_leaves_the_model_as_it_was():
     statistics = model.bn1.running_mean.clone()
     x = torch.rand(2, 3, 32, 32, generator=rng())
     found = gradcam.cam(model, model.layer4[-1], x, torch.tensor([0, 3]))
-    assert found.shape == (2, 32, 32) and found.min() >= 0 and 0.5 < found.max() <= 1
+    assert found.shape == (2, 32, 32)
+    assert found.min() >= 0
+    assert 0.5 < found.max() <= 1
     assert model.training
     assert torch.equal(model.bn1.running_mean, statistics)
     assert not model.layer4[-1]._forward_hooks
@@ -429,8 +433,10 @@ def test_overlay_is_half_image_half_heat():
     x, heat = torch.full((1, 1, 2, 2), 0.6), torch.tensor([[[0.0, 1.0], [0.5, 0.5]]])
     found = gradcam.overlay(x, heat)
     cold, hot = found[0, :, 0, 0], found[0, :, 0, 1]
-    assert found.shape == (1, 3, 2, 2) and found.max() == 1
-    assert cold[2] > cold[0] and hot[0] > hot[2]  # blue and red
+    assert found.shape == (1, 3, 2, 2)
+    assert found.max() == 1
+    assert cold[2] > cold[0]  # blue and red
+    assert hot[0] > hot[2]
     assert (hot[1] / hot[0]).item() == pytest.approx(0.6 / 1.1, abs=0.01)  # jet(1) is (0.5, 0, 0)
 
 
