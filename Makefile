@@ -1,5 +1,6 @@
 # make demo    erase a concept from the pocket model in minutes, offline, on a CPU   (CONCEPT="neon style" for another)
 # make test    lint and tests
+# make slow   the tests that take minutes each
 # make kill    kill a tiny run twenty times, anywhere, and compare what the resumed ones find, minutes
 # make pocket  fetch the artwork (npm) and train the pocket model again, hours on a CPU
 # make retrain the same on data without the held-out concepts: what a model does that never saw them
@@ -20,7 +21,7 @@ EMPTY :=
 RUN = runs/$(subst $(EMPTY) $(EMPTY),-,$(CONCEPT))-scissorhands
 
 .DELETE_ON_ERROR:
-.PHONY: demo test kill lint pocket retrain clean
+.PHONY: demo test slow kill lint pocket retrain clean
 
 demo: $(VENV)/installed
 	$(LAUNCH) erase_sd/train.py --concept "$(CONCEPT)" --model pocket
@@ -29,6 +30,9 @@ demo: $(VENV)/installed
 # One thread for each worker: two that share two cores by twos run ten times slower than one after the other.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+slow: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 kill: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/end_to_end/test_kills.py

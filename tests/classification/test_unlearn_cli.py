@@ -127,6 +127,7 @@ def jobs(raw: Path, root: Path) -> dict[str, dict]:
     return {name: common | values | {"output_dir": str(root / name)} for name, values in BY_METHOD.items()}
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path, raw: Path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

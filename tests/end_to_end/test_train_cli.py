@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import pytest
 
@@ -132,20 +132,6 @@ def entry_point() -> Callable[[], NoReturn]:
     return getattr(import_module(module), function)
 
 
-@pytest.mark.parametrize("words", [["--concept", ""], ["--concept", "dragon", "--model", "pocket"]])
-def test_a_mistake_in_the_installed_command_is_one_sentence(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["erase-sd", *words])
-    with pytest.raises(SystemExit) as exit:
-        entry_point()()
-    assert exit.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-
-
 def without(part: str):
     def damage(model: Path) -> None:
         shutil.rmtree(model / part) if (model / part).is_dir() else (model / part).unlink()
@@ -171,28 +157,52 @@ MODELS = {
     "cut short": (truncate, "is damaged or incomplete"),
     "tokenizer shell": (shell, "tokenizer"),
 }
-FEW = [name if MODELS[name][0] in (truncate, shell) else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
 
-def refused(done: subprocess.CompletedProcess, cwd: Path, *messages: str) -> None:
+class Refusal(NamedTuple):
+    """What a command that was refused leaves."""
+
+    code: int
+    out: str
+    err: str
+    left: list[Path]  # in the directory where it ran
+
+
+@pytest.fixture
+def ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable[..., Refusal]:
+    """ended(*words): the installed command, in this process and an empty directory: a process each takes seconds."""
+
+    def call(*words: object) -> Refusal:
+        cwd = tmp_path / "cwd"
+        cwd.mkdir()
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["erase-sd", *map(str, words)])
+        with pytest.raises(SystemExit) as exit:
+            entry_point()()
+        out, err = capfd.readouterr()
+        return Refusal(exit.value.code, out, err, list(cwd.iterdir()))
+
+    return call
+
+
+def check_refused(done: Refusal, *messages: str) -> None:
     """Code 2, one line on stderr and nothing on disk."""
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2, done.stderr[-3000:]
-    assert len(lines) == 1, done.stderr[-3000:]
+    lines = done.err.strip().splitlines()
+    assert done.code == 2, done.err[-3000:]
+    assert len(lines) == 1, done.err[-3000:]
     assert lines[0].startswith("error: ")
     for message in messages:
         assert message in lines[0]
-    assert not done.stdout
-    assert not list(cwd.iterdir())
+    assert not done.out
+    assert not done.left
 
 
-@pytest.mark.parametrize("damage", FEW)
-def test_a_model_folder_that_cannot_work(train: str, tiny_sd: Path, tmp_path: Path, damage: str) -> None:
-    model, cwd = shutil.copytree(tiny_sd, tmp_path / "model"), tmp_path / "cwd"
-    cwd.mkdir()
+@pytest.mark.parametrize("damage", MODELS)
+def test_a_model_folder_that_cannot_work(ended: Callable, tiny_sd: Path, tmp_path: Path, damage: str) -> None:
+    model = shutil.copytree(tiny_sd, tmp_path / "model")
     hurt, message = MODELS[damage]
     hurt(model)
-    refused(run(sys.executable, train, "--concept", "cat", "--model", model, cwd=cwd), cwd, str(model), message)
+    check_refused(ended("--concept", "cat", "--model", model), str(model), message)
 
 
 BAD = {
@@ -209,25 +219,22 @@ BAD = {
         ["--concept", "cat"],
         ["CompVis/stable-diffusion-v1-4", "point --model at a folder", "--model pocket"],
     ),
+    "not a word of the pocket model": (
+        ["--concept", "dragon", "--model", "pocket"],
+        ["'dragon'", *(word for names in KINDS.values() for word in names)],
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_sentence(train: str, tmp_path: Path, case: str) -> None:
+def test_bad_input_is_one_sentence(ended: Callable, case: str) -> None:
     words, messages = BAD[case]
-    home = tmp_path / "home"
-    done = run(sys.executable, train, *words, cwd=_empty(tmp_path), HF_HOME=str(home))
-    refused(done, tmp_path / "cwd", *messages)
+    check_refused(ended(*words), *messages)
 
 
-def _empty(tmp_path: Path) -> Path:
-    (tmp_path / "cwd").mkdir()
-    return tmp_path / "cwd"
-
-
-def test_the_pocket_model_names_the_words_it_has(train: str, tmp_path: Path) -> None:
-    done = run(sys.executable, train, "--concept", "dragon", "--model", "pocket", cwd=tmp_path)
-    refused(done, tmp_path, "'dragon'", *(word for names in KINDS.values() for word in names))
+def test_bad_input_of_the_script_is_one_sentence(train: str, tmp_path: Path) -> None:
+    done = run(sys.executable, train, "--concept", "cat", "--fraction", "1.5", cwd=tmp_path)
+    check_refused(Refusal(done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())), "--fraction 1.5")
 
 
 def test_under_the_launcher_status_json_keeps_the_true_code(train: str, tiny_sd: Path, tmp_path: Path) -> None:
@@ -272,10 +279,8 @@ def wait_until(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-SIGNALS = [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]  # the launcher's test has the second
-
-
-@pytest.mark.parametrize("signum", SIGNALS, ids=lambda s: s.name)
+@pytest.mark.slow  # test_kills.py does the like in the default suite
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
 def test_a_killed_run_goes_on_bit_for_bit(
     train: str, tiny_sd: Path, tmp_path: Path, uninterrupted: Path, signum: int
 ) -> None:
@@ -293,6 +298,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert (folder / "trace.csv").read_text() == (uninterrupted / "trace.csv").read_text()
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher_checkpoints_and_ends_the_training(
     train: str, tiny_sd: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:

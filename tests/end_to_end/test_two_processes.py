@@ -144,6 +144,7 @@ def together(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return {"one": one, **{file.stem: load_file(file) for file in folder.glob("*.safetensors")}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_select_the_same_entries_and_give_them_the_same_values(together: dict, kind: str, method: str):
@@ -155,6 +156,7 @@ def test_two_processes_select_the_same_entries_and_give_them_the_same_values(tog
         assert torch.equal(one[name], two[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_find_the_same_c_and_weights(together: dict, kind: str, method: str):
@@ -175,6 +177,7 @@ def test_ties_were_at_the_threshold(tiny_sd: Path):
     assert sum(n > 0 for n in tied.values()) > 10
 
 
+@pytest.mark.slow
 def test_shards_resume_bit_for_bit_after_one_process_was_told_to_stop(together: dict):
     for name, x in together["resumed"].items():
         assert torch.equal(x, together["fsdp"][f"ours/{name}"]), name
@@ -204,18 +207,18 @@ def main_job(tiny_sd: Path, folder: Path, *more: str, launcher: tuple[str, ...] 
     return UNet2DConditionModel.from_pretrained(str(folder), subfolder="unet").state_dict()
 
 
-def test_the_main_job_on_two_processes_finds_what_one_finds(tiny_sd: Path, tmp_path: Path):
+@pytest.mark.parametrize("more", [(), pytest.param(("--fsdp",), marks=pytest.mark.slow)], ids=["ddp", "fsdp"])
+def test_the_main_job_on_two_processes_finds_what_one_finds(tiny_sd: Path, tmp_path: Path, more: tuple[str, ...]):
     one = main_job(tiny_sd, tmp_path / "one", launcher=())
     before = UNet2DConditionModel.from_pretrained(str(tiny_sd), subfolder="unet").state_dict()
     moved = max(float((one[name] - x).abs().max()) for name, x in before.items())
-    for more in ((), ("--fsdp",)):
-        two = main_job(tiny_sd, tmp_path / f"two{len(more)}", *more)
-        apart = max(float((two[name] - x).abs().max()) for name, x in one.items())
-        # AdamW's first steps have the gradient's sign, and some are nearly zero
-        assert moved > 1e-4
-        assert apart < 0.1 * moved
-        close = torch.cat([((two[name] - x).abs() < 1e-6).flatten() for name, x in one.items()])
-        assert close.float().mean() > 0.99
+    two = main_job(tiny_sd, tmp_path / "two", *more)
+    apart = max(float((two[name] - x).abs().max()) for name, x in one.items())
+    # AdamW's first steps have the gradient's sign, and some are nearly zero
+    assert moved > 1e-4
+    assert apart < 0.1 * moved
+    close = torch.cat([((two[name] - x).abs() < 1e-6).flatten() for name, x in one.items()])
+    assert close.float().mean() > 0.99
 
 
 @pytest.mark.slow

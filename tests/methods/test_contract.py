@@ -59,7 +59,7 @@ def samples() -> Samples:
 class Run:
     """A method at work on a fresh model."""
 
-    def __init__(self, plan: Plan, samples: Samples) -> None:
+    def __init__(self, plan: Plan, samples: Samples, most: int | None = None) -> None:
         self.pipe: StableDiffusionPipeline = load(str(FOLDER))
         self.task = DenoisingTask(self.pipe, samples, plan.losses, 0, Accelerator(cpu=True))
         self.before = self.losses(), self.weights()
@@ -68,6 +68,8 @@ class Run:
             if state is not None:
                 self.records.append(record)
                 self.state = state
+            if len(self.records) == most:
+                break
         self.after = self.losses(), self.weights()
 
     @torch.no_grad()
@@ -130,13 +132,13 @@ def test_it_moves_only_what_it_may(done: tuple[str, Run]) -> None:
     assert moved <= {*run.task.trainable(), *run.task.trimmable()}
 
 
-def test_the_same_seed_gives_the_same_weights(done: tuple[str, Run], samples: Samples) -> None:
+def test_the_same_seed_gives_the_same_steps(done: tuple[str, Run], samples: Samples) -> None:
+    """Each step's losses come from the weights of the one before."""
     method, run = done
     torch.rand(3)  # moves the global generator, which must not matter
     before = torch.get_rng_state()
-    again = Run(quick(method), samples)
-    for name, x in again.after[1].items():
-        assert torch.equal(x, run.after[1][name]), name
+    again = Run(quick(method), samples, most=4)
+    assert again.records == run.records[:4]
     assert torch.equal(torch.get_rng_state(), before)
 
 
