@@ -143,8 +143,10 @@ class Erasure:
             dtype, parts = getattr(torch, job.weights_dtype), list(modules(pipe).values())
             with training(network(pipe), parts, device, dtype, job.gradient_checkpointing):
                 sharded = wanted(self.accelerator, job.fsdp) and self.plan.method.trains
-                task = DenoisingTask(pipe, samples, self.plan.used_losses(), job.seed, self.accelerator, fsdp=sharded)
+                losses, method = self.plan.used_losses(), self.plan.method
+                task = DenoisingTask(pipe, samples, losses, job.seed, self.accelerator, sharded, job.low_memory)
                 try:
+                    task.ask_beforehand(method.ask_original, method.steps)
                     yield task, task.trimmable() | task.trainable()
                     task.assemble()
                 finally:
@@ -202,7 +204,12 @@ def _check(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> Non
         return
     if wanted(accelerator, plan.job.fsdp) and "8bit" in optimizer:
         raise UserError(f"--optimizer {optimizer} keeps blocks that cross the shards of --fsdp: use adamw or sgd")
-    make_optimizer({"probe": nn.Parameter(torch.zeros(1, device=accelerator.device))}, plan.method)
+    try:
+        make_optimizer({"probe": nn.Parameter(torch.zeros(1, device=accelerator.device))}, plan.method)
+    except UserError as error:
+        if plan.job.low_memory:
+            raise UserError(f"--low_memory keeps Adam's moments in 8 bits: {error}") from error
+        raise
 
 
 def _check_trim(model: nn.Module, plan: Plan) -> None:

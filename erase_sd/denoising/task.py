@@ -14,19 +14,23 @@ z_f, z_r are latents, c_f, c_r their captions, c_a the anchor; e_0 is the origin
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm, trange
 
 from erase_sd.common.errors import UserError
 from erase_sd.common.rng import generator
-from erase_sd.core.task import MicroBatch, Replicated
+from erase_sd.common.signals import StopFlag
+from erase_sd.core.task import MicroBatch, Replicated, fitted
+from erase_sd.denoising.answers import Answers
 from erase_sd.denoising.samples import Samples
 from erase_sd.denoising.sharded import Sharded
 from erase_sd.models.families import Cond, family, network
@@ -91,7 +95,8 @@ class DenoisingTask:
 
     `shards` say where the parameters are, and run the network there. The scopes of `settings` are resolved and may
     raise UserError, as does a batch that leaves a micro-batch empty. With `fsdp` every rank holds its rows of each
-    parameter; the pipeline's own network waits on the CPU for the result.
+    parameter; the pipeline's own network waits on the CPU for the result. With `beforehand` no copy of the original
+    model is made: `ask_beforehand` has it answer, before any change, all that the run will ask.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class DenoisingTask:
         seed: int,
         accelerator: Accelerator,
         fsdp: bool = False,
+        beforehand: bool = False,
     ) -> None:
         self.samples, self.settings, self.seed, self.accelerator = samples, settings, seed, accelerator
         least = accelerator.num_processes * settings.gradient_accumulation_steps
@@ -117,13 +123,38 @@ class DenoisingTask:
         for p in (trainable | trimmable | ranked).values():
             p.requires_grad_(True)
         whole.to("cpu" if fsdp else accelerator.device)
-        original = frozen_copy(whole, accelerator.mixed_precision) if settings.anchor_model == "original" else None
+        original, self.answers = None, None
+        if settings.anchor_model == "original":
+            if beforehand:
+                self.answers = Answers(whole.dtype)
+            else:
+                original = frozen_copy(whole, accelerator.mixed_precision)
         kind = Sharded if fsdp else Prepared
         self.shards: Prepared | Sharded = kind(whole, original, accelerator)
         self.model: nn.Module = self.shards.model
         self._trainable = self.shards.owned(trainable)
         self._trimmable = self.shards.owned(trimmable)
         self._ranked = self.shards.owned(ranked)
+
+    @torch.no_grad()
+    def ask_beforehand(self, ask: Callable[[DenoisingTask, DenoisingBatch, int], None], steps: int) -> None:
+        """Have the network, which is the original model yet, answer what ask(task, micro-batch, step) asks of it.
+
+        Does nothing for a task that keeps the original model, or needs none. SystemExit after a step in which a signal
+        came.
+        """
+        if self.answers is None:
+            return
+        hidden = {"disable": True} if os.environ.get("RANK", "0") != "0" else {}  # False would overrule TQDM_DISABLE
+        for step in trange(steps, desc="original model", unit="step", **hidden):
+            with StopFlag() as stop:
+                fitted(self, partial(self._ask, ask, step))
+                stop.leave()
+        self.answers.open = False
+
+    def _ask(self, ask: Callable[[DenoisingTask, DenoisingBatch, int], None], step: int) -> None:
+        for part in self.micro_batches(self.batch("repair", step)):
+            ask(self, part.batch, step)
 
     def assemble(self) -> None:
         """Bring the result into the pipeline's own network; every rank has to."""
@@ -217,12 +248,17 @@ class DenoisingTask:
         return self.process.target(x0, noise, t)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Return the network's output in fp32."""
+        """Return the network's output in fp32; of no interest while the original model is asked beforehand: zeros."""
+        if self.answers is not None and self.answers.open:
+            return torch.zeros_like(x_t)
         return self._output(self.shards.forward, self.shards.dtype, x_t, t, cond)
 
     @torch.no_grad()
     def predict_original(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Return the original model's output, fp32. Raises UserError where it was not kept."""
+        if self.answers is not None:
+            ask = partial(self._output, self.shards.forward, self.shards.dtype, x_t, t, cond)
+            return self.answers(ask, x_t, t, cond)
         original = self.shards.original
         if original is None:
             raise UserError("this needs the network before any change: give --anchor_model original")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from erase_sd.models.families import Cond, Family
 
@@ -42,8 +43,6 @@ def count(
     that of the weights; `autocast` is a GPU's, to bf16. Saved tensors are counted where autograd saves them, each
     storage once, parameters left out.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     ledger, network = _Ledger(), nn.Module.to(copy.deepcopy(network), dtype)  # whose parameters are replaced
     with FakeTensorMode(allow_non_fake_inputs=True), _observed(network, ledger, autocast):
         network.to_empty(device="cpu")
