@@ -26,7 +26,9 @@ class ClassifierJob:
     raw: str | None = knob(None, "folder of the trained network (default: the recipe's, trained if it is missing)")
     train_seed: int = knob(0, "seed of the original model")
     output_dir: str = knob("runs/classification", "folder of all runs, each in a folder of its own")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = knob(None, "autocast; by default accelerate's setting")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = knob(
+        None, "autocast; by default accelerate's setting; fp16 is refused"
+    )
     checkpointing_steps: int = knob(500, "steps between two checkpoints")
 
 

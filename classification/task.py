@@ -137,7 +137,7 @@ class ClassificationTask:
     def preserve(self, batch: ClassifierBatch) -> Tensor:
         """Return the KL divergence of the retain samples' answers from the original model's, in nats."""
         with torch.no_grad():
-            wanted = self.original()(batch.retain.x).log_softmax(1)
+            wanted = self._original_logits(batch.retain.x).log_softmax(1)
         return F.kl_div(self.logits(batch.retain.x).log_softmax(1), wanted, log_target=True, reduction="batchmean")
 
     def redirect(self, batch: ClassifierBatch) -> Tensor:
@@ -154,8 +154,13 @@ class ClassificationTask:
         if self.settings.relabel == "random":
             return batch.forget.other
         with torch.no_grad():
-            logits = self.original()(batch.forget.x)
+            logits = self._original_logits(batch.forget.x)
         return logits.scatter(1, batch.forget.y[:, None], -torch.inf).argmax(1)
+
+    def _original_logits(self, x: Tensor) -> Tensor:
+        """Return the original network's logits (n, K), computed as `logits` are."""
+        with self.accelerator.autocast():
+            return self.original()(x).float()
 
     def original(self) -> nn.Module:
         """Return the network before any change, in evaluation mode; it is made at the first call."""
@@ -164,19 +169,17 @@ class ClassificationTask:
             self._original.load_state_dict(self._before)
         return self._original
 
+    def smaller(self) -> bool:
+        """Return False: batch norm sees the whole of this rank's slice at once."""
+        return False
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a scalar loss to every `.grad`, in fp32 and averaged over the ranks."""
         self.samples["backward passes"] += 1
         self.accelerator.backward(loss)
-        scale = 1.0
-        if self.accelerator.scaler is not None:
-            scale = self.accelerator.scaler.get_scale()
         for p in self.model.parameters():
-            if p.grad is None:
-                continue
-            if scale != 1:
-                p.grad = p.grad / scale
-            p.grad = self.accelerator.reduce(p.grad, "mean")
+            if p.grad is not None:
+                p.grad = self.accelerator.reduce(p.grad, "mean")
 
     def mean(self, x: Tensor) -> Tensor:
         """Return the mean of a scalar over the ranks."""

@@ -26,7 +26,9 @@ class TrainRun:
 
     train_seed: int = knob(0, "seed of the weights and of the order of the data")
     output_dir: str = knob("runs/classification", "folder of all runs, each in a folder of its own")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = knob(None, "autocast; by default accelerate's setting")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = knob(
+        None, "autocast; by default accelerate's setting; fp16 is refused"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

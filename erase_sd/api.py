@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import digest
 from erase_sd.common.processes import accelerator as make_accelerator
-from erase_sd.common.processes import tracked
+from erase_sd.common.processes import best_precision, check_precision, tracked
+from erase_sd.core.descent import measure
 from erase_sd.core.optimizers import make_optimizer
 from erase_sd.denoising.concept import resolve
 from erase_sd.denoising.results import RunResult, write_results
@@ -28,7 +29,7 @@ from erase_sd.models.noise import check_scheduler
 from erase_sd.models.parameters import select, without_norms
 from erase_sd.models.pipeline import load_network
 from erase_sd.models.placement import placed, training
-from erase_sd.plan import Plan, make
+from erase_sd.plan import FREE, Plan, make
 from erase_sd.pocket import FOLDER as POCKET
 from erase_sd.run.folder import Progress, RunFolder
 from erase_sd.run.loop import execute
@@ -62,7 +63,9 @@ def erase(
         raise UserError("dry_run is for the command line: python -m erase_sd.train --dry_run")
     if accelerator and plan.running.report_to:
         raise UserError("report_to is for the accelerator that erase makes: give log_with to yours instead")
-    made = accelerator or make_accelerator(plan.job.mixed_precision, plan.running.report_to, output_dir)
+    made = accelerator or make_accelerator(
+        best_precision(plan.job.mixed_precision), plan.running.report_to, output_dir
+    )
     return carry_out(pipe, plan, made)
 
 
@@ -78,6 +81,7 @@ def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> 
             writes=accelerator.is_main_process,
             limit=running.checkpoints_total_limit,
             start=running.resume_from_checkpoint,
+            free=FREE,
         )
     erasure.folder = folder
     with placed(list(modules(pipe).values()), accelerator.device):
@@ -96,8 +100,8 @@ def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> 
         )
 
 
-def _retain_loss(task: DenoisingTask, step: int) -> Tensor:
-    return task.retain(task.batch("repair", step))
+def _retain_loss(task: DenoisingTask, step: int) -> float:
+    return measure(task, task.retain, task.batch("repair", step), "retain")
 
 
 class Erasure:
@@ -117,6 +121,7 @@ class Erasure:
         own = {"mixed_precision": accelerator.mixed_precision, "base_hash": self.base_hash}
         self.config = plan.config() | own
         self.method_seconds = 0.0  # without previews and scores
+        self.micro_batch = 0  # samples of each set that were computed at once, at the end
 
     @contextmanager
     def task(self) -> Iterator[tuple[DenoisingTask, dict[str, nn.Parameter]]]:
@@ -138,11 +143,14 @@ class Erasure:
             dtype, parts = getattr(torch, job.weights_dtype), list(modules(pipe).values())
             with training(network(pipe), parts, device, dtype, job.gradient_checkpointing):
                 sharded = wanted(self.accelerator, job.fsdp) and self.plan.method.trains
-                task = DenoisingTask(pipe, samples, self.plan.used_losses(), job.seed, self.accelerator, fsdp=sharded)
+                losses, method = self.plan.used_losses(), self.plan.method
+                task = DenoisingTask(pipe, samples, losses, job.seed, self.accelerator, sharded, job.low_memory)
                 try:
+                    task.ask_beforehand(method.ask_original, method.steps)
                     yield task, task.trimmable() | task.trainable()
                     task.assemble()
                 finally:
+                    self.micro_batch = task.micro_batch
                     task.release()
             self.method_seconds = time.monotonic() - start
 
@@ -160,6 +168,7 @@ class Erasure:
             seconds=time.monotonic() - self.start,
             method_seconds=round(self.method_seconds, 2),
             trace=progress.trace,
+            micro_batch=self.micro_batch,
             parameters=parameters,
             reinitialised=sum(progress.changed.values()),
             scores=self.target.scores(self.before, after),
@@ -181,6 +190,7 @@ class Erasure:
 def _check(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> None:
     """Refuse, before anything is sampled or written, what would fail only in training. Raises UserError."""
     model, part = network(pipe), family(pipe).part
+    check_precision(accelerator.mixed_precision)
     if model.dtype not in (torch.float32, getattr(torch, plan.job.weights_dtype)):
         raise UserError(f"the {part} is {model.dtype}: load it in float32, mixed_precision saves the same time")
     check_scheduler(pipe)
@@ -194,7 +204,12 @@ def _check(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> Non
         return
     if wanted(accelerator, plan.job.fsdp) and "8bit" in optimizer:
         raise UserError(f"--optimizer {optimizer} keeps blocks that cross the shards of --fsdp: use adamw or sgd")
-    make_optimizer({"probe": nn.Parameter(torch.zeros(1, device=accelerator.device))}, plan.method)
+    try:
+        make_optimizer({"probe": nn.Parameter(torch.zeros(1, device=accelerator.device))}, plan.method)
+    except UserError as error:
+        if plan.job.low_memory:
+            raise UserError(f"--low_memory keeps Adam's moments in 8 bits: {error}") from error
+        raise
 
 
 def _check_trim(model: nn.Module, plan: Plan) -> None:

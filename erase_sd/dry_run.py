@@ -3,52 +3,128 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from erase_sd.common.processes import best_precision
 from erase_sd.denoising.concept import PocketTarget, Target, resolve
 from erase_sd.denoising.task import trimmed
 from erase_sd.methods.base import Sizes
+from erase_sd.models.activations import Activations, count, largest_micro_batch
 from erase_sd.models.checks import check_index, check_place, check_single_file, explained
-from erase_sd.models.families import family
+from erase_sd.models.families import Family, family
 from erase_sd.models.parameters import select
 from erase_sd.plan import Plan
 
 GIB = 2**30
+GPUS = (12, 16, 24, 40, 80)  # GB, as cards are sold: so many GiB, about
+SHARE = 0.94  # of a card that tensors can have: the rest is the driver's, the libraries' and lost between blocks
+TRAINED = ("sensitivity", "steps")  # phases in which graphs are alive
+
+
+class Outline(NamedTuple):
+    """A pipeline of which only the configuration was read: parts on the meta device, and what its network is given."""
+
+    network: nn.Module
+    others: dict[str, nn.Module]
+    kind: Family
+    latents: tuple[int, ...]  # (C, H, W) of a sample
+
+
+class Demand(NamedTuple):
+    """What a job asks of a device: bytes by phase and purpose, and what graphs keep in the phases that have some."""
+
+    phases: dict[str, dict[str, int]]
+    activations: Activations
+
+    def peak(self, micro_batch: int, checkpointing: bool) -> int:
+        """Return the bytes at the peak of the training, samples being computed so many at a time."""
+        graph = self.activations.of(micro_batch, checkpointing)
+        trained = [sum(parts.values()) + graph for phase, parts in self.phases.items() if phase in TRAINED]
+        return max(trained, default=0)
 
 
 def describe(plan: Plan, model: str) -> str:
     """Return the lines that --dry_run prints. Raises UserError for a model or a job that cannot be carried out."""
     target = resolve(plan.job)
-    skeleton = outline(model, plan.job.model_config)
-    network = skeleton.pop("network")
-    n = sizes(network, skeleton, plan)
-    phases = memory(n, plan, torch.accelerator.is_available())
+    pipe = outline(model, plan.job.model_config, plan.sampling.resolution)
+    n = sizes(pipe.network, pipe.others, plan)
+    device = torch.accelerator.is_available()
+    here = demand(pipe, n, plan, device, best_precision(plan.job.mixed_precision) == "bf16")
+    micro_batch = -(-plan.losses.batch_size // plan.losses.gradient_accumulation_steps)
     totals: dict[str, int] = {}
-    for name, parts in phases.items():
+    for name, parts in here.phases.items():
+        if name in TRAINED:
+            parts[f"activations of {micro_batch}"] = here.activations.of(micro_batch, plan.job.gradient_checkpointing)
         totals[name] = sum(parts.values())
     peak = max(totals, key=totals.__getitem__)
     rows = [
-        ("network", f"{type(network).__name__}, {n.network:,} parameters; the other parts have {n.others:,}"),
+        ("network", f"{type(pipe.network).__name__}, {n.network:,} parameters; the other parts have {n.others:,}"),
         ("trained", f"{n.trained:,} ({100 * n.trained / n.network:.1f} %), --train_scope {plan.losses.train_scope}"),
     ]
     if plan.method.trims():
         rows.append(("trimmed", _trim(n, plan)))
     rows += [("pictures", _images(plan, target)), ("steps", _steps(plan)), ("checkpoints", _checkpoints(n, plan))]
-    for name, parts in phases.items():
+    for name, parts in here.phases.items():
         rows.append((f"memory, {name}", _sum(parts) + (" <- peak" if name == peak else "")))
     rows += [
         ("", f"The peak is {totals[peak] / (4 * n.network):.2f} times the network's fp32 weights;"),
-        ("", "activations, one parameter's temporary copies and the libraries come on top."),
+        ("", "one layer's temporary results and the libraries come on top."),
     ]
+    for gigabytes, text in cards(pipe, n, plan):
+        rows.append((f"on a {gigabytes} GB GPU", text))
     return "\n".join(f"{name:<20} {text}".rstrip() for name, text in rows)
 
 
-def outline(model: str, config: str | None) -> dict[str, nn.Module]:
-    """Return every part of the pipeline that has weights, on the meta device; the one to erase from is "network"."""
+def demand(pipe: Outline, n: Sizes, plan: Plan, accelerator: bool, autocast: bool) -> Demand:
+    """Return what a job asks of an accelerator or of the whole process, with the network's matrices in bf16 or not."""
+    kept = Activations(0, 0)
+    if plan.method.sensitivity_passes or plan.method.optimizer:
+        losses = plan.used_losses()
+        scopes = {losses.train_scope, losses.trim_scope, losses.rank_scope or losses.trim_scope}
+        touched = [name for scope in scopes for name in select(pipe.network, scope)]
+        dtype = getattr(torch, plan.job.weights_dtype)
+        kept = count(pipe.network, pipe.kind, touched, pipe.latents, dtype, autocast)
+    return Demand(memory(n, plan, accelerator, autocast), kept)
+
+
+def cards(pipe: Outline, n: Sizes, plan: Plan) -> Iterator[tuple[int, str]]:
+    """Yield, for GPUs of several sizes in GB, how the job runs there by itself, and if it does not, with what."""
+    autocast = plan.job.mixed_precision in (None, "bf16")
+    ways = [("", demand(pipe, n, plan, True, autocast))]
+    if not plan.job.low_memory:
+        ways.append(("by --low_memory, ", demand(pipe, n, plan.lean(), True, autocast)))
+    drawn = 2 * (n.network + n.others)
+    for gigabytes in GPUS:
+        usable = SHARE * gigabytes * GIB
+        how = _way(plan, ways, usable)
+        if drawn > usable:
+            how += "; pictures are drawn with one part of the model there at a time"
+        yield gigabytes, how
+
+
+def _way(plan: Plan, ways: list[tuple[str, Demand]], usable: float) -> str:
+    """Return the first way in which the training fits: fewer samples at a time, then checkpointing, then the next."""
+    for name, job in ways:
+        for checkpointing in sorted({plan.job.gradient_checkpointing, True}):
+
+            def fits(micro_batch: int, job: Demand = job, checkpointing: bool = checkpointing) -> bool:
+                return job.peak(micro_batch, checkpointing) <= usable
+
+            batch = plan.losses.batch_size if checkpointing == plan.job.gradient_checkpointing else 1
+            if found := largest_micro_batch(batch, fits):
+                size = job.peak(found, checkpointing) / GIB
+                how = ", activations computed twice" if checkpointing else ""
+                return f"{name}{found} of {plan.losses.batch_size} samples at a time{how}: {size:.1f} GiB"
+    return "too large, even by --low_memory: train less of it, such as --train_scope xattn"
+
+
+def outline(model: str, config: str | None, side: int | None = None) -> Outline:
+    """Return every part of the pipeline that has weights, on the meta device; `side` is of a picture, in pixels."""
     from diffusers import DiffusionPipeline
 
     layout = check_single_file(model, config) if Path(model).is_file() else model
@@ -61,8 +137,9 @@ def outline(model: str, config: str | None) -> dict[str, nn.Module]:
             if index[name][0]:
                 part = _part(layout, name, *index[name])
                 if part is not None:
-                    parts["network" if name == kind.part else name] = part
-    return parts
+                    parts[name] = part
+    network = parts.pop(kind.part)
+    return Outline(network, parts, kind, kind.latents(network.config, parts["vae"].config, side))
 
 
 def _part(layout: str, name: str, library: str, cls: str) -> nn.Module | None:
@@ -98,15 +175,19 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def memory(n: Sizes, plan: Plan, accelerator: bool) -> dict[str, dict[str, int]]:
-    """Return bytes of tensors by phase and purpose, on the accelerator if there is one, else of the whole process."""
+def memory(n: Sizes, plan: Plan, accelerator: bool, autocast: bool = False) -> dict[str, dict[str, int]]:
+    """Return bytes of tensors by phase and purpose, on the accelerator if there is one, else of the whole process.
+
+    What graphs keep is not among them.
+    """
     width = _width(plan)
     held = {"weights": width * n.network}
     if not accelerator:
         held["other parts"] = 4 * n.others
-    if plan.used_losses().anchor_model == "original":
-        held["original network"] = (2 if accelerator else width) * n.network
-    phases = {"sampling": {"weights": 4 * n.network, "other parts": 4 * n.others}}
+    if plan.used_losses().anchor_model == "original" and not plan.job.low_memory:
+        held["original network"] = (2 if autocast else width) * n.network
+    drawn = 2 if accelerator else 4
+    phases = {"sampling": {"weights": drawn * n.network, "other parts": drawn * n.others}}
     for phase, own in plan.method.memory(n, width).items():
         phases[phase] = held | own
     return phases

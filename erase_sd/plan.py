@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from erase_sd.common.cli import filled, names
@@ -12,7 +13,14 @@ from erase_sd.methods.base import Method
 from erase_sd.settings import Job, Running, Sampling, TaskSettings
 
 # How and where a job runs, not what it computes.
-HOW = {"mixed_precision", "fsdp", "gradient_checkpointing", "output_dir", "score", *names(Running)}
+HOW = {"mixed_precision", "fsdp", "gradient_checkpointing", "low_memory", "output_dir", "score", *names(Running)}
+# In the configuration, which keys of published results hash, but of no influence on a run but its rounding errors.
+FREE = frozenset({"gradient_accumulation_steps", "sample_batch_size"})
+LEAN = {  # what --low_memory puts in the place of what
+    "projection": ("after-preconditioning", "on"),  # which the rounding of bf16 weights would undo
+    "rounding": ("nearest", "kahan"),
+    "optimizer": ("adamw", "adamw8bit"),
+}
 ONCE = {"resume_from_checkpoint", "dry_run"}  # said of one call, not of the job
 
 
@@ -47,12 +55,24 @@ class Plan(NamedTuple):
         preset = PRESETS[self.job.method][self.job.preset]
         return self.losses.trim_scope != preset.get("trim_scope", TaskSettings().trim_scope)
 
+    def lean(self, given: Collection[str] = ()) -> Plan:
+        """Return the plan with what --low_memory stands for, but for the options that were given."""
+        job = dataclasses.replace(self.job, low_memory=True)
+        if "weights_dtype" not in given:
+            job = dataclasses.replace(job, weights_dtype="bfloat16")
+        changes = {}
+        for name, (usual, lean) in LEAN.items():
+            if name in names(type(self.method)) and name not in given and getattr(self.method, name) == usual:
+                changes[name] = lean
+        return self._replace(job=job, method=dataclasses.replace(self.method, **changes))
+
     def options(self) -> list[str]:
         """Return the command line of this job: what its preset and the defaults do not say already."""
         given = _values(self)
         asked = {name: given[name] for name in ("concept", "model", "method", "preset")}
-        if given["weights_dtype"] != Job().weights_dtype:  # decides the rounding, as a preset would
-            asked["weights_dtype"] = given["weights_dtype"]
+        for name in ("weights_dtype", "low_memory"):  # decide others, as a preset would
+            if given[name] != getattr(Job(), name):
+                asked[name] = given[name]
         usual = _values(make(**asked))
         words: list[str] = []
         for name, value in asked.items():
@@ -108,6 +128,8 @@ def make(**given: Any) -> Plan:
     if values.get("weights_dtype") == "bfloat16":
         values.setdefault("rounding", "kahan")  # nearest would lose most changes of small steps
     plan = Plan(*(filled(cls, values) for cls in classes.values()))
+    if plan.job.low_memory:
+        plan = plan.lean(given)
     _check_needs(plan)
     _check_schedule(plan, given)
     return plan

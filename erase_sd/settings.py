@@ -32,13 +32,21 @@ class Job:
     )
     output_dir: str | None = knob(None, "where the run goes (default: runs/<concept>-<method>)")
     seed: int = knob(0, "seed of every random draw")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = knob(None, "autocast; by default accelerate's setting")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = knob(
+        None, "autocast; by default accelerate's setting, else bf16 on a GPU that has it; fp16 is refused"
+    )
     weights_dtype: Literal["float32", "bfloat16"] = knob(
         "float32",
         "the network's weights while it is trained, and in the result; bfloat16 takes --rounding kahan unless told",
     )
+    low_memory: bool = knob(
+        False,
+        "what a 12 GB card needs: bf16 weights in two halves, 8-bit Adam, the original model's answers computed first",
+    )
     fsdp: bool = knob(False, "divide the network among the processes (FSDP2) instead of copying it to each")
-    gradient_checkpointing: bool = knob(False, "compute activations twice instead of keeping them")
+    gradient_checkpointing: bool = knob(
+        False, "compute activations twice instead of keeping them; where not even one sample fits, it comes by itself"
+    )
     picture_steps: int = knob(30, "denoising steps of the images before and after, not of the pocket model's")
     eval_forget: int = knob(128, "images scored on the concept's prompts, pocket model only")
     eval_retain: int = knob(320, "images scored on the other prompts, pocket model only")
@@ -112,7 +120,9 @@ class TaskSettings:
     """What the model is asked to forget and to keep."""
 
     batch_size: int = knob(16, "samples of each set per step, over all processes", ("train_batch_size",))
-    gradient_accumulation_steps: int = knob(1, "micro-batches in which a batch is computed: less memory, same result")
+    gradient_accumulation_steps: int = knob(
+        1, "micro-batches in which a batch is computed, at first: twice as many whenever memory runs out"
+    )
     trim_scope: str = knob("attn", "parameters that may be re-initialised: a named group or re:<regex>; norms never")
     rank_scope: str | None = knob(None, "parameters among which the top k is taken (default: those of trim_scope)")
     train_scope: str = knob("full", "parameters that are trained: a named group or re:<regex>")

@@ -18,7 +18,7 @@ from erase_sd import export
 from erase_sd.api import carry_out
 from erase_sd.common.cli import parse, peek, quiet, run_main
 from erase_sd.common.files import slug
-from erase_sd.common.processes import accelerator
+from erase_sd.common.processes import accelerator, best_precision
 from erase_sd.denoising.card import rates, swap_in_snippet
 from erase_sd.dry_run import describe
 from erase_sd.methods import METHODS
@@ -64,7 +64,7 @@ def _run(plan: Plan) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(describe(plan, model))
         return 0
-    processes = accelerator(plan.job.mixed_precision, plan.running.report_to, plan.job.output_dir)
+    processes = accelerator(best_precision(plan.job.mixed_precision), plan.running.report_to, plan.job.output_dir)
     pipe = load(model, config=plan.job.model_config)
     record = carry_out(pipe, plan, processes)
     if processes.is_main_process:

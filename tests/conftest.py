@@ -96,6 +96,9 @@ class Alone:
     def micro_batches(self, batch: object) -> list[MicroBatch]:
         return [MicroBatch(batch)]
 
+    def smaller(self) -> bool:
+        return False
+
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 

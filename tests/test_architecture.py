@@ -207,9 +207,11 @@ FOREIGN_BYTES = {"classification.data.sources.unpickle", "erase_sd.run.checkpoin
 NAMED_BY_THE_TREE: dict[str, str] = {  # one importer, and a question of its own
     "eval.images.writer": "one folder of images, resumable",
     "eval.features.metrics": "formulas from features to numbers",
+    "erase_sd.denoising.answers": "the original model's answers, in its place",
     "erase_sd.denoising.sharded": "the only file that knows FSDP2",
     "erase_sd.denoising.results": "what a run leaves behind",
     "erase_sd.models.noise": "the forward process, as formulas",
+    "erase_sd.models.activations": "what a backward pass needs kept, counted without a device",
     "erase_sd.models.placement": "which device holds what, and its way back",
     "erase_sd.run.loop": "the one loop",
     "erase_sd.run.plots": "needs matplotlib",

@@ -113,10 +113,10 @@ class RunLock:
         self._lock.release()
 
 
-def claim(folder: Path, file: str, config: dict[str, Any]) -> None:
+def claim(folder: Path, file: str, config: dict[str, Any], free: frozenset[str] = frozenset()) -> None:
     """Refuse an --output_dir that holds anything but a run of this very configuration, before anything is written.
 
-    `file` is where runs of this kind keep their configuration, as JSON.
+    `file` is where runs of this kind keep their configuration, as JSON; `free` options may differ.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file: name a folder")
@@ -128,7 +128,7 @@ def claim(folder: Path, file: str, config: dict[str, Any]) -> None:
         there = dict(json.loads((folder / file).read_text(encoding="utf-8")))
     except ValueError as error:
         raise UserError(f"--output_dir {folder} holds a {file} of something else: name another") from error
-    for option in sorted(there.keys() | config.keys()):
+    for option in sorted((there.keys() | config.keys()) - free):
         if there.get(option) != config.get(option):
             raise UserError(
                 f"--output_dir {folder} belongs to a run with {option} {there.get(option)}, not "

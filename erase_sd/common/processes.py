@@ -22,7 +22,24 @@ from tqdm.auto import tqdm
 from erase_sd.common.errors import UserError
 from erase_sd.common.signals import StopFlag
 
+PRECISION = "ACCELERATE_MIXED_PRECISION"  # how `accelerate launch` hands its configuration on
 PATIENCE = timedelta(days=1)  # one process may sample the last images while the others wait; a launcher sees the dead
+
+
+def check_precision(mixed_precision: str) -> None:
+    """Refuse fp16, whose range ends at 65504: gradients overflow it and underflow. Raises UserError."""
+    if mixed_precision == "fp16":
+        raise UserError("--mixed_precision fp16 loses gradients, large ones and small ones: give bf16, or no")
+
+
+def best_precision(asked: str | None) -> str | None:
+    """Return the autocast of a job: what was asked for here or of accelerate, else bf16 on a GPU that computes in it.
+
+    None leaves it to accelerate, whose own default is none.
+    """
+    if asked is None and PRECISION not in os.environ and torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    return asked
 
 
 def accelerator(
@@ -30,9 +47,11 @@ def accelerator(
 ) -> Accelerator:
     """Return the accelerator: device, precision and process group as `accelerate launch` or torchrun set them up.
 
-    `report_to` names a tracker of accelerate, which writes its files below `folder`. Raises UserError for one that is
-    not installed, which accelerate would leave out without a word, and for one that needs a folder and has none.
+    `report_to` names a tracker of accelerate, which writes its files below `folder`. Raises UserError for fp16, for a
+    tracker that is not installed, which accelerate would leave out without a word, and for one that needs a folder and
+    has none.
     """
+    check_precision(mixed_precision or os.environ.get(PRECISION, "no"))
     if report_to and report_to not in map(str, get_available_trackers()):
         how = "install the trackers extra" if report_to == "tensorboard" else f"pip install {report_to}"
         raise UserError(f"--report_to {report_to} is not installed: {how}, or give --report_to none")

@@ -1,9 +1,9 @@
 """Steps along a gradient: optimizer, learning rate, a state that resumes bit for bit: what every loop shares."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from erase_sd.common.cli import knob
 from erase_sd.common.errors import UserError
 from erase_sd.core.optimizers import OptimizerSettings, apply, make_optimizer, put, slots
 from erase_sd.core.projection import dot
-from erase_sd.core.task import Params, Task, clear, taken
+from erase_sd.core.task import Loss, Params, Task, clear, fitted, taken, terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +40,17 @@ def do_nothing(*_: Any) -> None:
     """Do nothing: the hook of a loop that needs none."""
 
 
-def always(values: dict[str, float]) -> bool:
-    """Return True: the gradient is wanted whatever the losses are."""
-    return True
+class Term(NamedTuple):
+    """A loss, and its weight in an objective."""
+
+    loss: Loss
+    weight: float = 1.0
 
 
 def descend(
     task: Task,
     settings: Descent,
-    objective: Callable[[Any, int], Tensor],
+    objective: Callable[[Any, int], Tensor | Iterable[Tensor]],
     state: dict | None = None,
     *,
     before: Callable[[Any, int], None] = do_nothing,
@@ -70,20 +72,20 @@ def descend(
         lr = learning_rate(settings, step)
         optimizer.param_groups[0]["lr"] = lr
 
-        def losses(part: Any, step: int = step) -> dict[str, Tensor]:
-            return {"objective": objective(part, step)}
+        def loss(part: Any, step: int = step) -> Tensor | Iterable[Tensor]:
+            return objective(part, step)
 
         try:
             batch = task.batch("repair", step)
             before(batch, step)
-            values, g = differentiate(task, losses, batch, theta)
+            values, g = differentiate(task, {"loss": Term(loss)}, batch, theta)
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step}: {error}") from error
         edit(g)
         clip_(task, g, settings.max_grad_norm)
         apply(optimizer, theta, g, settings.rounding, task.seed, step)
         after()
-        yield {"step": step, "loss": values["objective"], "lr": lr}, state_of(optimizer, theta, step)
+        yield {"step": step, "loss": values["loss"], "lr": lr}, state_of(optimizer, theta, step)
 
 
 def learning_rate(settings: Descent, step: int) -> float:
@@ -108,38 +110,45 @@ def decay(schedule: str, x: float) -> float:
 
 
 def differentiate(
-    task: Task,
-    losses: Callable[[Any], dict[str, Tensor]],
-    batch: Any,
-    params: dict[str, nn.Parameter],
-    wanted: Callable[[dict[str, float]], bool] = always,
-) -> tuple[dict[str, float], Params | None]:
-    """Return the values of all losses over the global batch, and the gradient of the last; None unless wanted(values).
+    task: Task, objective: dict[str, Term], batch: Any, params: dict[str, nn.Parameter]
+) -> tuple[dict[str, float], Params]:
+    """Return the values of the named losses and of their weighted sum, "objective", and the gradient of that.
 
-    What is wanted is known before the last micro-batch's backward pass, which is the only one of a batch in one part.
-    Raises FloatingPointError for a loss or gradient that is not finite.
+    All are over the global batch; one graph is alive at a time. Raises FloatingPointError for a loss or gradient that
+    is not finite.
     """
-    so_far: dict[str, Tensor] = {}
-    try:
+
+    def work() -> tuple[dict[str, float], Params]:
+        totals: dict[str, Tensor] = {}
         for part in task.micro_batches(batch):
-            for name, x in losses(part.batch).items():
-                last = part.share * x
-                so_far[name] = so_far.get(name, 0) + last.detach()
-            if part.last:
-                values = _values(task, so_far)
-                if not wanted(values):
-                    return values, None
-            task.backward(last)
-        return values, taken(task, params)
+            whole = 0.0
+            for name, (loss, weight) in objective.items():
+                value = 0.0
+                for term in terms(loss(part.batch)):
+                    task.backward(part.share * (weight * term))
+                    value = value + term.detach()
+                totals[name] = totals.get(name, 0.0) + part.share * value
+                whole = whole + weight * value
+            totals["objective"] = totals.get("objective", 0.0) + part.share * whole
+        return _values(task, totals), taken(task, params)
+
+    try:
+        return fitted(task, work)
     finally:
         clear(task)
 
 
 @torch.no_grad()
-def measure(task: Task, loss: Callable[[Any], Tensor], batch: Any, name: str) -> float:
+def measure(task: Task, loss: Loss, batch: Any, name: str) -> float:
     """Return one loss over the global batch. Raises FloatingPointError naming it when it is not finite."""
-    total = sum(part.share * loss(part.batch) for part in task.micro_batches(batch))
-    return _values(task, {name: total})[name]
+
+    def work() -> float:
+        total = 0.0
+        for part in task.micro_batches(batch):
+            total = total + part.share * sum(terms(loss(part.batch)))
+        return _values(task, {name: total})[name]
+
+    return fitted(task, work)
 
 
 def _values(task: Task, losses: dict[str, Tensor]) -> dict[str, float]:

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from erase_sd.common.cli import knob
 from erase_sd.common.errors import UserError
-from erase_sd.core.descent import Descent, clip_, differentiate, inner, learning_rate, measure, restore, state_of
+from erase_sd.core.descent import Descent, Term, clip_, differentiate, inner, learning_rate, measure, restore, state_of
 from erase_sd.core.optimizers import apply, make_optimizer
 from erase_sd.core.projection import coefficient, collapsed, products, subtract_
-from erase_sd.core.task import Params, Task
+from erase_sd.core.task import Loss, Params, Task, kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,72 +152,54 @@ def _project_update_(task: Task, theta: dict[str, nn.Parameter], before: Params,
 
 def _shared(task: Task, settings: Repair, theta: dict[str, nn.Parameter], batch: Any) -> Gradients:
     """Compute what Algorithm 1 needs: two backward passes, one stored gradient; lam enters through c."""
-
-    def forget(part: Any) -> dict[str, Tensor]:
-        return {"forget": task.forget(part)}
-
-    def retain(part: Any) -> dict[str, Tensor]:
-        return {"retain": _retain(task, settings, part)}
-
-    def wanted(values: dict[str, float]) -> bool:
-        return not _rests(settings, values["forget"])
-
-    values_f, g_f = differentiate(task, forget, batch, theta, wanted)
-    loss_f = values_f["forget"]
+    loss_f, g_f = _constraint(task, settings, theta, batch)
     lam, ceiling = _below_ceiling(settings, loss_f)
     if g_f is None:
         lam = 0.0  # forgotten: nothing but repair
-    values_r, g_r = differentiate(task, retain, batch, theta)
-    loss_r = values_r["retain"]
+    values, g_r = differentiate(task, {"retain": Term(_retained(task, settings))}, batch, theta)
+    loss_r = values["retain"]
     record = {"loss_r": loss_r, "loss_f": loss_f, "loss_o": loss_r - lam * loss_f, "ceiling": ceiling}
     return Gradients(g_r, g_f, lam, record)
 
 
 def _separate(task: Task, settings: Repair, theta: dict[str, nn.Parameter], batch: Any, projecting: bool) -> Gradients:
-    """Compute objective and constraint apart: a backward pass of the one, and one of the other while it is in force.
-
-    From `release_at` on the concept is gone, and the constraint would only forbid directions that repair.
-    """
+    """Compute objective and constraint apart."""
     g_f, loss_f, lam, ceiling = None, math.nan, settings.lam, False
-
-    def constraint(part: Any) -> dict[str, Tensor]:
-        loss = task.forget(part) if settings.constraint == "forget" else task.contrast(part)
-        return {settings.constraint: loss}
-
-    def wanted(values: dict[str, float]) -> bool:
-        return not _rests(settings, values[settings.constraint])
-
-    def objective(part: Any) -> dict[str, Tensor]:
-        return _objective(task, settings, lam, part)
-
     if projecting:
-        values, g_f = differentiate(task, constraint, batch, theta, wanted)
-        loss_f = values[settings.constraint]
+        loss_f, g_f = _constraint(task, settings, theta, batch)
     if settings.objective == "ascent" and settings.forget_ceiling is not None:  # lam is the whole batch's
         lam, ceiling = _below_ceiling(settings, measure(task, task.forget, batch, "forget"))
+    objective = {"retain": Term(_retained(task, settings))}
+    if settings.objective == "ascent":
+        objective["forget"] = Term(task.forget, -lam)
+    else:
+        objective["redirect"] = Term(task.redirect, lam)
     values, g = differentiate(task, objective, batch, theta)
     loss_r, loss_f = values["retain"], values.get("forget", loss_f)
-    record = {"loss_r": loss_r, "loss_f": loss_f, "loss_o": values[settings.objective], "ceiling": ceiling}
+    record = {"loss_r": loss_r, "loss_f": loss_f, "loss_o": values["objective"], "ceiling": ceiling}
     return Gradients(g, g_f, 0.0, record)
 
 
-def _objective(task: Task, settings: Repair, lam: float, part: Any) -> dict[str, Tensor]:
-    """Return the objective's terms, and the objective itself as the last one."""
-    L_r = _retain(task, settings, part)
-    if settings.objective == "ascent":
-        L_f = task.forget(part)
-        return {"retain": L_r, "forget": L_f, "ascent": L_r - lam * L_f}
-    return {"retain": L_r, "redirect": L_r + lam * task.redirect(part)}
+def _constraint(
+    task: Task, settings: Repair, theta: dict[str, nn.Parameter], batch: Any
+) -> tuple[float, Params | None]:
+    """Return the constrained loss and its gradient, None where it rests: a loss that may rest is measured first.
+
+    From `release_at` on the concept is gone, and the constraint would only forbid directions that repair.
+    """
+    name = settings.constraint
+    loss = task.forget if name == "forget" else task.contrast
+    if settings.release_at is not None:
+        loss_f = measure(task, loss, batch, name)
+        if loss_f >= settings.release_at:
+            return loss_f, None
+    values, g_f = differentiate(task, {name: Term(loss)}, batch, theta)
+    return values[name], kept(g_f, theta)
 
 
-def _retain(task: Task, settings: Repair, part: Any) -> Tensor:
+def _retained(task: Task, settings: Repair) -> Loss:
     """Return the loss of what the repair keeps."""
-    return task.retain(part) if settings.retain_loss == "data" else task.preserve(part)
-
-
-def _rests(settings: Repair, loss_f: float) -> bool:
-    """Return whether the constraint is released at this loss."""
-    return settings.release_at is not None and loss_f >= settings.release_at
+    return task.retain if settings.retain_loss == "data" else task.preserve
 
 
 def _below_ceiling(settings: Repair, loss_f: float) -> tuple[float, bool]:

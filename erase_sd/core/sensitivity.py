@@ -4,14 +4,14 @@ s_j = theta_j dL_f/dtheta_j = dL_f(c * theta)/dc_j  at c = 1:  how the loss chan
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from erase_sd.common.rng import generator
-from erase_sd.core.task import REPLICATED, Params, Shards, Task, gradient
+from erase_sd.core.task import REPLICATED, Loss, Params, Shards, Task, gradient
 
 CHUNK = 1 << 16  # entries ranked at a time: bounds the extra memory whatever the size of the model or of a tensor
 BINS = 1 << 16
@@ -27,7 +27,7 @@ def same(g: Tensor) -> Tensor:
 
 def accumulate(
     task: Task,
-    loss: Callable[[Any], Tensor],
+    loss: Loss,
     params: dict[str, nn.Parameter],
     purpose: str,
     batches: Iterable[int],
@@ -50,7 +50,7 @@ def accumulate(
 
 def averages(
     task: Task,
-    passes: dict[str, tuple[Callable[[Any], Tensor], Callable[[Tensor], Tensor]]],
+    passes: dict[str, tuple[Loss, Callable[[Tensor], Tensor]]],
     params: dict[str, nn.Parameter],
     batches: int,
     state: dict | None = None,

@@ -1,13 +1,18 @@
 """What the algorithm asks of a model: batches, losses, a backward pass. Nothing here knows what the model does."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from erase_sd.common.memory import fitting
+
 Params = dict[str, Tensor]
 """One tensor per parameter name: weights, gradients, scores. Never concatenated."""
+
+Loss = Callable[[Any], Tensor | Iterable[Tensor]]
+"""A function of a micro-batch: a scalar, or terms that add up to it and are differentiated one by one (`terms`)."""
 
 
 class MicroBatch(NamedTuple):
@@ -101,8 +106,11 @@ class Task(Protocol):
     def redirect(self, batch: Any) -> Tensor:
         """Return the distance of the forget samples' behaviour from a replacement: another label, an anchor prompt."""
 
-    def contrast(self, batch: Any) -> Tensor:
+    def contrast(self, batch: Any) -> Tensor | Iterable[Tensor]:
         """Return L_f minus the same inputs' loss under the replacement: only what is specific to the concept."""
+
+    def smaller(self) -> bool:
+        """Compute less at a time from the next micro-batch on, and return True; False where that cannot be."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` to every `.grad`: fp32 whatever the autocast, averaged over the ranks."""
@@ -138,11 +146,37 @@ class DiffusionTask(Task, Protocol):
         """Return what `predict` should return at x_t: noise, velocity or flow, as the scheduler says."""
 
 
-def gradient(task: Task, loss: Callable[[Any], Tensor], batch: Any, params: dict[str, nn.Parameter]) -> Params:
+def terms(loss: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield what adds up to a loss: itself, or its terms, each computed after the one before was differentiated.
+
+    So only one term's graph is alive at a time.
+    """
+    if isinstance(loss, Tensor):
+        yield loss
+    else:
+        yield from loss
+
+
+def gradient(task: Task, loss: Loss, batch: Any, params: dict[str, nn.Parameter]) -> Params:
     """Return the gradient of `loss(batch)` by `params`, accumulated over the micro-batches; see `taken`."""
-    for part in task.micro_batches(batch):
-        task.backward(part.share * loss(part.batch))
-    return taken(task, params)
+
+    def work() -> Params:
+        for part in task.micro_batches(batch):
+            for term in terms(loss(part.batch)):
+                task.backward(part.share * term)
+        return taken(task, params)
+
+    return fitted(task, work)
+
+
+def fitted(task: Task, work: Callable[[], Any]) -> Any:
+    """Return what is computed from a batch, from its start again in smaller micro-batches when memory runs out."""
+
+    def smaller() -> bool:
+        clear(task)  # what the failed try has added up
+        return task.smaller()
+
+    return fitting(work, smaller)
 
 
 def taken(task: Task, params: dict[str, nn.Parameter]) -> Params:
@@ -160,6 +194,14 @@ def taken(task: Task, params: dict[str, nn.Parameter]) -> Params:
     if name := first_lost(g, task.shards):
         raise FloatingPointError(f"the gradient of {name} holds NaN or infinity")
     return g
+
+
+def kept(g: Params, theta: dict[str, nn.Parameter]) -> Params:
+    """Return a gradient that waits for another one in the weights' own precision: of bf16 weights, half as large."""
+    narrow: Params = {}
+    for name in list(g):
+        narrow[name] = g.pop(name).to(theta[name].dtype)
+    return narrow
 
 
 def first_lost(tensors: Params, shards: Shards = REPLICATED) -> str | None:

@@ -14,17 +14,23 @@ z_f, z_r are latents, c_f, c_r their captions, c_a the anchor; e_0 is the origin
 from __future__ import annotations
 
 import copy
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm.auto import tqdm, trange
 
 from erase_sd.common.errors import UserError
 from erase_sd.common.rng import generator
-from erase_sd.core.task import MicroBatch, Replicated
+from erase_sd.common.signals import StopFlag
+from erase_sd.core.task import MicroBatch, Replicated, fitted
+from erase_sd.denoising.answers import Answers
 from erase_sd.denoising.samples import Samples
 from erase_sd.denoising.sharded import Sharded
 from erase_sd.models.families import Cond, family, network
@@ -35,6 +41,8 @@ from erase_sd.settings import TaskSettings
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # layers whose weights autocast rounds
+LESS = "give --low_memory (bf16 weights, 8-bit Adam), or a smaller --train_scope, such as xattn"
 # What accelerate sets on a model to autocast it; with the last one left, it would not prepare the model again.
 WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
 
@@ -44,6 +52,8 @@ class Prepared(Replicated):
 
     def __init__(self, model: nn.Module, original: nn.Module | None, accelerator: Accelerator) -> None:
         self.model, self.original, self.dtype, self.accelerator = model, original, model.dtype, accelerator
+        if accelerator.num_processes == 1:  # bf16 weights have gradients that add up in fp32; DDP's buckets cannot
+            _set_grad_dtype(model, torch.float32)
         self._unwrapped: dict[str, Any] = {}
         for name in WRAPPED:
             if name in model.__dict__:
@@ -65,11 +75,19 @@ class Prepared(Replicated):
         """Do nothing: the result is in the pipeline's own network."""
 
     def release(self) -> None:
-        """Undo what preparing the model did to it: no autocast in its forward, no gradients."""
+        """Undo what preparing the model did to it: no autocast in its forward, no gradients, no original beside it."""
+        self.forward = self.original = None
         for name in WRAPPED:
             self.model.__dict__.pop(name, None)
         self.model.__dict__.update(self._unwrapped)
         self.model.requires_grad_(False).zero_grad(set_to_none=True)
+        _set_grad_dtype(self.model, None)
+
+
+def _set_grad_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Say in which precision gradients are kept, by default the parameters' own; torch before 2.10 keeps that one."""
+    for p in model.parameters():
+        p.grad_dtype = dtype or p.dtype
 
 
 class DenoisingTask:
@@ -77,7 +95,8 @@ class DenoisingTask:
 
     `shards` say where the parameters are, and run the network there. The scopes of `settings` are resolved and may
     raise UserError, as does a batch that leaves a micro-batch empty. With `fsdp` every rank holds its rows of each
-    parameter; the pipeline's own network waits on the CPU for the result.
+    parameter; the pipeline's own network waits on the CPU for the result. With `beforehand` no copy of the original
+    model is made: `ask_beforehand` has it answer, before any change, all that the run will ask.
     """
 
     def __init__(
@@ -88,26 +107,54 @@ class DenoisingTask:
         seed: int,
         accelerator: Accelerator,
         fsdp: bool = False,
+        beforehand: bool = False,
     ) -> None:
         self.samples, self.settings, self.seed, self.accelerator = samples, settings, seed, accelerator
         least = accelerator.num_processes * settings.gradient_accumulation_steps
         if settings.batch_size < least:
             raise UserError(f"--batch_size {settings.batch_size} leaves micro-batches empty: give {least} or more")
+        self.parts = settings.gradient_accumulation_steps  # micro-batches of a batch: more when memory runs out
         self.family, self.process = family(pipe), forward_process(pipe)
         whole: nn.Module = network(pipe).requires_grad_(False)
+        self.network = whole
         trainable = select(whole, settings.train_scope)
         trimmable = trimmed(whole, settings.trim_scope, trainable)
         ranked = select(whole, settings.rank_scope) if settings.rank_scope else trimmable
         for p in (trainable | trimmable | ranked).values():
             p.requires_grad_(True)
         whole.to("cpu" if fsdp else accelerator.device)
-        original = frozen_copy(whole, accelerator.device) if settings.anchor_model == "original" else None
+        original, self.answers = None, None
+        if settings.anchor_model == "original":
+            if beforehand:
+                self.answers = Answers(whole.dtype)
+            else:
+                original = frozen_copy(whole, accelerator.mixed_precision)
         kind = Sharded if fsdp else Prepared
         self.shards: Prepared | Sharded = kind(whole, original, accelerator)
         self.model: nn.Module = self.shards.model
         self._trainable = self.shards.owned(trainable)
         self._trimmable = self.shards.owned(trimmable)
         self._ranked = self.shards.owned(ranked)
+
+    @torch.no_grad()
+    def ask_beforehand(self, ask: Callable[[DenoisingTask, DenoisingBatch, int], None], steps: int) -> None:
+        """Have the network, which is the original model yet, answer what ask(task, micro-batch, step) asks of it.
+
+        Does nothing for a task that keeps the original model, or needs none. SystemExit after a step in which a signal
+        came.
+        """
+        if self.answers is None:
+            return
+        hidden = {"disable": True} if os.environ.get("RANK", "0") != "0" else {}  # False would overrule TQDM_DISABLE
+        for step in trange(steps, desc="original model", unit="step", **hidden):
+            with StopFlag() as stop:
+                fitted(self, partial(self._ask, ask, step))
+                stop.leave()
+        self.answers.open = False
+
+    def _ask(self, ask: Callable[[DenoisingTask, DenoisingBatch, int], None], step: int) -> None:
+        for part in self.micro_batches(self.batch("repair", step)):
+            ask(self, part.batch, step)
 
     def assemble(self) -> None:
         """Bring the result into the pipeline's own network; every rank has to."""
@@ -143,13 +190,39 @@ class DenoisingTask:
 
     def micro_batches(self, batch: DenoisingBatch) -> Iterator[MicroBatch]:
         """Yield micro-batches of this rank's slice; DDP averages the gradients over the ranks at the last one only."""
-        n, ranks = self.settings.gradient_accumulation_steps, self.accelerator.num_processes
+        n, ranks = self.parts, self.accelerator.num_processes
         for i in range(n):
             rows = slice(len(batch.z_f) * i // n, len(batch.z_f) * (i + 1) // n)
             # the ranks' mean makes it a share of the global batch
             share = len(batch.z_f[rows]) * ranks / self.settings.batch_size
             with self.shards.without_sync() if i < n - 1 else nullcontext():
                 yield MicroBatch(batch.rows(rows), share, i == n - 1)
+
+    @property
+    def micro_batch(self) -> int:
+        """Return the number of samples of each set that are computed at once, at most."""
+        return -(-self.settings.batch_size // (self.accelerator.num_processes * self.parts))
+
+    def smaller(self) -> bool:
+        """Halve the micro-batch; at one sample, compute activations twice instead of keeping them.
+
+        Raises UserError where neither can be done any more, and on several processes: one of them alone would leave
+        the others waiting for its gradients.
+        """
+        if self.accelerator.num_processes > 1:
+            raise UserError(
+                f"out of memory with {self.micro_batch} samples at a time, which several processes do not find by "
+                "themselves: give a larger --gradient_accumulation_steps, or --gradient_checkpointing"
+            )
+        if self.parts < self.settings.batch_size:
+            self.parts = min(2 * self.parts, self.settings.batch_size)
+            tqdm.write(f"out of memory: {self.micro_batch} samples at a time from now on", file=sys.stderr)
+            return True
+        if not self.network.is_gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+            tqdm.write("out of memory: gradient checkpointing from now on", file=sys.stderr)
+            return True
+        raise UserError(f"the {self.family.part} is too large to be trained here, one sample at a time: {LESS}")
 
     def _cond(self, rows: Tensor) -> Cond:
         """Return the conditioning of captions (n,), given by their rows in the table."""
@@ -175,16 +248,22 @@ class DenoisingTask:
         return self.process.target(x0, noise, t)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Return the network's output in fp32."""
+        """Return the network's output in fp32; of no interest while the original model is asked beforehand: zeros."""
+        if self.answers is not None and self.answers.open:
+            return torch.zeros_like(x_t)
         return self._output(self.shards.forward, self.shards.dtype, x_t, t, cond)
 
     @torch.no_grad()
     def predict_original(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Return the original model's output, fp32. Raises UserError where it was not kept."""
+        if self.answers is not None:
+            ask = partial(self._output, self.shards.forward, self.shards.dtype, x_t, t, cond)
+            return self.answers(ask, x_t, t, cond)
         original = self.shards.original
         if original is None:
             raise UserError("this needs the network before any change: give --anchor_model original")
-        return self._output(original, original.dtype, x_t, t, cond)
+        with self.accelerator.autocast():  # as the student computes: equal weights give equal answers
+            return self._output(original, self.shards.dtype, x_t, t, cond)
 
     def _output(self, call: Callable, dtype: torch.dtype, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         narrowed: Cond = {}
@@ -196,9 +275,10 @@ class DenoisingTask:
         """Return L_f, the denoising loss of the concept's images under its captions."""
         return self._denoise(batch.z_f, batch.t_f, batch.noise_f, batch.c_f)
 
-    def contrast(self, batch: DenoisingBatch) -> Tensor:
-        """Return L_f less the loss of the same noisy images under the anchors."""
-        return self.forget(batch) - self._denoise(batch.z_f, batch.t_f, batch.noise_f, batch.c_a)
+    def contrast(self, batch: DenoisingBatch) -> Iterator[Tensor]:
+        """Yield L_f, and less the loss of the same noisy images under the anchors."""
+        yield self.forget(batch)
+        yield -self._denoise(batch.z_f, batch.t_f, batch.noise_f, batch.c_a)
 
     def retain(self, batch: DenoisingBatch) -> Tensor:
         """Return L_r, the denoising loss on everything else."""
@@ -224,19 +304,8 @@ class DenoisingTask:
 
     def backward(self, loss: Tensor) -> None:
         """Add gradients in fp32, averaged over the ranks by accelerate, to those of earlier micro-batches."""
-        scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
-        self._scale(scale)
         self.accelerator.backward(loss)
         self.shards.after_backward()
-        self._scale(1 / scale)
-
-    def _scale(self, by: float) -> None:
-        """Multiply the gradients, where a scaler of fp16 is at work."""
-        if by == 1:
-            return
-        for p in self.model.parameters():
-            if p.grad is not None:
-                p.grad *= by
 
     def mean(self, x: Tensor) -> Tensor:
         """Return the mean of a scalar over the ranks."""
@@ -252,10 +321,17 @@ def trimmed(model: nn.Module, scope: str, trained: dict[str, nn.Parameter]) -> d
     return found
 
 
-def frozen_copy(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the original model where the model is; in half precision for a device that computes in it."""
+def frozen_copy(model: nn.Module, mixed_precision: str) -> nn.Module:
+    """Return the original model where the model is, which answers with the same bits.
+
+    Under bf16 autocast its linear and convolutional layers are stored as autocast would round them in every call.
+    """
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    return frozen.to(torch.bfloat16) if device.type == "cuda" else frozen
+    if mixed_precision == "bf16":
+        for layer in frozen.modules():
+            if isinstance(layer, ROUNDED):
+                layer.to(torch.bfloat16)
+    return frozen
 
 
 CAPTIONS = ("c_f", "c_a", "c_r")  # columns of a batch that are drawn as rows of the table of embeddings

@@ -39,11 +39,10 @@ class GradientAscent(Objective):
         def before(batch: Any, step: int) -> None:
             weight["forget"] = 0.0 if self.rests(task, batch) else 1.0
 
-        def objective(batch: Any, step: int) -> Tensor:
-            L_f = weight["forget"] * task.forget(batch)
+        def objective(batch: Any, step: int) -> Iterator[Tensor]:
             if self.alpha:
-                return self.alpha * task.retain(batch) - L_f
-            return -L_f
+                yield self.alpha * task.retain(batch)
+            yield -weight["forget"] * task.forget(batch)
 
         return descend(task, self, objective, state, before=before)
 

@@ -6,7 +6,7 @@ A preset is a named set of options; what it leaves out has the option's own defa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from erase_sd.core.descent import Descent, descend
-from erase_sd.core.task import Task
+from erase_sd.core.task import Task, terms
 
 POCKET = {  # the same images for every method, so that runs side by side sample them once
     "batch_size": 32,
@@ -78,6 +78,10 @@ class Method:
         """
         return 0
 
+    def ask_original(self, task: Task, batch: Any, step: int) -> None:
+        """Compute, of a micro-batch, all losses that ask the original model: it may have to answer before it goes."""
+        task.redirect(batch)
+
     def averaged(self, n: Sizes) -> int:
         """Return the number of entries whose gradients are averaged before the first step."""
         return n.ranked
@@ -91,7 +95,7 @@ class Method:
         if self.optimizer is not None:
             phases["steps"] = {
                 "gradient": 4 * n.touched,
-                "stored gradient": 4 * n.trained * self.stored_gradients,
+                "stored gradient": width * n.trained * self.stored_gradients,
                 "optimizer": self.state_bytes * n.trained,
                 "kept by the method": self.kept_bytes(width) * n.trained,
             }
@@ -107,9 +111,14 @@ class Method:
 class Objective(Descent, Method):
     """A method that minimises one loss over the trainable weights: `objective` is all that its classes differ in."""
 
-    def objective(self, task: Task, batch: Any, step: int) -> Tensor:
-        """Return the loss of a batch at a step, a scalar."""
+    def objective(self, task: Task, batch: Any, step: int) -> Tensor | Iterable[Tensor]:
+        """Return the loss of a batch at a step: a scalar, or yield the terms that add up to it."""
         raise NotImplementedError
+
+    def ask_original(self, task: Task, batch: Any, step: int) -> None:
+        """Compute the objective's terms."""
+        for _ in terms(self.objective(task, batch, step)):
+            pass
 
     def __call__(self, task: Task, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
         """Descend, in place; yield (record, state) after each step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -35,10 +36,9 @@ class ConceptAblation(Objective):
     target: Literal["model", "noise"] = knob("model", "fit the answer to the anchor's caption, or the noise itself")
     prior: float = knob(0.0, "weight of the denoising loss of the anchor's images under their own captions")
 
-    def objective(self, task: DiffusionTask, batch: Any, step: int) -> Tensor:
-        """Return MSE(e(x_t, c_f), sg e(x_t, c_a)), or L(z_a, c_f); and prior L(z_a, c_a)."""
+    def objective(self, task: DiffusionTask, batch: Any, step: int) -> Iterator[Tensor]:
+        """Yield MSE(e(x_t, c_f), sg e(x_t, c_a)), or L(z_a, c_f); and prior L(z_a, c_a)."""
         on_anchors = batch._replace(z_f=batch.z_a, z_d=batch.z_a)
-        loss = task.redirect(on_anchors) if self.target == "model" else task.forget(on_anchors)
+        yield task.redirect(on_anchors) if self.target == "model" else task.forget(on_anchors)
         if self.prior:
-            loss = loss + self.prior * task.forget(on_anchors._replace(c_f=batch.c_a))
-        return loss
+            yield self.prior * task.forget(on_anchors._replace(c_f=batch.c_a))

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from erase_sd.common.cli import knob
-from erase_sd.core.descent import Descent, descend, differentiate, inner
+from erase_sd.core.descent import Descent, Term, descend, differentiate, inner
 from erase_sd.core.projection import subtract_
-from erase_sd.core.task import Params, Task
+from erase_sd.core.task import Params, Task, kept
 from erase_sd.methods.base import CONSTANT, GENTLE, POCKET, Method
 
 PRESETS = {
@@ -49,14 +49,12 @@ class EraseDiff(Descent, Method):
         """Descend along g_r + lam g_F; records hold loss_r (L_r), loss_f (F) and lam as well."""
         now: dict[str, Any] = {}
 
-        def redirect(part: Any) -> dict[str, Tensor]:
-            return {"loss_f": task.redirect(part)}
-
         def retain(part: Any, step: int) -> Tensor:
             return task.retain(part)
 
         def before(batch: Any, step: int) -> None:
-            now["values"], now["g_F"] = differentiate(task, redirect, batch, task.trainable())
+            values, g_F = differentiate(task, {"F": Term(task.redirect)}, batch, task.trainable())
+            now["values"], now["g_F"] = {"loss_f": values["F"]}, kept(g_F, task.trainable())
 
         def edit(g: Params) -> None:
             g_F = now.pop("g_F")

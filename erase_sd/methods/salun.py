@@ -67,8 +67,9 @@ class SalUn(Descent, Method):
         for name, p in theta.items():
             frozen[name] = p.detach().clone()
 
-        def objective(batch: Any, step: int) -> Tensor:
-            return task.retain(batch) + self.redirect_weight * task.redirect(batch)
+        def objective(batch: Any, step: int) -> Iterator[Tensor]:
+            yield task.retain(batch)
+            yield self.redirect_weight * task.redirect(batch)
 
         def edit(g: Params) -> None:
             for name, mask in masks.items():

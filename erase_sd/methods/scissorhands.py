@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -130,6 +130,13 @@ class Scissorhands(Repair, Method):
     def kept_bytes(self, width: int) -> int:
         """Return the bytes of an old weight where the update itself is projected."""
         return width if self.projection == "after-preconditioning" else 0
+
+    def ask_original(self, task: Task, batch: Any, step: int) -> None:
+        """Compute the losses of the repair that ask the original model."""
+        if self.needs_original:
+            task.preserve(batch)
+        if self.objective == "redirect":
+            task.redirect(batch)
 
     def __call__(self, task: Task, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
         """Trim, then repair, in place; yield per sensitivity batch, after the trim and per repair step."""

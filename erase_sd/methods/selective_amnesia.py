@@ -67,8 +67,9 @@ class SelectiveAmnesia(Descent, Method):
             kept[name] = x.to(device)
         now = {"penalty": 0.0}
 
-        def objective(batch: Any, step: int) -> Tensor:
-            return task.forget(batch._replace(z_f=batch.z_a)) + self.gamma * task.retain(batch)
+        def objective(batch: Any, step: int) -> Iterator[Tensor]:
+            yield task.forget(batch._replace(z_f=batch.z_a))
+            yield self.gamma * task.retain(batch)
 
         def edit(g: Params) -> None:
             if not self.lam:

@@ -38,9 +38,21 @@ class Family:
     needed: tuple[str, ...]  # the components that a complete model has
     encode: Callable[[DiffusionPipeline, list[str], float, int], Cond]  # (pipeline, captions, guidance, pixels a side)
     call: Callable[[Callable, Tensor, Tensor, Cond], Tensor]  # (network, x_t, t, cond) -> shaped like x_t
+    shapes: Callable[[Any], dict[str, tuple[int, ...]]]  # network's configuration -> those of one caption's cond
     widths: tuple[str, str, tuple[str, ...]]  # network's key = sum of the encoders' key: they fit each other
+    side: int | None = None  # of the latents that the model was made for, where its configuration does not say
     patch: int = 1  # latent pixels in one input of the network
     unpacked: Callable[[Tensor], Tensor] = _unpacked  # latents as the pipeline returns them -> (n, C, H, W)
+
+    def latents(self, network: Any, vae: Any, pixels: int | None) -> tuple[int, int, int]:
+        """Return the shape (C, H, W) of the latents of an image with this side, by default the model's own.
+
+        `network` and `vae` are the configurations of these parts.
+        """
+        side = self.side or network.sample_size
+        if pixels:
+            side = pixels // 2 ** (len(vae.block_out_channels) - 1)
+        return network.in_channels // self.patch, side, side
 
 
 def _encode_sd(pipe: DiffusionPipeline, captions: list[str], guidance: float, side: int) -> Cond:
@@ -110,6 +122,28 @@ def _unpack_flux(z: Tensor) -> Tensor:
     return FluxPipeline._unpack_latents(z, side, side, vae_scale_factor=1)
 
 
+def _shapes_sd(config: Any) -> dict[str, tuple[int, ...]]:
+    return {"encoder_hidden_states": (77, config.cross_attention_dim)}
+
+
+def _shapes_sdxl(config: Any) -> dict[str, tuple[int, ...]]:
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return {"text_embeds": (pooled,), "time_ids": (6,), **_shapes_sd(config)}
+
+
+def _shapes_sd3(config: Any) -> dict[str, tuple[int, ...]]:
+    text = (77 + 256, config.joint_attention_dim)  # CLIP's tokens and T5's
+    return {"encoder_hidden_states": text, "pooled_projections": (config.pooled_projection_dim,)}
+
+
+def _shapes_flux(config: Any) -> dict[str, tuple[int, ...]]:
+    shapes = {"encoder_hidden_states": (512, config.joint_attention_dim)}
+    shapes["pooled_projections"] = (config.pooled_projection_dim,)
+    if config.guidance_embeds:
+        shapes["guidance"] = ()
+    return shapes
+
+
 _ONE = ("vae", "text_encoder", "tokenizer", "scheduler")
 _TWO = (*_ONE, "text_encoder_2", "tokenizer_2")  # Stable Diffusion 3 may have a third, T5, or not
 _BOTH = ("text_encoder", "text_encoder_2")
@@ -119,6 +153,7 @@ FAMILIES: dict[str, Family] = {
         needed=("unet", *_ONE),
         encode=_encode_sd,
         call=_call_sd,
+        shapes=_shapes_sd,
         widths=("cross_attention_dim", "hidden_size", ("text_encoder",)),
     ),
     "StableDiffusionXLPipeline": Family(
@@ -126,6 +161,7 @@ FAMILIES: dict[str, Family] = {
         needed=("unet", *_TWO),
         encode=_encode_sdxl,
         call=_call_sdxl,
+        shapes=_shapes_sdxl,
         widths=("cross_attention_dim", "hidden_size", _BOTH),
     ),
     "StableDiffusion3Pipeline": Family(
@@ -133,6 +169,7 @@ FAMILIES: dict[str, Family] = {
         needed=("transformer", *_TWO),
         encode=_encode_sd3,
         call=_call_sd3,
+        shapes=_shapes_sd3,
         widths=("pooled_projection_dim", "projection_dim", _BOTH),
     ),
     "FluxPipeline": Family(
@@ -140,7 +177,9 @@ FAMILIES: dict[str, Family] = {
         needed=("transformer", *_TWO),
         encode=_encode_flux,
         call=_call_flux,
+        shapes=_shapes_flux,
         widths=("joint_attention_dim", "hidden_size", ("text_encoder_2",)),
+        side=128,
         patch=4,
         unpacked=_unpack_flux,
     ),

@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from erase_sd.common.errors import UserError
 from erase_sd.common.files import new_folder
+from erase_sd.common.memory import fitting
 from erase_sd.common.rng import generator
 from erase_sd.common.signals import StopFlag
 from erase_sd.models import guidance
@@ -141,6 +143,7 @@ def sample(
 ) -> list[Image.Image] | list[Tensor]:
     """Return one image per prompt and seed, the same whatever the batch size and order; `pipe` is left as it was.
 
+    A batch that runs out of memory is sampled again, half as many images at a time; UserError where not one fits.
     `size`, in pixels, is by default the model's. `output_type` is "pil", or "latent" for tensors (C, H, W), float32,
     on the CPU. With a `description` the first process shows a bar. SystemExit after the batch in which a signal came.
     """
@@ -148,19 +151,31 @@ def sample(
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
     hidden = description is None or os.environ.get("RANK", "0") != "0"
-    images = []
+    images: list[Any] = []
+
+    def some() -> Any:
+        start = len(images)
+        generators = [generator(seed, "image") for seed in seeds[start : start + batch_size]]
+        return sample_batch(
+            quiet,
+            prompts[start : start + batch_size],
+            generators,
+            steps=steps,
+            guidance=guidance,
+            size=(size, size),
+            output_type=output_type,
+        )
+
+    def smaller() -> bool:
+        nonlocal batch_size
+        if batch_size == 1:
+            raise UserError("not one image at a time can be sampled in this memory: give a smaller --resolution")
+        batch_size = -(-min(batch_size, len(prompts)) // 2)
+        return True
+
     with StopFlag() as stop, tqdm(total=len(prompts), desc=description, unit="image", disable=hidden) as bar:
-        for start in range(0, len(prompts), batch_size):
-            generators = [generator(seed, "image") for seed in seeds[start : start + batch_size]]
-            batch = sample_batch(
-                quiet,
-                prompts[start : start + batch_size],
-                generators,
-                steps=steps,
-                guidance=guidance,
-                size=(size, size),
-                output_type=output_type,
-            )
+        while len(images) < len(prompts):
+            batch = fitting(some, smaller)
             if output_type == "latent":
                 batch = list(family(pipe).unpacked(batch).float().cpu())
             images += batch

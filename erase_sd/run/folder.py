@@ -70,15 +70,17 @@ class RunFolder:
         writes: bool = True,
         limit: int | None = 1,
         start: str | None = "latest",
+        free: frozenset[str] = frozenset(),
     ) -> None:
         self.path, self.config, self.writes = Path(path), json.loads(json.dumps(config)), writes
         self.limit = limit  # checkpoints that are kept, None for all
         self.start = start  # the one to go on from: "latest", a name or path, None for none
+        self.free = free  # options of `config` that may change from one call to the next: they make no other run
         self._running = False
 
     def __enter__(self) -> RunFolder:
         if not self._failed_before_any_work():
-            claim(self.path, CONFIG, self.config)
+            claim(self.path, CONFIG, self.config, self.free)
         if self.start not in ("latest", None) and not self.complete():
             _own(self.path / "checkpoints", self.start)  # now, not after hours of sampling
         self._stack = ExitStack()

@@ -30,17 +30,17 @@ def execute(
     description: str,
     images: int = 0,
     log: Callable[[dict, int], None] = lambda values, step: None,
-    probe: Callable[[Task, int], Tensor] | None = None,
+    probe: Callable[[Task, int], object] | None = None,
     reuse: Callable[[RunFolder], None] = lambda folder: None,
 ) -> dict:
     """Carry out a run in its folder and return its record; a complete run is not carried out again.
 
     `task` is entered once the folder is this run's own: it yields the task and the tensors, by name, that make a
-    checkpoint, and is left before `finish(progress)`, which writes the results and returns the record. `wait` is the
-    barrier of all processes. `probe(task, step)` is a loss that has to be finite as well before weights are saved.
-    `reuse(folder)` is called instead of everything else where the run is complete. The other arguments are those of
-    `run`. Raises what `RunFolder` and `run` do; SystemExit, with nothing lost, when a signal comes while results are
-    written.
+    checkpoint, and is left before `finish(progress)`, which writes the results and returns the record; the progress
+    has no state then. `wait` is the barrier of all processes. `probe(task, step)` raises FloatingPointError, before
+    they are saved, for weights that compute nothing finite. `reuse(folder)` is called instead of everything else where
+    the run is complete. The other arguments are those of `run`. Raises what `RunFolder` and `run` do; SystemExit, with
+    nothing lost, when a signal comes while results are written.
     """
     with StopFlag() as stop, folder or nullcontext():  # one flag, so that no signal is lost between two of them
         wait()  # all see the folder alike: before the run, or after
@@ -49,22 +49,18 @@ def execute(
             return done
         if folder:
             folder.status("running")
-        with task as (prepared, weights):
-
-            def check(step: int) -> None:
-                check_finite(prepared, weights, step, probe)
-
-            progress = run(
+        with task as prepared:
+            progress = _carried_out(
                 method,
-                prepared,
-                weights,
+                *prepared,
                 folder,
+                probe,
                 every=every,
-                check=check,
                 description=description,
                 images=images,
                 log=log,
             )
+            del prepared  # and with it the device's memory, which the results need
         record = finish(progress)
         if folder:
             if folder.writes:
@@ -72,6 +68,22 @@ def execute(
             folder.finish(record)
         wait()  # nobody goes on to use what is not written yet
         return record
+
+
+def _carried_out(
+    method: Any,
+    task: Task,
+    weights: dict[str, Tensor],
+    folder: RunFolder | None,
+    probe: Callable[[Task, int], object] | None,
+    **how: Any,
+) -> Progress:
+    """Run the method to its end and return the progress, without the method's state: nobody goes on from there."""
+
+    def check(step: int) -> None:
+        check_finite(task, weights, step, probe)
+
+    return run(method, task, weights, folder, check=check, **how)._replace(state=None)
 
 
 def run(
@@ -120,13 +132,16 @@ def run(
 
 @torch.no_grad()
 def check_finite(
-    task: Task, weights: dict[str, Tensor], step: int, probe: Callable[[Task, int], Tensor] | None = None
+    task: Task, weights: dict[str, Tensor], step: int, probe: Callable[[Task, int], object] | None = None
 ) -> None:
     """Raise FloatingPointError if the last step lost the model, which the loop itself would notice in the next one."""
     if name := first_lost(weights, task.shards):
         raise FloatingPointError(f"after {step} steps {name} holds NaN or infinity")
-    if probe and not task.mean(probe(task, step)).isfinite():  # finite weights can be too large to compute
-        raise FloatingPointError(f"after {step} steps the retain loss is not finite")
+    if probe:  # finite weights can be too large to compute
+        try:
+            probe(task, step)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"after {step} steps {error}") from error
 
 
 def _bar(steps: int, done: int, description: str) -> tqdm:

@@ -43,6 +43,7 @@ class ToyTask:
             p.data = torch.randn(p.shape, generator=generator(seed, "init", name), dtype=dtype)
         self.original = copy.deepcopy(self.model)
         self.backwards = 0
+        self.limit = 8  # samples that fit the device at a time
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if name != "0.bias"}
@@ -62,6 +63,8 @@ class ToyTask:
             yield MicroBatch(dict(zip(batch, piece, strict=True)), n / 8, i == len(self.sizes))
 
     def _loss(self, x: Tensor, label: Tensor | int) -> Tensor:
+        if len(x) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more.")
         label = label if isinstance(label, Tensor) else torch.full((len(x),), label)
         return F.cross_entropy(self.model(x), label)
 
@@ -77,8 +80,17 @@ class ToyTask:
     def redirect(self, batch: dict[str, Tensor]) -> Tensor:
         return self._loss(batch["forget"], 0)
 
-    def contrast(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.forget(batch) - self.redirect(batch)
+    def contrast(self, batch: dict[str, Tensor]) -> Iterator[Tensor]:
+        yield self.forget(batch)
+        yield -self.redirect(batch)
+
+    def smaller(self) -> bool:
+        """Halve every micro-batch."""
+        if max(self.sizes) == 1:
+            return False
+        halves = [(n - n // 2, n // 2) for n in self.sizes]
+        self.sizes = tuple(n for pair in halves for n in pair if n)
+        return True
 
     def backward(self, loss: Tensor) -> None:
         self.backwards += 1

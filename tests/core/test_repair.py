@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from erase_sd.core.descent import differentiate, learning_rate
+from erase_sd.core.descent import Term, differentiate, learning_rate
 from erase_sd.core.repair import Repair, repair
 from erase_sd.core.task import gradient
 
@@ -122,9 +122,9 @@ def test_margin_and_ridge_follow_the_released_code(toy, settings):
 
 @pytest.mark.parametrize(
     ("name", "passes"),
-    [("paper", 2), ("after", 2), ("redirect", 2), ("redirect-off", 1), ("contrast", 2), ("contrast-off", 1)],
+    [("paper", 2), ("after", 2), ("redirect", 3), ("redirect-off", 2), ("contrast", 4), ("contrast-off", 2)],
 )
-def test_backward_passes_per_step(toy, settings, name, passes):
+def test_backward_passes_per_step_are_one_a_graph(toy, settings, name, passes):
     task = toy()
     run(task, settings(name))
     assert task.backwards == 6 * passes
@@ -139,13 +139,22 @@ def test_micro_batches_change_nothing(toy, knobs):
     torch.testing.assert_close(flat(weights(parts)), flat(weights(whole)), rtol=1e-10, atol=1e-12)
 
 
-def test_a_gradient_that_is_not_wanted_is_left_in_no_parameter(toy):
+def test_a_constraint_that_rests_costs_no_backward_pass(toy, settings):
+    task = toy()
+    run(task, settings("resting", release_at=-100.0, steps=2))
+    assert task.backwards == 2 * 2  # what is kept, and the redirect
+
+
+def test_a_failed_gradient_is_left_in_no_parameter(toy):
     task = toy(sizes=(5, 3))
     theta, batch = task.trainable(), task.batch("test", 0)
-    values, g = differentiate(task, lambda part: {"forget": task.forget(part)}, batch, theta, lambda values: False)
-    assert g is None
-    assert values["forget"] == pytest.approx(task.forget(batch).item(), rel=1e-6)
-    assert task.backwards == 1
+
+    def broken(part):
+        return task.forget(part) / (0 if len(part["forget"]) == 3 else 1)
+
+    with pytest.raises(FloatingPointError, match="the broken loss is inf"):
+        differentiate(task, {"broken": Term(broken)}, batch, theta)
+    assert task.backwards == 2
     assert all(p.grad is None for p in task.model.parameters())
 
 

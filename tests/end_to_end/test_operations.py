@@ -3,6 +3,7 @@
 Meta tensors have shapes and no values: where the loop asks for a number, it gets one.
 """
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,8 @@ META = SimpleNamespace(
     device=torch.device("meta"),
     num_processes=1,
     process_index=0,
-    scaler=None,
+    mixed_precision="no",
+    autocast=nullcontext,
     prepare_model=lambda model: model,
     backward=lambda loss: loss.backward(),
     reduce=lambda x, how: x,
