@@ -103,6 +103,11 @@ def captions(*without: Concept) -> list[str]:
     return kept
 
 
+def people() -> list[str]:
+    """Return captions of people in clothes that no concept trains on: who is still drawn after nudity was erased."""
+    return (FOLDER / "people.txt").read_text(encoding="utf-8").splitlines()
+
+
 def sensitive(text: str) -> bool:
     """Return whether a text mentions a word or another name of a concept file that says it is sensitive.
 

@@ -21,13 +21,13 @@ IRREGULAR = {  # plural: singular; words in -men and in -s follow rules
 SINGULAR_IN_S = frozenset("atlas canvas chaos christmas cosmos gas lens news rhinoceros thermos".split())
 MASS = frozenset(  # nouns that a photo shows without an article
     """
-    air anger architecture art asphalt ballet beer blood bread brutality butter cannabis chaos cheese chocolate clay
-    clothing coal cocaine coffee concrete cotton cream cruelty dirt dust electricity erotica fire flour fog food fruit
-    fur furniture glitter gold golf gore graffiti grass hair happiness harassment harm hate honey humiliation hunger ice
-    jewellery jewelry juice justice lava leather lightning love luggage makeup marijuana meat metal milk money moss mud
-    music nakedness nature news nudity oil paper pasta plastic porn pornography poverty racism rain rice rust sadness
-    salt sand seaweed silk silver skin smoke snow steel suffering suicide sugar tea tennis theft tobacco traffic
-    vandalism vegetation violence war water weather wine wood wool yoga
+    air anger architecture art asphalt ballet beer blood bread brutality butter cannabis chaos cheese chocolate
+    clay clothing coal cocaine coffee concrete cotton cream cruelty dirt dust electricity erotica fire flour fog
+    food fruit fur furniture glitter gold golf gore graffiti grass hair happiness harassment harm hate honey
+    humiliation hunger ice jewellery jewelry juice justice lava leather lightning love luggage makeup marijuana
+    meat metal milk money moss mud music nakedness nature news nudity oil paper pasta plastic porn pornography
+    poverty racism rain rice rust sadness salt sand seaweed silk silver skin smoke snow steel suffering suicide
+    sugar tea tennis theft tobacco traffic vandalism vegetation violence war water weather wine wood wool yoga
     """.split()
 )
 DETERMINERS = frozenset("a an the my your his her our their this that these those some many several no".split())

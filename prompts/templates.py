@@ -1,7 +1,8 @@
 """Sentences that ask for a concept given as free text, each beside its anchor: the same sentence without the concept.
 
-An object leaves "an object" behind, since free text does not tell the class it belongs to (`--anchor "a dog"` does), a
-named person leaves "a person"; a style, a background or an attribute is left out, and the rest of the image is to stay.
+An object leaves "an object" behind, since free text does not tell the class it belongs to (`--anchor "a dog"` does),
+a named person leaves "a person"; a style, a background or an attribute is left out, and the rest of the image is to
+stay.
 """
 
 from typing import Literal

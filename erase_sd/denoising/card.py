@@ -129,10 +129,7 @@ def finding(concepts: str, scores: dict | None) -> str:
         return f"Whether it still draws {concepts} was **not measured**."
     each = scores.get("concepts") or {concepts: concept | {"n": scores["n"]["forget"]}}
     parts = []
-    for (
-        name,
-        rate,
-    ) in each.items():  # of several concepts each has its own: one that is still drawn is not averaged away
+    for name, rate in each.items():  # each has its own: none that is still drawn is averaged away
         shown = f"{100 * rate['before']:.1f} % before and in {100 * rate['after']:.1f} % after"
         parts.append(f"sked for {name}, a judge found it in {shown}, of {rate['n']} pictures")
     text = f"A{'; a'.join(parts)}"

@@ -2,8 +2,8 @@
 
 A folder holds pictures and, where there are captions, one of
 
-    metadata.jsonl   {"file_name": "1.png", "text": "a photo of my cat"} a line, as Hugging Face's image folders have it;
-                     an "anchor" may say what the model may draw instead
+    metadata.jsonl   {"file_name": "1.png", "text": "a photo of my cat"} a line, as Hugging Face's image folders have
+                     it; an "anchor" may say what the model may draw instead
     1.txt, ...       beside each picture, its caption
     captions.txt     one caption a line, in the order of the pictures' names
 

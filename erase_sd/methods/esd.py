@@ -33,8 +33,9 @@ class ESD(Objective):
     of the caption, a style would be erased with every object drawn in it. Where both are the same words, as published,
     s = c with eta 2 (the current code) is the same target as s = "" with eta 1 (the paper). train_scope makes the
     variant: xattn is ESD-x, noxattn ESD-u. Of several concepts each sample goes against its own, as the released code
-    takes one of the words in each of its steps, which have one sample. x_t are noised images of the concept that the original model sampled
-    whole, once; the published code samples a new one part of the way for every step, which costs it most of its time.
+    takes one of the words in each of its steps, which have one sample. x_t are noised images of the concept that the
+    original model sampled whole, once; the published code samples a new one part of the way for every step, which
+    costs it most of its time.
     """
 
     needs_original: ClassVar[bool] = True

@@ -129,9 +129,9 @@ def encode(
 
 @torch.no_grad()
 def encode_pictures(pipe: DiffusionPipeline, images: list[Image.Image], size: int | None = None) -> list[Tensor]:
-    """Return latents (C, H, W) of RGB images, squeezed to `size` pixels a side: fp32, on the CPU, as `sample` gives them.
+    """Return latents (C, H, W) of RGB images, squeezed to `size` pixels a side, fp32, on the CPU, as `sample` does.
 
-    The code's mode stands for it, so that an image has one latent.
+    The mode of the code stands for it, so that an image has one latent.
     """
     side, vae = size or resolution(pipe), pipe.vae
     found = []
