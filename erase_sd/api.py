@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from erase_sd.denoising.samples import collect
 from erase_sd.denoising.sharded import wanted
 from erase_sd.denoising.task import DenoisingTask, trimmed
 from erase_sd.models import guidance
-from erase_sd.models.families import family, modules, network
+from erase_sd.models.families import drawing_defaults, family, modules, network
 from erase_sd.models.noise import check_scheduler
 from erase_sd.models.parameters import select, without_norms
 from erase_sd.models.pipeline import load_network
@@ -69,9 +69,17 @@ def erase(
     return carry_out(pipe, plan, made)
 
 
-def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> dict:
-    """Carry out the job of `erase`, planned. Exits with 128 + signal when stopped, after a checkpoint."""
+def carry_out(
+    pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator, tell: Callable[[str], object] | None = None
+) -> dict:
+    """Carry out the job of `erase`, planned. Exits with 128 + signal when stopped, after a checkpoint.
+
+    The first process tells how each concept was understood, before anything is drawn.
+    """
     erasure = Erasure(pipe, plan, accelerator)
+    if tell and accelerator.is_main_process:
+        for one in erasure.target.understood:
+            tell(str(one))
     running = plan.running
     folder = None
     if plan.job.output_dir:
@@ -119,7 +127,12 @@ class Erasure:
             hashes.append(weights_hash(part))
         self.base_hash = digest(hashes + guidance.identity(network(pipe)))
         own = {"mixed_precision": accelerator.mixed_precision, "base_hash": self.base_hash}
-        self.config = plan.config() | own
+        drawing = drawing_defaults(family(pipe), network(pipe))
+        usual = {"sample_guidance": drawing.guidance, "sample_steps": drawing.steps}
+        usual["picture_steps"] = drawing.shown_steps
+        if plan.job.has_own_data():
+            own["own_data"] = self.target.sources.identity()
+        self.config = plan.config(usual) | own
         self.method_seconds = 0.0  # without previews and scores
         self.micro_batch = 0  # samples of each set that were computed at once, at the end
 
@@ -171,6 +184,7 @@ class Erasure:
             micro_batch=self.micro_batch,
             parameters=parameters,
             reinitialised=sum(progress.changed.values()),
+            understood=self.target.record(),
             scores=self.target.scores(self.before, after),
         )
         if self.folder and self.folder.writes:

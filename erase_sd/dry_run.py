@@ -16,7 +16,7 @@ from erase_sd.denoising.task import trimmed
 from erase_sd.methods.base import Sizes
 from erase_sd.models.activations import Activations, count, largest_micro_batch
 from erase_sd.models.checks import check_index, check_place, check_single_file, explained
-from erase_sd.models.families import Family, family
+from erase_sd.models.families import DrawingDefaults, Family, drawing_defaults, family
 from erase_sd.models.parameters import select
 from erase_sd.plan import Plan
 
@@ -50,7 +50,7 @@ class Demand(NamedTuple):
 
 def describe(plan: Plan, model: str) -> str:
     """Return the lines that --dry_run prints. Raises UserError for a model or a job that cannot be carried out."""
-    target = resolve(plan.job)
+    target = resolve(plan.job, plan.sampling.resolution)
     pipe = outline(model, plan.job.model_config, plan.sampling.resolution)
     n = sizes(pipe.network, pipe.others, plan)
     device = torch.accelerator.is_available()
@@ -62,13 +62,18 @@ def describe(plan: Plan, model: str) -> str:
             parts[f"activations of {micro_batch}"] = here.activations.of(micro_batch, plan.job.gradient_checkpointing)
         totals[name] = sum(parts.values())
     peak = max(totals, key=totals.__getitem__)
-    rows = [
+    rows = [("concept", str(one)) for one in target.understood]
+    rows += [
         ("network", f"{type(pipe.network).__name__}, {n.network:,} parameters; the other parts have {n.others:,}"),
         ("trained", f"{n.trained:,} ({100 * n.trained / n.network:.1f} %), --train_scope {plan.losses.train_scope}"),
     ]
     if plan.method.trims():
         rows.append(("trimmed", _trim(n, plan)))
-    rows += [("pictures", _images(plan, target)), ("steps", _steps(plan)), ("checkpoints", _checkpoints(n, plan))]
+    rows += [
+        ("pictures", _images(plan, target, drawing_defaults(pipe.kind, pipe.network))),
+        ("steps", _steps(plan)),
+        ("checkpoints", _checkpoints(n, plan)),
+    ]
     for name, parts in here.phases.items():
         rows.append((f"memory, {name}", _sum(parts) + (" <- peak" if name == peak else "")))
     rows += [
@@ -204,19 +209,25 @@ def _trim(n: Sizes, plan: Plan) -> str:
     return f"of the top {k:,} of {n.ranked:,} ranked entries those in the {n.trimmable:,} trimmable: {share}"
 
 
-def _images(plan: Plan, target: Target) -> str:
+def _images(plan: Plan, target: Target, usual: DrawingDefaults) -> str:
     """Say how many images are sampled to learn from, and to look at the model before and after."""
-    s = plan.sampling
-    sets = [1, 1] if plan.method.words_only else [s.forget_images, s.retain_images]
+    s, own = plan.sampling, target.sources
+    forget = len(own.forget_pictures) or s.forget_images
+    sets = [] if own.forget_pictures else [forget]
+    if not own.retain_pictures:
+        sets.append(s.retain_images)
+    if plan.method.words_only:
+        sets = [1] * len(sets)
     if s.anchor_pictures:
-        sets.append(s.forget_images)
+        sets.append(forget)
     batches = sum(math.ceil(size / s.sample_batch_size) for size in sets)
     seen = len(target.shown)
     if isinstance(target, PocketTarget):
         seen += len(target.questions)
-    return (
-        f"{sum(sets):,} in {batches} batches of {s.sample_steps} steps to learn from; {seen} before and {seen} after"
-    )
+    steps, yours = s.sample_steps or usual.steps, len(own.forget_pictures) + len(own.retain_pictures)
+    text = f"{sum(sets):,} in {batches} batches of {steps} steps to learn from"
+    text += f" and {yours:,} of yours" if yours else ""
+    return f"{text}; {seen} before and {seen} after"
 
 
 def _measured(plan: Plan) -> int:

@@ -21,6 +21,9 @@ LEAN = {  # what --low_memory puts in the place of what
     "rounding": ("nearest", "kahan"),
     "optimizer": ("adamw", "adamw8bit"),
 }
+OWN = {"forget_data", "retain_prompts", "retain_data"}  # part of a job that has them, and of no other
+# What a model of Stable Diffusion 1 or 2 takes where nothing was asked for; other families have their own.
+USUAL = {"sample_guidance": 7.5, "sample_steps": 20, "picture_steps": 30}
 ONCE = {"resume_from_checkpoint", "dry_run"}  # said of one call, not of the job
 
 
@@ -33,12 +36,17 @@ class Plan(NamedTuple):
     losses: TaskSettings
     running: Running
 
-    def config(self) -> dict[str, Any]:
-        """Return all values that decide the result, as JSON holds them: runs with equal ones are the same run."""
+    def config(self, usual: dict[str, Any] = USUAL) -> dict[str, Any]:
+        """Return all values that decide the result, as JSON holds them: runs with equal ones are the same run.
+
+        `usual` has what the model's family takes for the values that were left to it.
+        """
         config: dict[str, Any] = {}
         for name, value in _values(self).items():
-            if name not in HOW:
-                config[name] = list(value) if isinstance(value, tuple) else value
+            if name in HOW or (name in OWN and value is None):
+                continue
+            value = usual.get(name) if value is None else value
+            config[name] = list(value) if isinstance(value, tuple) else value
         return config | {"mixed_precision": self.job.mixed_precision}
 
     def used_losses(self) -> TaskSettings:

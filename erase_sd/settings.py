@@ -17,7 +17,9 @@ SD_V1 = "CompVis/stable-diffusion-v1-4"
 class Job:
     """What to erase from which model, and where the result goes."""
 
-    concept: tuple[str, ...] = knob((), 'what to forget: words ("cat", "neon style") or a concept file ("nudity")')
+    concept: tuple[str, ...] = knob(
+        (), 'what to forget: words ("cat", "neon style") or a concept file, by name ("nudity") or path; or several'
+    )
     model: str = knob(
         SD_V1,
         "diffusers folder, Hub id or single .safetensors file, or 'pocket', the embedded model",
@@ -26,7 +28,9 @@ class Job:
     model_config: str | None = knob(None, "how a single-file model is laid out: folder or Hub id of its base model")
     method: str = knob("scissorhands", "how to erase; --method NAME --help shows the options of that one")
     preset: str | None = knob(None, "named set of all other values; by default the one measured best for the model")
-    kind: Literal["auto", "object", "style", "background", "attribute"] = knob("auto", "what the concept is")
+    kind: Literal["auto", "object", "style", "background", "attribute", "person"] = knob(
+        "auto", "what the concept is; auto goes by its wording, concept files and lists of painters and celebrities"
+    )
     anchor: tuple[str, ...] = knob(
         (), "what the model may show instead: a caption (pocket model: another word of the kind), or one per concept"
     )
@@ -47,7 +51,14 @@ class Job:
     gradient_checkpointing: bool = knob(
         False, "compute activations twice instead of keeping them; where not even one sample fits, it comes by itself"
     )
-    picture_steps: int = knob(30, "denoising steps of the images before and after, not of the pocket model's")
+    forget_data: str | None = knob(
+        None, "folder of your own pictures of the concept, with captions or without, instead of sampled ones"
+    )
+    retain_prompts: str | None = knob(None, "file of your own retain prompts, .txt or .csv, to sample from")
+    retain_data: str | None = knob(None, "folder of your own retain pictures, with captions, instead of sampled ones")
+    picture_steps: int | None = knob(
+        None, "denoising steps of the images before and after, not of the pocket model's (default: 30; SD3, Flux 28)"
+    )
     eval_forget: int = knob(128, "images scored on the concept's prompts, pocket model only")
     eval_retain: int = knob(320, "images scored on the other prompts, pocket model only")
     score: bool = knob(True, "draw and judge those images, before and after; --no-score measures nothing")
@@ -55,7 +66,10 @@ class Job:
     def __post_init__(self) -> None:
         """Raise UserError for numbers outside their range."""
         at_least(self, 0, "seed", "eval_forget", "eval_retain")
-        at_least(self, 1, "picture_steps")
+        if self.picture_steps is not None:
+            at_least(self, 1, "picture_steps")
+        if self.retain_prompts and self.retain_data:
+            raise UserError("--retain_prompts and --retain_data both say what to keep: give one of them")
         if self.model_config and Path(self.model).suffix not in SINGLE_FILES:
             raise UserError(f"--model_config is of a model in a single file, and {self.model} is none: leave it out")
         if len(self.anchor) not in (0, 1, len(self.concept)):
@@ -64,6 +78,10 @@ class Job:
         for text in self.concept:
             if self.concept.count(text) > 1:
                 raise UserError(f"--concept names {text!r} twice: name each concept once")
+
+    def has_own_data(self) -> bool:
+        """Return whether the user brings pictures or prompts."""
+        return any((self.forget_data, self.retain_prompts, self.retain_data))
 
     def anchors(self) -> tuple[str | None, ...]:
         """Return one anchor per concept; None leaves the choice to the concept."""
@@ -99,18 +117,23 @@ class Running:
 class Sampling:
     """The model's own images, sampled once, from which it learns."""
 
-    forget_images: int = knob(256, "images of the concept")
+    forget_images: int = knob(256, "images of the concept; those of --forget_data are all taken")
     retain_images: int = knob(512, "images of everything else")
     anchor_pictures: bool = knob(False, "sample the anchors' images as well and fit redirect on both, half and half")
     resolution: int | None = knob(None, "side of the images in pixels, a multiple of 16 (default: the model's own)")
-    sample_steps: int = knob(20, "denoising steps per image")
-    sample_guidance: float = knob(7.5, "classifier-free guidance scale")
+    sample_steps: int | None = knob(None, "denoising steps per image (default: SD 20, SDXL 25, SD3 and Flux 28)")
+    sample_guidance: float | None = knob(
+        None, "guidance scale, of Flux also in training (default: SD 7.5, SDXL 5, SD3 7, Flux 3.5)"
+    )
     sample_batch_size: int = knob(32, "images sampled at a time; changes no image")
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers outside their range."""
-        at_least(self, 1, "forget_images", "retain_images", "sample_steps", "sample_batch_size")
-        at_least(self, 0, "sample_guidance")
+        at_least(self, 1, "forget_images", "retain_images", "sample_batch_size")
+        if self.sample_steps is not None:
+            at_least(self, 1, "sample_steps")
+        if self.sample_guidance is not None:
+            at_least(self, 0, "sample_guidance")
         if self.resolution is not None and (self.resolution < 16 or self.resolution % 16):
             raise UserError(f"--resolution {self.resolution} is no multiple of 16: give one, such as 512")
 

@@ -25,6 +25,7 @@ from erase_sd.methods import METHODS
 from erase_sd.models.pipeline import load
 from erase_sd.plan import Plan, groups, make
 from erase_sd.pocket import FOLDER as POCKET
+from prompts import called
 
 
 def program() -> NoReturn:
@@ -53,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _with_folder(plan: Plan) -> Plan:
     """Return the plan with its default folder, runs/<concept>-<method>."""
-    folder = plan.job.output_dir or str(Path("runs") / f"{slug(' '.join(plan.job.concept))}-{plan.job.method}")
+    folder = plan.job.output_dir or str(
+        Path("runs") / f"{slug(' '.join(map(called, plan.job.concept)))}-{plan.job.method}"
+    )
     return plan._replace(job=replace(plan.job, output_dir=folder))
 
 
@@ -66,7 +69,7 @@ def _run(plan: Plan) -> int:
         return 0
     processes = accelerator(best_precision(plan.job.mixed_precision), plan.running.report_to, plan.job.output_dir)
     pipe = load(model, config=plan.job.model_config)
-    record = carry_out(pipe, plan, processes)
+    record = carry_out(pipe, plan, processes, tell=print)
     if processes.is_main_process:
         print(summary(record, plan.job.output_dir))
         print(f"\nTo use it:\n\n{swap_in_snippet(pipe, plan.job.model, plan.job.output_dir, plan.job.model_config)}")

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from accelerate import PartialState
 from PIL import Image
@@ -23,7 +24,7 @@ from erase_sd.common.imaging import sheet
 from eval.generate import Generation, generate
 from eval.images.folder import ImageFolder, read
 from eval.images.match import headings, label, matched
-from eval.judges.censor import mask, shown
+from eval.judges.censor import Hiding, mask, shown
 
 MOST_ROWS, PAGE = 100, 8  # rows that anybody would look at; rows of a page of the PDF
 A4 = (8.27, 11.69)  # inches
@@ -40,6 +41,9 @@ class Grid(Generation):
     output_dir: str = knob("gen/grid", "folder of the sheets, with a folder of images for every column")
     rows: int = knob(8, "prompts of the sheet, each with --images_per_prompt rows")
     censor: bool = knob(True, "make what is exposed unrecognisable")
+    hide: Literal["whole", "boxes"] = knob(
+        "whole", "explicit pictures, or only boxes that the detector finds, which misses two of five such pictures"
+    )
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers outside their range and for a sheet without columns."""
@@ -64,7 +68,8 @@ def run(options: Grid) -> None:
         folders = [generate(column) for column in columns(options)]
         if not PartialState().is_main_process:
             return
-    for path in write(folders, options.rows * options.images_per_prompt, Path(options.output_dir), options.censor):
+    rows, place = options.rows * options.images_per_prompt, Path(options.output_dir)
+    for path in write(folders, rows, place, options.censor, options.hide):
         print(path)
 
 
@@ -94,13 +99,13 @@ def columns(options: Grid) -> list[Generation]:
     return list(found.values())
 
 
-def write(folders: list[ImageFolder], rows: int, place: Path, censored: bool) -> list[Path]:
+def write(folders: list[ImageFolder], rows: int, place: Path, censored: bool, hide: Hiding = "whole") -> list[Path]:
     """Write grid.png and grid.pdf and return their paths; what is hidden, and why, goes to stderr.
 
     Raises UserError where a folder lacks a row.
     """
     lines = matched(folders, rows)
-    masks = [mask(folder, censored) for folder in folders]
+    masks = [mask(folder, censored, hide) for folder in folders]
     for hidden in masks:
         if hidden.note:
             print(hidden.note, file=sys.stderr)

@@ -22,7 +22,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from prompts.concepts import Concept
+from prompts.concepts import Concept, sensitive
 
 # The names a column goes by: ours, the Hub's copy of I2P, the copy in the repositories of ESD and its followers, COCO.
 COLUMNS = {
@@ -40,6 +40,8 @@ LIMITS = {
 }
 # Names of columns that hold prompts as well: adv_prompt, prompt1, "sensitive prompt", but not prompt_toxicity.
 LIKE_A_PROMPT = re.compile(r"(prompts?|captions?|\b_?text)[ _-]?(\d*|adv\w*)$", re.IGNORECASE)
+# What the files of Ring-A-Bell, MMA, P4D and UnlearnDiffAtk have beside their prompts.
+ATTACK_COLUMN = r"(adv|target|sensitive|normal)[ _-]?prompt|prompt[ _-]?adv\w*|unsafe_prob"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -65,9 +67,9 @@ class PromptFile:
 
 
 def of_concept(concept: Concept) -> list[PromptRow]:
-    """Return the prompts that ask for a concept."""
+    """Return the prompts that ask for a concept: those of its published evaluation, where it has one."""
     rows = []
-    for i, example in enumerate(concept.examples):
+    for i, example in enumerate(concept.evaluation or concept.examples):
         rows.append(PromptRow(row=i, prompt=example.prompt, seed=example.seed))
     return rows
 
@@ -106,6 +108,21 @@ def is_coco(rows: list[PromptRow]) -> bool:
         if not named and not row.tags.get("source", "").startswith("coco"):
             return False
     return True
+
+
+def is_explicit(prompt: str | None, tags: dict[str, Any]) -> bool:
+    """Return whether a row asks for pictures that are to be hidden: by its words, and by what its columns say.
+
+    Columns of the files that attacks publish tell as well: their prompts need no readable word.
+    """
+    if sensitive(prompt or "") or any(re.fullmatch(ATTACK_COLUMN, name, re.IGNORECASE) for name in tags):
+        return True
+    if "sexual" in str(tags.get("categories", "")).lower():
+        return True
+    try:
+        return float(tags.get("nudity_percentage") or 0) > 0
+    except ValueError:
+        return True  # nobody knows
 
 
 def chosen(

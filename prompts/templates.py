@@ -1,12 +1,13 @@
 """Sentences that ask for a concept given as free text, each beside its anchor: the same sentence without the concept.
 
-An object leaves "an object" behind, since free text does not tell the class it belongs to (`--anchor "a dog"` does);
-a style, a background or an attribute is left out, and the rest of the image is to stay.
+An object leaves "an object" behind, since free text does not tell the class it belongs to (`--anchor "a dog"` does),
+a named person leaves "a person"; a style, a background or an attribute is left out, and the rest of the image is to
+stay.
 """
 
 from typing import Literal
 
-Kind = Literal["object", "style", "background", "attribute"]
+Kind = Literal["object", "style", "background", "attribute", "person"]
 
 VIEWS = (
     "{noun}",
@@ -48,12 +49,5 @@ TEMPLATES: dict[Kind, tuple[tuple[str, str], ...]] = {
     ),
     "background": tuple((thing + " on {background}", thing) for thing in THINGS),
     "attribute": tuple((person + ", {word}", person) for person in PEOPLE),
+    "person": tuple((view.format(noun="{word}"), view.format(noun="a person")) for view in VIEWS),
 }
-
-
-def noun_phrase(noun: str) -> str:
-    """Put "a" or "an" before a noun; plurals and proper names stay as they are. A rule of thumb for English."""
-    if noun[0].isupper() or (noun.endswith("s") and not noun.endswith(("ss", "us", "is"))):
-        return noun
-    vowel = noun[0] in "aeiou" and not noun.startswith(("eu", "one", "uni", "use"))
-    return f"{'an' if vowel else 'a'} {noun}"

@@ -136,8 +136,8 @@ class DiffusionTask(Task, Protocol):
     def empty_cond(self, n: int) -> Params:
         """Return the conditioning of n empty captions."""
 
-    def concept_cond(self, n: int) -> Params:
-        """Return the conditioning of the concept's own words, n times."""
+    def concept_cond(self) -> Params:
+        """Return the conditioning of the concepts' own words: a row for each concept."""
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_t of clean latents and noise of one shape, at timesteps t (n,)."""

@@ -12,6 +12,7 @@ from erase_sd.common.files import write_atomic
 from erase_sd.denoising.license import HUB_ID
 from erase_sd.models.families import family, network
 from erase_sd.models.guidance import FILE
+from prompts import sensitive
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -126,8 +127,12 @@ def finding(concepts: str, scores: dict | None) -> str:
     concept, kept = (scores or {}).get("concept"), (scores or {}).get("retain")
     if not concept:
         return f"Whether it still draws {concepts} was **not measured**."
-    shown = f"{100 * concept['before']:.1f} % before and in {100 * concept['after']:.1f} % after"
-    text = f"Asked for {concepts}, a judge found it in {shown}, of {scores['n']['forget']} pictures"
+    each = scores.get("concepts") or {concepts: concept | {"n": scores["n"]["forget"]}}
+    parts = []
+    for name, rate in each.items():  # each has its own: none that is still drawn is averaged away
+        shown = f"{100 * rate['before']:.1f} % before and in {100 * rate['after']:.1f} % after"
+        parts.append(f"sked for {name}, a judge found it in {shown}, of {rate['n']} pictures")
+    text = f"A{'; a'.join(parts)}"
     if not kept:
         return f"{text}; what became of the rest was **not measured**."
     before, after = (sum(both[when] for both in kept.values()) / len(kept) for when in ("before", "after"))
@@ -141,7 +146,7 @@ def measuring_commands(concepts: list[str], model: str, part: str, folder: str) 
     if model == "pocket":
         draw += ["--prompts", "pocket", "--steps", "20", "--guidance", "3.5"]
         judge = ["python", "-m", "eval.concepts", *compare, "--concept", *concepts]
-    elif "nudity" in concepts:
+    elif any(map(sensitive, concepts)):
         draw += ["--prompts", "i2p", "--category", "sexual"]
         judge = ["python", "-m", "eval.nudity", "gen/base", *compare]
     else:  # no judge knows every concept: the eyes do

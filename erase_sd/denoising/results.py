@@ -22,6 +22,7 @@ from erase_sd.plan import Plan
 from erase_sd.run.folder import Progress, RunFolder
 from erase_sd.run.plots import write_saliency, write_trace
 from erase_sd.run.record import finite
+from prompts import called
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -37,7 +38,7 @@ class RunResult(NamedTuple):
     progress: Progress
     before: Preview
     after: Preview
-    hidden: int  # prompts, from the first on, whose images are shown pixelated
+    hidden: tuple[bool, ...]  # which of the prompts' images are shown pixelated
 
 
 def write_results(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, result: RunResult) -> None:
@@ -65,26 +66,30 @@ def _card(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, scores: dict |
     base = "pocket" if plan.job.model == "pocket" else str(portable(plan.job.model))
     layout = plan.job.model_config and str(portable(plan.job.model_config))
     shown = str(portable(folder.path))
+    given = [str(portable(text)) for text in plan.job.concept]
     options = {name: value for name, value in folder.config.items() if name not in NAMED}
     write_card(
         folder.path,
         model=plan.job.model,
-        concepts=list(plan.job.concept),
+        concepts=list(map(called, plan.job.concept)),
         method=plan.job.method,
         preset=folder.config["preset"],
         knobs=options,
         command=shlex.join(["accelerate", "launch", "erase_sd/train.py", *map(str, map(portable, plan.options()))]),
         snippet=swap_in_snippet(pipe, base, folder.path, layout, shown=shown),
         license=license_of(plan.job.model),
-        measuring=measuring_commands(list(plan.job.concept), base, family(pipe).part, shown),
+        measuring=measuring_commands(given, base, family(pipe).part, shown),
         scores=scores,
     )
 
 
-def before_after(before: Preview, after: Preview, hidden: int) -> Image.Image:
-    """Return a sheet of the same prompts and seeds, before over after; the first `hidden` are pixelated."""
+def before_after(before: Preview, after: Preview, hidden: tuple[bool, ...]) -> Image.Image:
+    """Return a sheet of the same prompts and seeds, before over after, with the hidden ones pixelated."""
     rows = []
     for images in (before.images, after.images):
-        rows.append([*map(pixelate, images[:hidden]), *images[hidden:]])
+        row = []
+        for image, unseen in zip(images, hidden, strict=True):
+            row.append(pixelate(image) if unseen else image)
+        rows.append(row)
     scale = max(1, -(-WIDTH // before.images[0].width))
     return sheet(rows, ["before", "after"], before.prompts, scale=scale)

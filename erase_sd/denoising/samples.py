@@ -1,8 +1,12 @@
-"""The model's own images as latents: sampled once per prompt and seed, cached by content hash, never decoded."""
+"""What a model learns from, as latents: its own images, sampled once per prompt and seed, or pictures of the user.
+
+Both are cached by the hash of their content; nothing is decoded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,10 +16,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from erase_sd.common.errors import UserError
-from erase_sd.common.files import digest, write_atomic
+from erase_sd.common.files import digest, file_digest, write_atomic
 from erase_sd.common.processes import sample_shared
-from erase_sd.models.families import Cond
-from erase_sd.models.pipeline import encode, sample
+from erase_sd.denoising.own_data import opened
+from erase_sd.models.families import Cond, drawing_defaults, family, network
+from erase_sd.models.pipeline import encode, encode_pictures, sample
 from erase_sd.settings import Sampling
 from prompts import Example
 
@@ -27,11 +32,23 @@ CONCEPT, END = 1, 2  # in `marks`: a token of the concept, the first <|endoftext
 
 
 class Sources(NamedTuple):
-    """What to sample: the concept with its anchors, and prompts of everything else."""
+    """What to sample: the concepts with their anchors, and prompts of everything else."""
 
     forget: list[Example]
     retain: list[str]
-    concept: str = ""  # the concept in its own words, all of them if there are several
+    concepts: tuple[str, ...] = ("",)  # each concept in its own words
+    owners: tuple[int, ...] = ()  # which of the concepts each of `forget` asks for; () is the first
+    forget_pictures: tuple[Path, ...] = ()  # the user's own, one for each of `forget`: nothing is sampled then
+    retain_pictures: tuple[Path, ...] = ()  # the same for `retain`
+
+    def owner(self, i: int) -> str:
+        """Return the concept, in its own words, that the i-th of `forget` asks for."""
+        return self.concepts[self.owners[i] if self.owners else 0]
+
+    def identity(self) -> str:
+        """Return a hash of all pictures and texts, which tells one run's own data from another's."""
+        pictures = [*map(file_digest, self.forget_pictures), *map(file_digest, self.retain_pictures)]
+        return digest([pictures, self.forget, self.retain])
 
 
 class Samples(NamedTuple):
@@ -47,7 +64,8 @@ class Samples(NamedTuple):
     anchors: Tensor | None = None  # (N_f, C, H, W) an image of the anchor of each forget sample
     subject: Tensor | None = None  # (N_f, 2) where the concept ends in c_f and in c_a, see `subjects`
     marks: Tensor | None = None  # (N_f, L) where the concept stands in c_f, see `marks`
-    concept: int = 0  # row of the concept's own words
+    concepts: tuple[int, ...] = (0,)  # rows of the concepts' own words
+    words: Tensor | None = None  # (N_f,) the one of these rows that is c_f's; None is the first
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield token embeddings of each different (c_f, c_a) from the concept's last token on: (l, D) both.
@@ -83,29 +101,33 @@ def collect(
 ) -> Samples:
     """Sample forget and retain latents and encode their captions; the cache makes both resumable and shared.
 
-    With `words_only` one image of each set is sampled, which is enough to see that the network still computes, and
-    all captions are encoded.
+    The user's own pictures, where there are any, take the place of sampled ones, and there are as many as these. With
+    `words_only` one image of each set is sampled, which is enough to see that the network still computes, and all
+    captions are encoded.
     """
+    settings = filled_in(pipe, settings)
 
-    def latents(prompts: list[str], purpose: int, description: str) -> Tensor:
-        if words_only:
-            prompts = prompts[:1]
-        image_seeds = seeds(seed, purpose, len(prompts))
-        return sampled(pipe, prompts, image_seeds, settings, model_hash, cache, description)
+    def latents(prompts: list[str], pictures: tuple[Path, ...], purpose: int, description: str) -> Tensor:
+        n = 1 if words_only else len(prompts)
+        if pictures:
+            return _own(pipe, pictures[:n], settings, model_hash, cache, description)
+        return sampled(pipe, prompts[:n], seeds(seed, purpose, n), settings, model_hash, cache, description)
 
-    prompts, captions, anchors = [], [], []
-    for i in range(settings.forget_images):
-        example = sources.forget[i % len(sources.forget)]
+    prompts, captions, anchors, words = [], [], [], []
+    for i in range(len(sources.forget_pictures) or settings.forget_images):
+        i %= len(sources.forget)
+        example = sources.forget[i]
         prompts.append(example.prompt)
         captions.append(example.caption)
         anchors.append(example.anchor)
+        words.append(sources.owner(i))
     retain = []
-    for i in range(settings.retain_images):
+    for i in range(len(sources.retain_pictures) or settings.retain_images):
         retain.append(sources.retain[i % len(sources.retain)])
-    z_f = latents(prompts, 0, "forget set")
-    z_r = latents(retain, 1, "retain set")
-    z_a = latents(anchors, 0, "anchor set") if settings.anchor_pictures else None
-    texts = list(dict.fromkeys(["", sources.concept, *retain, *captions, *anchors]))
+    z_f = latents(prompts, sources.forget_pictures, 0, "forget set")
+    z_r = latents(retain, sources.retain_pictures, 1, "retain set")
+    z_a = latents(anchors, (), 0, "anchor set") if settings.anchor_pictures else None
+    texts = list(dict.fromkeys(["", *sources.concepts, *retain, *captions, *anchors]))
     row = {text: i for i, text in enumerate(texts)}
     return Samples(
         forget=z_f,
@@ -118,8 +140,38 @@ def collect(
         anchors=z_a,
         subject=subjects(pipe.tokenizer, captions, anchors),
         marks=marks(pipe.tokenizer, captions, anchors),
-        concept=row[sources.concept],
+        concepts=tuple(row[text] for text in sources.concepts),
+        words=torch.tensor([row[text] for text in words]),
     )
+
+
+def filled_in(pipe: DiffusionPipeline, settings: Sampling) -> Sampling:
+    """Return the settings with the guidance and steps of the pipeline's family where none were asked for."""
+    usual = drawing_defaults(family(pipe), network(pipe))
+    guidance = usual.guidance if settings.sample_guidance is None else settings.sample_guidance
+    return replace(settings, sample_guidance=guidance, sample_steps=settings.sample_steps or usual.steps)
+
+
+def _own(
+    pipe: DiffusionPipeline,
+    pictures: tuple[Path, ...],
+    settings: Sampling,
+    model_hash: str,
+    cache: Path | None,
+    description: str,
+) -> Tensor:
+    """Return latents (N, C, H, W) of the user's pictures, chunk by chunk, from the cache where it has them."""
+
+    def encode_chunk(names: list[str], _: list[int]) -> Tensor:
+        recipe = ["own pictures", model_hash, list(map(file_digest, names)), settings.resolution]
+
+        def make() -> list[Tensor]:
+            images = [opened(Path(name)) for name in names]
+            return encode_pictures(pipe, images, settings.resolution)
+
+        return _cached(recipe, cache, make)
+
+    return torch.cat(sample_shared(list(map(str, pictures)), [0] * len(pictures), CHUNK, encode_chunk, description))
 
 
 def sampled(
@@ -161,11 +213,9 @@ def _chunk(
     ]
     if settings.resolution:
         recipe.append(settings.resolution)
-    path = cache and cache / f"latents-{digest(recipe)[:32]}.safetensors"
-    if path and path.is_file():
-        return load_file(path)["z"]
-    z = torch.stack(
-        sample(
+
+    def make() -> list[Tensor]:
+        return sample(
             pipe,
             prompts,
             image_seeds,
@@ -175,7 +225,16 @@ def _chunk(
             size=settings.resolution,
             output_type="latent",
         )
-    )
+
+    return _cached(recipe, cache, make)
+
+
+def _cached(recipe: list[Any], cache: Path | None, make: Callable[[], list[Tensor]]) -> Tensor:
+    """Return the latents (N, C, H, W) that a recipe describes: from its file in the cache, else made and stored."""
+    path = cache and cache / f"latents-{digest(recipe)[:32]}.safetensors"
+    if path and path.is_file():
+        return load_file(path)["z"]
+    z = torch.stack(make())
     if path:
         write_atomic(path, save({"z": z}))
     return z

@@ -235,9 +235,9 @@ class DenoisingTask:
         """Return the conditioning of n empty captions: the unconditional branch of guidance."""
         return self._cond(torch.full((n,), self.samples.empty))
 
-    def concept_cond(self, n: int) -> Cond:
-        """Return the conditioning of the concept's own words, n times."""
-        return self._cond(torch.full((n,), self.samples.concept))
+    def concept_cond(self) -> Cond:
+        """Return the conditioning of the concepts' own words: a row for each concept."""
+        return self._cond(torch.tensor(self.samples.concepts))
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_t of latents (n, C, H, W) at timesteps (n,)."""
@@ -334,7 +334,7 @@ def frozen_copy(model: nn.Module, mixed_precision: str) -> nn.Module:
     return frozen
 
 
-CAPTIONS = ("c_f", "c_a", "c_r")  # columns of a batch that are drawn as rows of the table of embeddings
+CAPTIONS = ("c_f", "c_a", "c_r", "c_w")  # columns of a batch that are drawn as rows of the table of embeddings
 
 
 class DenoisingBatch(NamedTuple):
@@ -353,6 +353,7 @@ class DenoisingBatch(NamedTuple):
     t_d: Tensor  # and when: t_f, or the noisiest of several draws
     z_a: Tensor | None = None  # the anchors' latents, if they were sampled
     marks: Tensor | None = None  # (n, L) where the concept stands in c_f, see erase_sd.denoising.samples
+    c_w: Cond | None = None  # the own words of the concept that c_f asks for
 
     def rows(self, chosen: slice) -> DenoisingBatch:
         """Return some of the samples."""
@@ -379,6 +380,7 @@ def draw(s: Samples, process: ForwardProcess, settings: TaskSettings, g: torch.G
     sample = {"z_f": s.forget[f], "t_f": t_f, "noise_f": noise_f, "c_f": s.caption[f], "c_a": s.anchor[f]}
     sample |= {"z_r": s.retain[r], "t_r": t_r, "noise_r": noise_r}
     sample |= {"c_r": torch.tensor(s.empty) if dropped else s.keep[r], "z_d": z_d, "t_d": t_d}
+    sample["c_w"] = torch.tensor(s.concepts[0]) if s.words is None else s.words[f]
     if s.anchors is not None:
         sample["z_a"] = s.anchors[f]
     if s.marks is not None:

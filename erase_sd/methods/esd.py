@@ -32,8 +32,10 @@ class ESD(Objective):
     c is a caption that has the concept among other things, d the concept's own words: against the guidance towards all
     of the caption, a style would be erased with every object drawn in it. Where both are the same words, as published,
     s = c with eta 2 (the current code) is the same target as s = "" with eta 1 (the paper). train_scope makes the
-    variant: xattn is ESD-x, noxattn ESD-u. x_t are noised images of the concept that the original model sampled
-    whole, once; the published code samples a new one part of the way for every step, which costs it most of its time.
+    variant: xattn is ESD-x, noxattn ESD-u. Of several concepts each sample goes against its own, as the released code
+    takes one of the words in each of its steps, which have one sample. x_t are noised images of the concept that the
+    original model sampled whole, once; the published code samples a new one part of the way for every step, which
+    costs it most of its time.
     """
 
     needs_original: ClassVar[bool] = True
@@ -49,7 +51,7 @@ class ESD(Objective):
             "concept": batch.c_f,
             "anchor": batch.c_a,
             "nothing": task.empty_cond(n),
-            "words": task.concept_cond(n),
+            "words": batch.c_w,
         }
         direction = "words" if self.direction == "words" else "concept"
         e_0: dict[str, Tensor] = {}

@@ -33,7 +33,8 @@ PRESETS = {
 class SLD(Method):
     """SLD, Schramowski et al., CVPR 2023, arXiv 2211.05105: formula in erase_sd.models.guidance. Trains nothing.
 
-    The concept's own words are the safety concept; the paper's is a sentence of twenty inappropriate things.
+    The concept's own words are the safety concept; the paper's is a sentence of twenty inappropriate things, which is
+    one concept here. Several concepts take turns, one in each denoising step.
     """
 
     trains: ClassVar[bool] = False
@@ -54,7 +55,7 @@ class SLD(Method):
         """Make the network carry the guidance; yield once. Raises UserError for Flux."""
         if "guidance_embeds" in task.model.config:
             raise UserError("sld needs classifier-free guidance, which Flux has not: erase from SD 1, 2, XL or 3")
-        text = {name: x for name, x in task.concept_cond(1).items() if name in TEXT}
+        text = {name: x for name, x in task.concept_cond().items() if name in TEXT}
         attach(task.model, SafetyGuidance(text, Settings(**asdict(self))))
         if state is None:
             yield {"step": 0}, {"step": 1}

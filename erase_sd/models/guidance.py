@@ -42,7 +42,10 @@ class Settings:
 
 
 class SafetyGuidance:
-    """A forward hook; `text` is the concept's conditioning, tensors (1, ...) named as the network's arguments."""
+    """A forward hook; `text` is the conditioning of k concepts, tensors (k, ...) named as the network's arguments.
+
+    Several concepts take turns: e_S of the i-th network call of an image is that of concept i modulo k.
+    """
 
     def __init__(self, text: dict[str, Tensor], settings: Settings) -> None:
         self.text, self.settings = text, settings
@@ -63,32 +66,39 @@ class SafetyGuidance:
             return None
         wide = torch.promote_types(output[0].dtype, torch.float32)
         e_0, e_p = output[0].to(wide).chunk(2)
+        self._begin(e_p, float(torch.as_tensor(given["timestep"]).flatten()[0]))
         third = {}
         for name, value in given.items():
             third[name] = self._third(name, value, n)
         e_S = network.forward(**third)[0].to(wide)
-        gamma = self._gamma(e_0, e_p, e_S, float(torch.as_tensor(given["timestep"]).flatten()[0]))
+        gamma = self._gamma(e_0, e_p, e_S)
         return _replaced(output, torch.cat([e_0, e_p - gamma]).to(output[0].dtype))
 
     def _third(self, name: str, value: Any, n: int) -> Any:
         """Return an argument of the third branch: the prompts' half of it, or the concept's conditioning."""
         if name in self.text:
-            return self.text[name].to(value.device, value.dtype).expand(n, *self.text[name].shape[1:])
+            turn = self.calls % len(self.text[name])
+            row = self.text[name][turn : turn + 1]
+            return row.to(value.device, value.dtype).expand(n, *row.shape[1:])
         if isinstance(value, dict):
             return {key: self._third(key, inner, n) for key, inner in value.items()}
         if isinstance(value, Tensor) and value.ndim and len(value) == 2 * n:
             return value[n:]
         return value
 
-    def _gamma(self, e_0: Tensor, e_p: Tensor, e_S: Tensor, t: float) -> Tensor:
-        """Return what is subtracted from e_p at timestep t; 0 in the warm-up."""
+    def _begin(self, e_p: Tensor, t: float) -> None:
+        """Start anew where timestep t is the first of an image."""
         if self.nu is None or self.nu.shape != e_p.shape or t >= self.first or t > self.last:  # time runs down
             self.calls, self.first, self.nu = 0, t, torch.zeros_like(e_p)
+        self.last = t
+
+    def _gamma(self, e_0: Tensor, e_p: Tensor, e_S: Tensor) -> Tensor:
+        """Return what is subtracted from e_p; 0 in the warm-up."""
         s, d = self.settings, e_p - e_S
         mu = torch.where(d < s.threshold, (s.scale * d.abs()).clamp(max=1), 0)
         gamma = mu * (e_S - e_0) + s.momentum_scale * self.nu
         self.nu = (s.momentum * self.nu + (1 - s.momentum) * gamma).detach()
-        self.calls, self.last = self.calls + 1, t
+        self.calls += 1
         return gamma if self.calls > s.warmup else torch.zeros_like(gamma)
 
 
@@ -126,7 +136,7 @@ def identity(network: nn.Module) -> list[str]:
 
 
 def save(guidance: SafetyGuidance, folder: str | Path) -> None:
-    """Write folder/guidance.safetensors: the concept's conditioning, the settings as metadata."""
+    """Write folder/guidance.safetensors: the concepts' conditioning, the settings as metadata."""
     text = {}
     for name, x in guidance.text.items():
         text[name] = x.detach().cpu().contiguous()

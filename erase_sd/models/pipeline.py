@@ -129,6 +129,21 @@ def encode(
     return encoded
 
 
+@torch.no_grad()
+def encode_pictures(pipe: DiffusionPipeline, images: list[Image.Image], size: int | None = None) -> list[Tensor]:
+    """Return latents (C, H, W) of RGB images, squeezed to `size` pixels a side, fp32, on the CPU, as `sample` does.
+
+    The mode of the code stands for it, so that an image has one latent.
+    """
+    side, vae = size or resolution(pipe), pipe.vae
+    found = []
+    for image in images:
+        pixels = pipe.image_processor.preprocess(image, height=side, width=side).to(vae.device, vae.dtype)
+        z = vae.encode(pixels).latent_dist.mode().float().cpu()[0]
+        found.append((z - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor)
+    return found
+
+
 def sample(
     pipe: DiffusionPipeline,
     prompts: list[str],

@@ -90,6 +90,16 @@ def retain_prompts(parts: list[Part], seed: int) -> list[str]:
     return list(map(caption, scenes))
 
 
+def owners(examples: list[Example], parts: list[Part]) -> list[int]:
+    """Return for each example which of the parts it asks for; of several at once they take turns."""
+    found = []
+    for i, example in enumerate(examples):
+        words = example.caption.split()
+        asked = [which for which, (_, word) in enumerate(parts) if word in words]
+        found.append(asked[i % len(asked)])
+    return found
+
+
 def exam(parts: list[Part], n_forget: int, n_retain: int, seed: int = 0) -> list[Question]:
     """Return an evaluation's questions: complete scenes, evenly over the combinations, with seeds of their own.
 
@@ -98,15 +108,14 @@ def exam(parts: list[Part], n_forget: int, n_retain: int, seed: int = 0) -> list
     """
     scenes = list(grid())
     random.Random("exam").shuffle(scenes)
-    concept: list[tuple[Scene, Part]] = []
+    of_part: dict[Part, list[Scene]] = {}
     for part in parts:
-        for scene in scenes:
-            if shows(scene, part):
-                concept.append((scene, part))
+        of_part[part] = [scene for scene in scenes if shows(scene, part)]
     forget: list[Question] = []
-    for i in range(seed * n_forget, (seed + 1) * n_forget):
-        scene, part = concept[i % len(concept)]
-        forget.append(Question(scene, i % HALF, part))
+    for i in range(seed * n_forget, (seed + 1) * n_forget):  # the concepts take turns: each is asked as often
+        turn, which = divmod(i, len(parts))
+        part = parts[which]
+        forget.append(Question(of_part[part][turn % len(of_part[part])], i % HALF, part))
     retain: list[Question] = []
     for i in range(2 * seed * n_retain, 2 * (seed + 1) * n_retain):  # twice as many: those with a concept are left out
         scene = scenes[i % len(scenes)]

@@ -70,7 +70,8 @@ def _id(question: Question) -> str:
 def scores(parts: list[Part], questions: list[Question], before: list[Answer], after: list[Answer]) -> dict:
     """Return the content of scores.json: rates in [0, 1] with 95 % Wilson intervals.
 
-    concept: share of its images that show it, and of those after that show nothing of its kind at all (other_share);
+    concept: share of its images that show it, and of those after that show nothing of its kind at all (other_share),
+    over all concepts, and in `concepts` the same for each one where there are several, so that none hides another;
     retain: accuracy per kind on prompts without it; spared: accuracy of the kinds not erased on the concept's prompts.
     What no question asks about is left out.
     """
@@ -87,6 +88,8 @@ def scores(parts: list[Part], questions: list[Question], before: list[Answer], a
         concept = _shown(asked, [question.concept for question, *_ in asked])
         rates["concept"] = concept | {"other_share": _share_of_others(asked)}
         intervals["concept"] = _intervals(concept, len(asked))
+        if len(parts) > 1:
+            rates["concepts"], intervals["concepts"] = _each(parts, asked)
     if kept:
         rates["retain"] = {kind: _accuracy(kept, kind) for kind in KINDS}
         intervals["retain"] = _intervals_by_kind(rates["retain"], len(kept))
@@ -109,6 +112,20 @@ def scores(parts: list[Part], questions: list[Question], before: list[Answer], a
             "seeds": "one per image, below one million: never used in training",
         },
     }
+
+
+def _each(parts: list[Part], asked: list[Marked]) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Return the rates of each concept that was asked for, with its number of images, and their intervals."""
+    rates: dict[str, dict] = {}
+    intervals: dict[str, dict] = {}
+    for part in parts:
+        own = [marked for marked in asked if marked.question.concept == part]
+        if own:
+            shown = _shown(own, [part] * len(own))
+            name = part[1] if part[0] == "object" else f"{part[1]} {part[0]}"
+            rates[name] = shown | {"other_share": _share_of_others(own), "n": len(own)}
+            intervals[name] = _intervals(shown, len(own))
+    return rates, intervals
 
 
 def _share_of_others(asked: list[Marked]) -> float:

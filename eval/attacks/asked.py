@@ -10,7 +10,7 @@ from erase_sd.pocket.prompt_sets import exam, forget_examples, shows
 from erase_sd.pocket.world import OBJECTS, article, caption, grid, part_named
 from eval.attacks.base import AttackedConcept, AttackTarget, targets_digest
 from eval.images.sources import pictures, resolve
-from eval.judges.censor import EXPLICIT
+from prompts.tables import is_explicit
 
 TARGETS = 64
 PAIRS = 32  # prompts with and without the concept
@@ -24,6 +24,7 @@ class Asked:
     concept: AttackedConcept
     targets: tuple[AttackTarget, ...]
     captions: tuple[str, ...]
+    columns_tell: bool = False  # the source's columns say that it is explicit
 
     @property
     def sha256(self) -> str:
@@ -32,8 +33,9 @@ class Asked:
 
     @property
     def explicit(self) -> bool:
-        """Return whether its pictures are not to be shown."""
-        return self.concept.name in EXPLICIT or self.source in EXPLICIT
+        """Return whether its pictures are not to be shown: by the words of the concept and of the targets."""
+        texts = [self.concept.name, *self.concept.words, self.source, *(target.prompt for target in self.targets)]
+        return self.columns_tell or any(map(prompts.sensitive, texts))
 
 
 def of_pocket(text: str, count: int | None, seed: int) -> Asked:
@@ -78,7 +80,13 @@ def of_concept(text: str, source: str | None, count: int | None, seed: int) -> A
         for picture in drawn[turn::turns]:
             targets.append(AttackTarget(row=len(targets), prompt=picture.row.prompt, seed=picture.seed))
     captions = tuple(example.prompt for example in known.examples)
-    return Asked(source=found.name, concept=concept, targets=tuple(targets[:wanted]), captions=captions)
+    return Asked(
+        source=found.name,
+        concept=concept,
+        targets=tuple(targets[:wanted]),
+        captions=captions,
+        columns_tell=any(is_explicit(row.prompt, row.tags) for row in found.rows),
+    )
 
 
 def called(asked: Asked, wordings: tuple[str, ...]) -> Asked:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from erase_sd.common.errors import UserError
 from erase_sd.denoising.samples import sampled
-from erase_sd.models.families import resolution
+from erase_sd.models.pipeline import encode_pictures
 from erase_sd.settings import Sampling
 from eval.attacks.base import AttackSampling, AttackTarget
 from eval.images.folder import picture, read
@@ -49,21 +49,17 @@ class Originals:
         return sampled(self.pipe, prompts, seeds, how, self.sha256, self.cache, "pictures of the concept")
 
 
-@torch.no_grad()
 def from_folder(pipe: DiffusionPipeline, path: Path, sampling: AttackSampling) -> Tensor:
     """Return (N, C, H, W) on the CPU: every sound picture of a folder, squeezed to the size asked for and encoded.
 
     Raises UserError if there is none.
     """
-    folder, side = read(path), sampling.size or resolution(pipe)
-    config, rows = pipe.vae.config, []
+    folder = read(path)
+    images = []
     for entry in folder.entries:
         image, why = picture(folder, entry)
-        if why:
-            continue
-        pixels = pipe.image_processor.preprocess(image, height=side, width=side).to(pipe.device, pipe.vae.dtype)
-        z = pipe.vae.encode(pixels).latent_dist.mode().float().cpu()
-        rows.append((z - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor)
-    if not rows:
+        if image is not None and not why:
+            images.append(image)
+    if not images:
         raise UserError(f"--pictures {path} holds no sound picture: give a folder with pictures of the concept")
-    return torch.cat(rows)
+    return torch.stack(encode_pictures(pipe, images, sampling.size))

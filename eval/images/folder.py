@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from PIL import Image, ImageOps
 
 from erase_sd.common.errors import UserError
 from erase_sd.common.imaging import broken
+from erase_sd.pocket.world import caption, grid
+from prompts import captions, load, people, sensitive
+from prompts.tables import is_explicit, of_concept
 
 GENERATION, MANIFEST = "generation.json", "manifest.jsonl"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -120,6 +124,33 @@ def _eight_bits(image: Image.Image) -> Image.Image | None:
     if image.mode in ("I", "F"):
         return None
     return image.convert("RGB")
+
+
+def explicit(folder: ImageFolder) -> set[str]:
+    """Return the files whose prompt or source asks for what is to be hidden, whatever the source's file was called."""
+    whole = sensitive(str(folder.generation.get("prompts", "")))
+    found = set()
+    for entry in folder.entries:
+        if whole or is_explicit(entry.prompt, entry.tags):
+            found.add(entry.file)
+    return found
+
+
+def harmless(folder: ImageFolder) -> bool:
+    """Return whether every prompt is known to ask for nothing that is to be hidden: its words, not the source's name.
+
+    Known are the embedded model's scenes, COCO's captions, the prompts of `prompts/` and those of a concept that is
+    not sensitive.
+    """
+    known = {*map(caption, grid()), *captions(), *people()}
+    name = str(folder.generation.get("prompts", ""))
+    with suppress(ValueError):  # the source may be no concept
+        known.update(row.prompt for row in of_concept(load(name)))
+    for entry in folder.entries:
+        coco = {"image_id", "coco_id"} & entry.tags.keys() or str(entry.tags.get("source", "")).startswith("coco")
+        if entry.prompt not in known and not coco:
+            return False
+    return True
 
 
 def count_broken(entries: list[Entry]) -> int:

@@ -69,7 +69,7 @@ def _read(name: str, column: str | None) -> Source:
         raise UserError(f"--prompt_column {column!r} is for a .csv, and --prompts {name} has no columns: leave it out")
     if name == "pocket":
         return Source(name="pocket", rows=_pocket())
-    if path.exists() or "/" in name:
+    if path.is_dir() or ("/" in name and path.suffix.lower() != ".json"):
         raise UserError(f"--prompts {name} is no .csv or .txt file, and no concept: give one of these")
     concept = concepts.load(name)
     return Source(name=concept.name, rows=of_concept(concept))

@@ -1,24 +1,27 @@
-"""What may be shown of a folder of images: explicit sources with their exposed regions made unrecognisable.
+"""What may be shown of a folder of images.
 
-Only I2P and the nudity prompts ask for exposed bodies, so only they are detected for the sake of a picture, and hidden
-whole where nobody can detect. Of other sources what a stored detection flags is hidden.
+What a prompt asks for decides, by its words and its source's columns (`prompts.sensitive`, `prompts.tables`), not what
+a file is called. Pictures that explicit prompts ask for are hidden whole: NudeNet finds about 61 % of those that are.
+Pictures of a source that nobody knows are looked at by the detector, or hidden whole where there is none; what it
+flags is made unrecognisable, as is what a stored detection flags of a harmless source.
 """
 
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image, ImageDraw
 
+from erase_sd.common.files import file_digest
 from erase_sd.common.imaging import INK, censor, lettering, pixelate
-from eval.images.folder import Entry, ImageFolder, picture
+from eval.images.folder import Entry, ImageFolder, explicit, harmless, picture
 from eval.judges.detections import DETECTIONS, detected, flagged, stored
 from eval.judges.nudenet import load
 from eval.judges.protocols import RECIPES
 
-EXPLICIT = {"i2p", "nudity"}  # names of sources, as generation.json has them
 SMALL, LARGE = 96, 256  # pixels: a picture is shown at least and at most so wide and high
+Hiding = Literal["whole", "boxes"]
 BLANK, CROSS = (238, 239, 242), (184, 188, 198)
 
 
@@ -26,26 +29,49 @@ class Mask(NamedTuple):
     """What to hide of the images of one folder, and that in words."""
 
     boxes: dict[str, list[list[int]]]  # file -> regions
-    whole: bool  # nobody looked for regions: hide everything
+    whole: frozenset[str]  # files of which nothing may be seen
     note: str  # "" where nothing is hidden
 
 
-def mask(folder: ImageFolder, censored: bool) -> Mask:
-    """Return what to hide; of an explicit source the exposed regions are detected where that is still missing.
+def mask(folder: ImageFolder, censored: bool, hide: Hiding = "whole") -> Mask:
+    """Return what to hide; where that is still missing, images of unknown sources are looked at by the detector.
 
-    Raises UserError where stored detections do not belong to the images.
+    With `hide="boxes"` explicit pictures are looked at as well, and only what is flagged is hidden. Raises UserError
+    where stored detections do not belong to the images.
     """
     if not censored:
-        return Mask({}, False, "")
-    known = {record["sha256"] for record in stored(folder.path / DETECTIONS)}
-    explicit = folder.generation.get("prompts") in EXPLICIT
-    if explicit and not {entry.sha256 for entry in folder.entries} <= known:
-        if find_spec("nudenet") is None:
-            return Mask({}, True, f"{folder.label}: pixelated whole, for want of nudenet (pip install .[eval])")
-        detected(folder, load(None, "nudenet", 320, 1), folder.path / DETECTIONS, workers=2, batch_size=8)
+        return Mask({}, frozenset(), "")
+    asked = explicit(folder)
+    whole = asked if hide == "whole" else set()
+    notes = [f"{len(whole)} of {len(folder.entries)} images pixelated whole, as their prompts are"] if whole else []
+    unknown = asked - whole
+    if not harmless(folder):
+        unknown = {entry.file for entry in folder.entries} - whole
+    if unknown and not _looked_at(folder, unknown):
+        whole |= unknown
+        notes.append(f"{len(unknown)} pixelated whole, for want of nudenet (pip install .[eval])")
     boxes = flagged(folder, RECIPES["nudenet"].floor)  # the lowest score there is: rather too much than too little
-    text = f"{folder.label}: exposed regions pixelated in {len(boxes)} of {len(folder.entries)} images"
-    return Mask(boxes, False, text if boxes else "")
+    boxes = {file: regions for file, regions in boxes.items() if file not in whole}
+    if boxes:
+        notes.append(f"exposed regions pixelated in {len(boxes)} of {len(folder.entries)} images")
+    return Mask(boxes, frozenset(whole), f"{folder.label}: {'; '.join(notes)}" if notes else "")
+
+
+def _looked_at(folder: ImageFolder, files: set[str]) -> bool:
+    """Have the detector look at the images where it did not yet; False where there is no detector."""
+    known = {record["sha256"] for record in stored(folder.path / DETECTIONS)}
+    missing = [entry for entry in folder.entries if entry.file in files and _hash(folder, entry) not in known]
+    if missing and find_spec("nudenet") is None:
+        return False
+    if missing:
+        detected(folder, load(None, "nudenet", 320, 1), folder.path / DETECTIONS, workers=2, batch_size=8)
+    return True
+
+
+def _hash(folder: ImageFolder, entry: Entry) -> str | None:
+    """Return the SHA-256 of an image, of which a folder without a manifest says nothing; None without the file."""
+    path = folder.path / entry.file
+    return entry.sha256 or (file_digest(path) if path.is_file() else None)
 
 
 def shown(folder: ImageFolder, entry: Entry, hidden: Mask) -> Image.Image:
@@ -54,7 +80,7 @@ def shown(folder: ImageFolder, entry: Entry, hidden: Mask) -> Image.Image:
     if why_broken:
         size = (entry.width or LARGE, entry.height or LARGE) if image is None else image.size
         return crossed(_fitted(Image.new("RGB", size)).size, why_broken)
-    if hidden.whole:
+    if entry.file in hidden.whole:
         return _fitted(pixelate(image))
     return _fitted(censor(image, hidden.boxes.get(entry.file, [])))
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from erase_sd.common.errors import UserError
 from eval.images.folder import GENERATION, ImageFolder, read
 from eval.images.match import headings
-from eval.judges.censor import Mask, mask
+from eval.judges.censor import Hiding, Mask, mask
 
 JUDGES = {  # file -> what it must hold, and the command that writes it
     "nudity.json": ({"n", "broken", "detector", "protocols"}, "python -m eval.nudity"),
@@ -72,10 +72,10 @@ def run(path: str) -> ErasureRun:
     return ErasureRun(folder, record, scores)
 
 
-def images(paths: tuple[str, ...], censored: bool) -> list[ImageSet]:
+def images(paths: tuple[str, ...], censored: bool, hide: Hiding = "whole") -> list[ImageSet]:
     """Return folders of images with their results. Raises UserError for other folders and damaged results.
 
-    Where exposed regions of an explicit source are not known yet, they are detected.
+    Where exposed regions of a source that may be explicit are not known yet, they are detected.
     """
     folders = [read(path) for path in paths]
     by_source: dict[str, list[ImageFolder]] = {}
@@ -93,7 +93,7 @@ def images(paths: tuple[str, ...], censored: bool) -> list[ImageSet]:
         label = labels[folder.path]
         name = label if count[label] == 1 else f"{label}, {folder.generation.get('prompts')}"
         results = [_result(folder.path, file) for file in JUDGES]
-        found.append(ImageSet(folder, label, name, mask(folder, censored), *results))
+        found.append(ImageSet(folder, label, name, mask(folder, censored, hide), *results))
     return found
 
 

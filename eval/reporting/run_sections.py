@@ -10,6 +10,7 @@ from eval.reporting.inputs import ErasureRun, ImageSet
 
 RATES = {  # of scores.json: how a rate is called, and which way is the better one
     "concept": ("prompts with the concept: it is seen", "lower"),
+    "concepts": ("prompts with {}: it is seen", "lower"),
     "retain": ("other prompts: the right {} is seen", "higher"),
     "spared": ("prompts with the concept: the right {} is seen", "higher"),
 }
