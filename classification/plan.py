@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Literal, NamedTuple
 
 from classification.methods import FORGET_WALKERS, METHODS
+from classification.methods.salun import ClassifierSalUn
 from classification.presets import PRESETS, TRAINING, TUNED
 from classification.settings import ClassifierSettings, Data
 from erase_sd.common.cli import assemble, filled, knob
@@ -62,7 +63,9 @@ class ClassifierPlan(NamedTuple):
         return config
 
     def walked(self) -> str:
-        """Return the set that an epoch of the method walks through, "forget" or "retain"."""
+        """Return what an epoch of the method walks through, as `ClassificationTask.epoch` knows it."""
+        if isinstance(self.method, ClassifierSalUn) and self.method.walk != "pairs":
+            return self.method.walk
         return "forget" if self.job.method in FORGET_WALKERS else "retain"
 
 

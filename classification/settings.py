@@ -32,7 +32,9 @@ class ClassifierSettings:
     trim_scope: str = knob(".*", "regular expression of parameters that may be re-initialised; norms never are")
     rank_scope: str | None = knob(None, "parameters among which the top k is taken (default: those of trim_scope)")
     train_scope: str = knob(".*", "regular expression of parameters that are trained")
-    relabel: Literal["random", "nearest"] = knob("random", "label that redirect teaches: any other, or the runner-up")
+    relabel: Literal["random", "any", "nearest"] = knob(
+        "random", "label that redirect teaches: any other, any at all (released SalUn), or the runner-up"
+    )
 
     def __post_init__(self) -> None:
         """Raise UserError for a batch of nothing."""

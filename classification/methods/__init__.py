@@ -5,12 +5,13 @@ scissorhands   Scissorhands, Algorithm 1 or the loop of its released classificat
 influence      IU: one Newton-like step with WoodFisher's inverse
 expanding      BE: a shadow class for the forget set
 shrink         BS: the class across the nearest boundary
+salun          SalUn, with the walks of its released classification code
 sparse         l1-sparse fine-tuning
 neggrad        NegGrad+: ascent on the forget set, descent on the retain set
 scrub          SCRUB: a student and its teacher
 dampening      SSD: selective synaptic dampening
 
-FT, GA and SalUn are those of `erase_sd.methods`.
+FT and GA are those of `erase_sd.methods`.
 """
 
 from classification.methods.dampening import Dampening
@@ -18,13 +19,13 @@ from classification.methods.expanding import BoundaryExpanding
 from classification.methods.influence import Influence
 from classification.methods.neggrad import NegGradPlus
 from classification.methods.retrain import Retrain
+from classification.methods.salun import ClassifierSalUn
 from classification.methods.scissorhands import ClassifierScissorhands
 from classification.methods.scrub import Scrub
 from classification.methods.shrink import BoundaryShrink
 from classification.methods.sparse import L1Sparse
 from erase_sd.methods.ascent import GradientAscent
 from erase_sd.methods.finetune import FineTune
-from erase_sd.methods.salun import SalUn
 
 METHODS = {
     "retrain": Retrain,
@@ -34,7 +35,7 @@ METHODS = {
     "be": BoundaryExpanding,
     "bs": BoundaryShrink,
     "l1-sparse": L1Sparse,
-    "salun": SalUn,
+    "salun": ClassifierSalUn,
     "neggrad+": NegGradPlus,
     "scrub": Scrub,
     "ssd": Dampening,
