@@ -1,6 +1,8 @@
 """What each part of Scissorhands contributes: the paper's Table 3, Fig. 2, Remark 1, and where the networks look.
 
-`python -m classification.ablation`; Retrain and the networks that forget are those of `classification.benchmark`.
+`python -m classification.ablation`; Retrain and the networks that forget are those of `classification.benchmark`, and
+so are the options, but nothing is released: with `release_at` ascent and projection would rest in most steps, and
+neither lambda nor the projection could show.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ LOOKING = ("retrain", "salun", "scissorhands")  # the columns of the Grad-CAM sh
 class Ablation:
     """What to vary."""
 
-    dataset: str = knob("digits", "digits, cifar10, cifar100, svhn, celeba, fashion-mnist, mnist or kmnist")
+    dataset: str = knob("fashion", "fashion, digits, cifar10, cifar100, svhn, celeba, fashion-mnist, mnist or kmnist")
     data_dir: str | None = knob(None, "folder with the data in their original format (default: the Hub)")
     forget: str = knob("random:0.1", "forget set")
     preset: str | None = knob(None, "values of everything that is not varied (default: the benchmark's)")
@@ -80,18 +82,19 @@ def ablate(options: Ablation) -> None:
     write_atomic(place / f"ablation_{options.dataset}.csv", as_csv(all_rows, "table"))
     curves = {}
     for title in PANELS:
-        rows = _without_retrain(tables[title])
+        rows = _varied(tables[title])
         curves[title] = {float(value): row for value, row in rows.items()}
     retrain = tables[TABLE3]["retrain"]
     figures.panels(curves, retrain, {"lambda"}, place / f"ablation_{options.dataset}.png")
-    saliencies = list(_without_retrain(tables[SALIENCY]).values())
+    saliencies = list(_varied(tables[SALIENCY]).values())
     figures.variants(saliencies, place / f"saliency_{options.dataset}.png")
     gradcam_sheet(options, records).save(place / f"gradcam_{options.dataset}.png")
     print(f"{page}\n{place}: ablation, saliency and gradcam of {options.dataset}")
 
 
-def _without_retrain(rows: dict[str, TableRow]) -> dict[str, TableRow]:
-    return {name: row for name, row in rows.items() if name != "retrain"}
+def _varied(rows: dict[str, TableRow]) -> dict[str, TableRow]:
+    """Return the rows of Scissorhands alone."""
+    return {name: row for name, row in rows.items() if name not in ("retrain", "nothing")}
 
 
 def variants(options: Ablation) -> dict[str, dict[str, dict[str, Any]]]:
@@ -111,7 +114,10 @@ def variants(options: Ablation) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def results(options: Ablation) -> tuple[dict[str, dict[str, TableRow]], dict[str, dict[str, Any]]]:
-    """Return (rows by table and name, Retrain's first in each; the first seed's records by method of LOOKING)."""
+    """Return (rows by table and name, the first seed's records by method of LOOKING).
+
+    The first rows of each table are Retrain's and that of nothing done.
+    """
     records = _records(options)
     retrain = records["", "retrain"]
     theirs: dict[str, dict[str, float]] = {}
@@ -120,6 +126,7 @@ def results(options: Ablation) -> tuple[dict[str, dict[str, TableRow]], dict[str
     tables: dict[str, dict[str, TableRow]] = {}
     for title, rows in variants(options).items():
         tables[title] = {"retrain": row("retrain", title, retrain, retrain)}
+        tables[title]["nothing"] = row("nothing", title, records["", "nothing"], retrain)
         for name in rows:
             tables[title][name] = row(name, title, records[title, name], retrain, paper=theirs.get(name))
     return tables, {name: records["", name][0] for name in LOOKING}
@@ -130,7 +137,7 @@ def _records(options: Ablation) -> dict[tuple[str, str], list[dict[str, Any]]]:
     preset = {"preset": options.preset} if options.preset else {}
     keys: list[tuple[str, str]] = []
     wanted: list[dict[str, Any]] = []
-    for name in LOOKING:
+    for name in ("nothing", *LOOKING):
         for s in range(options.seeds):
             keys.append(("", name))
             wanted.append(job(options, options.forget, name, s))
@@ -138,7 +145,8 @@ def _records(options: Ablation) -> dict[tuple[str, str], list[dict[str, Any]]]:
         for name, varied in rows.items():
             for s in range(options.seeds):
                 keys.append((title, name))
-                wanted.append(job(options, options.forget, "scissorhands", s) | preset | varied)
+                own = job(options, options.forget, "scissorhands", s)
+                wanted.append(own | preset | {"release_at": None} | varied)
     found = run_all(wanted, options.processes, "ablation", partial(measured, relearning=True))
     records: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for key, record in zip(keys, found, strict=True):

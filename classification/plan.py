@@ -6,9 +6,10 @@ import dataclasses
 from typing import Any, Literal, NamedTuple
 
 from classification.methods import FORGET_WALKERS, METHODS
+from classification.methods.salun import ClassifierSalUn
 from classification.presets import PRESETS, TRAINING, TUNED
-from classification.settings import ClassifierSettings, Data
-from erase_sd.common.cli import assemble, filled, knob
+from classification.settings import ClassifierSettings, Data, Scoring
+from erase_sd.common.cli import assemble, filled, knob, names
 from erase_sd.common.errors import UserError
 from erase_sd.core.descent import Descent
 
@@ -50,6 +51,7 @@ class ClassifierPlan(NamedTuple):
     job: ClassifierJob
     data: Data
     losses: ClassifierSettings
+    scoring: Scoring
     method: Any  # a dataclass of METHODS
 
     def config(self) -> dict[str, Any]:
@@ -64,7 +66,9 @@ class ClassifierPlan(NamedTuple):
         return config
 
     def walked(self) -> str:
-        """Return the set that an epoch of the method walks through, "forget" or "retain"."""
+        """Return what an epoch of the method walks through, as `ClassificationTask.epoch` knows it."""
+        if isinstance(self.method, ClassifierSalUn) and self.method.walk != "pairs":
+            return self.method.walk
         return "forget" if self.job.method in FORGET_WALKERS else "retain"
 
 
@@ -72,34 +76,56 @@ def groups(method: str) -> dict[str, type]:
     """Return the dataclasses whose fields are the options of a method. Raises UserError for an unknown method."""
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
-    return {"job": ClassifierJob, "data": Data, "losses": ClassifierSettings, "method": METHODS[method]}
+    return {
+        "job": ClassifierJob,
+        "data": Data,
+        "losses": ClassifierSettings,
+        "scoring": Scoring,
+        "method": METHODS[method],
+    }
 
 
 def make(**given: Any) -> ClassifierPlan:
     """Return the plan for these values; the others come from the preset, then from the options' defaults.
 
     Without a preset the method's values are the data set's and, over them, those that `classification.search` found.
-    Raises UserError for an unknown method, preset, option or choice, and as the options' dataclasses do.
+    Raises UserError for an unknown method, preset, option or choice, where nobody knows values, and as the options'
+    dataclasses do.
     """
-    method = given.get("method", "scissorhands")
+    method, dataset = given.get("method", "scissorhands"), given.get("dataset", Data.dataset)
     classes = groups(method)
-    preset = given.get("preset") or _usual_preset(method, given.get("dataset", "digits"))
-    if preset is not None and preset not in PRESETS[method]:
-        raise UserError(f"unknown preset {preset!r}: {method} has {', '.join(PRESETS[method])}")
-    values = dict(PRESETS[method][preset]) if preset else {}
+    presets = PRESETS.get(method, {})
+    preset = given.get("preset") or _usual_preset(method, dataset)
+    if preset is not None and preset not in presets:
+        raise UserError(f"unknown preset {preset!r}: {method} has {', '.join(presets) or 'none'}")
+    values = dict(presets[preset]) if preset else {}
     if not given.get("preset"):
         kind = given.get("forget", Data.forget).partition(":")[0]
-        values |= TUNED.get(given.get("dataset", "digits"), {}).get(kind, {}).get(method, {})
+        values |= TUNED.get(dataset, {}).get(kind, {}).get(method, {})
+    if not values:
+        _check_given(method, dataset, given)
     given["preset"] = preset
     if "steps" in given:
         given["epochs"] = None
     return ClassifierPlan(*assemble(classes.values(), values, given))
 
 
+def _check_given(method: str, dataset: str, given: dict[str, Any]) -> None:
+    """Raise UserError where options were left to their defaults, which suit no data set: they hardly move a weight."""
+    own = names(METHODS[method])
+    needed = [{"lr"}, {"steps", "epochs"}] if issubclass(METHODS[method], Descent) else [own]
+    if not own or all(some & given.keys() for some in needed):
+        return
+    raise UserError(
+        f"{method} has no values for {dataset}: search (python -m classification.search --dataset {dataset} --methods "
+        f"{method}), or give --preset {', '.join(PRESETS[method])}"
+    )
+
+
 def _usual_preset(method: str, dataset: str) -> str | None:
     """Return the preset of a method on a data set where none is given: ours, the released code's, or none."""
     for name in (dataset, f"authors/{dataset}"):
-        if name in PRESETS[method]:
+        if name in PRESETS.get(method, {}):
             return name
     return None
 

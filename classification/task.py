@@ -49,9 +49,10 @@ class ClassificationTask:
         self.model = model.to(accelerator.device)
         self.dataset = dataset
         self.shards = REPLICATED
+        any_label = settings.relabel == "any"
         self.walks = {
-            "forget": EpochSampler(forget, dataset, "forget", seed),
-            "retain": EpochSampler(retain, dataset, "retain", seed),
+            "forget": EpochSampler(forget, dataset, "forget", seed, any_label=any_label),
+            "retain": EpochSampler(retain, dataset, "retain", seed, any_label=any_label),
         }
         self.settings = settings
         self.seed = seed
@@ -104,13 +105,50 @@ class ClassificationTask:
 
         return ClassifierBatch(samples_of)
 
+    def join(self) -> None:
+        """Make the walk through both sets mixed: it holds its own copy of the pixels."""
+        forget, retain = self.walks["forget"].images, self.walks["retain"].images
+        both = Images(
+            pixels=torch.cat([forget.pixels, retain.pixels]),
+            labels=torch.cat([forget.labels, retain.labels]),
+            ids=forget.ids + retain.ids,
+        )
+        any_label = self.settings.relabel == "any"
+        self.walks["joint"] = EpochSampler(
+            both, self.dataset, "joint", self.seed, any_label=any_label, redirected=len(forget)
+        )
+
     def micro_batches(self, batch: ClassifierBatch) -> tuple[MicroBatch, ...]:
         """Return one micro-batch: batch norm sees the whole of this rank's slice."""
         return (MicroBatch(batch),)
 
+    def pass_batch(self, purpose: str, epoch: int, position: int) -> ClassifierBatch:
+        """Return a batch of one pass through each set: it ends with the set, so that its last batch may be smaller.
+
+        `batch` goes on with the next epoch instead; released loops pass. Every rank has as many samples: where they
+        do not divide, the pass's first ones are repeated, as torch's DistributedSampler does.
+        """
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        first = position * self.settings.batch_size
+
+        def samples_of(name: str) -> LabelledSamples:
+            n = len(self.walks[name].images)
+            count = min(self.settings.batch_size, n - first)
+            positions = torch.arange(first + rank, first + -(-count // ranks) * ranks, ranks) % n
+            return self._placed(self.walks[name].samples(purpose, epoch * n + positions))
+
+        return ClassifierBatch(samples_of)
+
     def epoch(self, name: str) -> int:
-        """Return the number of steps in which the forget or the retain set is walked through once."""
-        return -(-len(self.walks[name].images) // self.settings.batch_size)
+        """Return the number of steps in which a set is walked through once.
+
+        `name` is "forget", "retain", "joint" for both mixed or "turns" for one after the other.
+        """
+        if name == "turns":
+            return self.epoch("forget") + self.epoch("retain")
+        sets = ("forget", "retain") if name == "joint" else (name,)
+        n = sum(len(self.walks[part].images) for part in sets)
+        return -(-n // self.settings.batch_size)
 
     def clean(self, name: str, rows: Tensor) -> LabelledSamples:
         """Return examples of a set without augmentation, by row (n,): for methods that look at each of them."""
@@ -144,14 +182,18 @@ class ClassificationTask:
         """Return the cross-entropy of the forget samples towards the other label."""
         return F.cross_entropy(self.logits(batch.forget.x), self._target(batch))
 
+    def mixed(self, batch: ClassifierBatch) -> Tensor:
+        """Return the cross-entropy of a batch of both sets mixed: to the other label for those of the forget set."""
+        return F.cross_entropy(self.logits(batch.joint.x), batch.joint.other)
+
     def contrast(self, batch: ClassifierBatch) -> Tensor:
         """Return L_f less the loss towards the other label."""
         logits = self.logits(batch.forget.x)
         return F.cross_entropy(logits, batch.forget.y) - F.cross_entropy(logits, self._target(batch))
 
     def _target(self, batch: ClassifierBatch) -> Tensor:
-        """Return the other labels (n,) of the forget samples: random ones, or the original model's runner-up."""
-        if self.settings.relabel == "random":
+        """Return the other labels (n,) of the forget samples: drawn ones, or the original model's runner-up."""
+        if self.settings.relabel != "nearest":
             return batch.forget.other
         with torch.no_grad():
             logits = self._original_logits(batch.forget.x)
@@ -213,16 +255,36 @@ class ClassifierBatch:
         """Return the samples of the retain set."""
         return self._samples_of("retain")
 
+    @cached_property
+    def joint(self) -> LabelledSamples:
+        """Return samples of both sets mixed."""
+        return self._samples_of("joint")
+
 
 class EpochSampler:
     """One set, and the order in which every purpose walks through it, epoch by epoch."""
 
-    def __init__(self, images: Images, dataset: Dataset, name: str, seed: int) -> None:
+    def __init__(
+        self,
+        images: Images,
+        dataset: Dataset,
+        name: str,
+        seed: int,
+        *,
+        any_label: bool = False,
+        redirected: int | None = None,
+    ) -> None:
+        """Of the first `redirected` images the other label is drawn, of the rest it is the true one (None: of all).
+
+        It is any but the true one; with `any_label` it is any, the true one too.
+        """
         self.images, self.dataset = images, dataset
         self.augment = dataset.augment
         self.classes = len(dataset.classes)
         self.name = name
         self.seed = seed
+        self.least = 0 if any_label else 1  # classes between the true label and the other one
+        self.redirected = len(images) if redirected is None else redirected
         self._epochs: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
 
     def samples(self, purpose: str, positions: Tensor) -> LabelledSamples:
@@ -236,7 +298,8 @@ class EpochSampler:
             rows[here] = order[positions[here] % n]
             u[here] = draws[positions[here] % n]
         pixels = augment(self.images.pixels[rows], self.augment, u[:, 1:])
-        shift = 1 + (u[:, 0] * (self.classes - 1)).long()
+        shift = self.least + (u[:, 0] * (self.classes - self.least)).long()
+        shift[rows >= self.redirected] = 0
         return self._with_others(to_float(pixels), self.images.labels[rows], shift)
 
     def part(self, share: float) -> EpochSampler:
@@ -245,7 +308,7 @@ class EpochSampler:
             return self
         n = len(self.images)
         rows = torch.randperm(n, generator=generator(self.seed, "part", self.name))[: max(1, round(share * n))]
-        return EpochSampler(self.images.take(rows), self.dataset, self.name, self.seed)
+        return EpochSampler(self.images.take(rows), self.dataset, self.name, self.seed, any_label=self.least == 0)
 
     def clean(self, rows: Tensor) -> LabelledSamples:
         """Return examples by row (n,), without augmentation; the other label is the next one."""
@@ -253,7 +316,7 @@ class EpochSampler:
         return self._with_others(to_float(images.pixels), images.labels, torch.ones(len(rows)).long())
 
     def _with_others(self, x: Tensor, y: Tensor, shift: Tensor) -> LabelledSamples:
-        """Return the samples with, beside each label, the one `shift` classes further, which is never the true one."""
+        """Return the samples with, beside each label, the one `shift` classes further: the true one for 0."""
         return LabelledSamples(x, y, (y + shift) % self.classes)
 
     def _epoch(self, purpose: str, epoch: int) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "classification.presets": {"erase_sd.common"},
     "classification.models": {"erase_sd.common"},
     "classification.data": {"erase_sd.common", "classification.settings"},
-    "classification.metrics": {"erase_sd.common", "classification.data"},
+    "classification.metrics": {"erase_sd.common", "classification.data", "classification.settings"},
     "classification.task": {"erase_sd.common", "erase_sd.core", "classification.settings", "classification.data"},
     "classification.methods": {"erase_sd.common", "erase_sd.core", "erase_sd.methods", "classification.task"},
     "classification.plan": {
@@ -66,7 +66,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "classification.run": {
         *("erase_sd.common", "erase_sd.run", "erase_sd.methods", "classification.plan", "classification.task"),
-        *("classification.settings", "classification.data", "classification.models", "classification.metrics"),
+        *("classification.methods", "classification.settings", "classification.data", "classification.models"),
+        *("classification.metrics",),
     },
     "classification.reporting": {"erase_sd.common", "classification.metrics"},
     "classification": {"classification.*", "erase_sd.common", "erase_sd.core", "erase_sd.methods"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Literal
 
 from torch import Tensor
@@ -36,3 +37,13 @@ class Dataset:
     mean: tuple[float, ...]  # per channel, of pixels scaled to [0, 1]
     std: tuple[float, ...]
     augment: Literal["crop-flip", "flip", "shift", "none"]  # random changes of a training image
+    labelled_by: str = ""  # the file that says what the images show, where there is a choice of them
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of all pixels and labels in their order: data sets of one name may differ in it."""
+        total = sha256(repr(self.classes).encode())
+        for part in (self.train, self.test):
+            total.update(repr(tuple(part.pixels.shape)).encode())
+            for tensor in (part.labels, part.pixels):
+                total.update(tensor.contiguous().numpy())
+        return total.hexdigest()

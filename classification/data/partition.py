@@ -51,9 +51,19 @@ def dataset_of(data: Data) -> Dataset:
     return _loaded(data.dataset, data.data_dir)
 
 
+def fingerprint_of(data: Data) -> str:
+    """Return the data set's fingerprint, computed once: what a run's identity knows of its data."""
+    return _fingerprint(data.dataset, data.data_dir)
+
+
 @lru_cache(maxsize=1)
 def _loaded(name: str, folder: str | None) -> Dataset:
     return load(name, folder)
+
+
+@lru_cache(maxsize=1)
+def _fingerprint(name: str, folder: str | None) -> str:
+    return _loaded(name, folder).fingerprint()
 
 
 def pool_of(dataset: Dataset, seed: int) -> tuple[Images, Images]:

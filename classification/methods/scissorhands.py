@@ -66,16 +66,18 @@ class ClassifierScissorhands(Scissorhands):
         for name, g in state.get("kept", {}).items():
             memory[name] = g.to(device)
         joint_steps = task.epoch("forget")
-        project = False  # whether the gradient of the present step is projected
-        c = 0.0  # the coefficient of the present step's projection, 0 where nothing was subtracted
+        joint = False  # whether the present step ascends L_f
+        project = False  # whether its gradient is projected
+        c = 0.0  # the coefficient of its projection, 0 where nothing was subtracted
 
         def objective(batch: ClassifierBatch, step: int) -> Tensor:
-            nonlocal project
+            nonlocal project, joint
             epoch, position = divmod(step, task.epoch("retain"))
             if position == 0:
                 memory.update(self.forget_gradient(task, epoch))
             joint = position < joint_steps
             project = joint and (position + 1) % self.project_every == 0
+            batch = task.pass_batch("repair", epoch, position)  # an epoch's forget batches are one pass through D_f
             if joint:
                 return task.retain(batch) - self.lam * task.forget(batch)
             return task.retain(batch)
@@ -89,7 +91,7 @@ class ClassifierScissorhands(Scissorhands):
                 subtract_(inside, memory, c)
 
         for record, now in descend(task, self, objective, state, edit=edit):
-            yield record | {"c": c, "bit": c > 0}, now | {"kept": dict(memory)}
+            yield record | {"c": c, "bit": c > 0, "joint": joint}, now | {"kept": dict(memory)}
 
     def forget_gradient(self, task: ClassificationTask, epoch: int) -> Params:
         """Return g_f of one batch, measured in evaluation mode, of the parameters in the memory's scope."""

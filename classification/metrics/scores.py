@@ -8,11 +8,10 @@ from torch import nn
 from classification.data.partition import Parts
 from classification.metrics.accuracy import accuracy, logits
 from classification.metrics.mia import Outputs, svc_attack
+from classification.settings import Scoring
 
-SHADOW_CAP = 5000  # examples of each kind that the SVC attack learns from; its cost is quadratic
 
-
-def scores(model: nn.Module, parts: Parts, device: torch.device) -> dict[str, float]:
+def scores(model: nn.Module, parts: Parts, device: torch.device, scoring: Scoring) -> dict[str, float]:
     """Return accuracies in [0, 1] on D_f, D_r, D_t and validation, and the share of D_f that is taken for unseen.
 
     `mia` is that share by the SVC attack with test examples for non-members, `mia_val` with validation examples: what
@@ -25,6 +24,8 @@ def scores(model: nn.Module, parts: Parts, device: torch.device) -> dict[str, fl
         outputs[name] = Outputs(logits(model, images, device=device), images.labels)
         found[name] = accuracy(outputs[name].logits, images.labels)
     for name, others in (("mia", "acc_t"), ("mia_val", "acc_val")):
-        attack = svc_attack(outputs["acc_r"], outputs[others], outputs["acc_f"], cap=SHADOW_CAP)
+        attack = svc_attack(
+            outputs["acc_r"], outputs[others], outputs["acc_f"], shadow=scoring.mia_shadow, cap=scoring.mia_cap
+        )
         found[name] = attack["confidence"]
     return found

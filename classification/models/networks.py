@@ -26,13 +26,15 @@ def build(
     std: Sequence[float],
     seed: int,
     weights: str | None = None,
+    empty: bool = False,
 ) -> nn.Module:
     """Build a float32 model on the CPU, in training mode, that depends on its arguments alone.
 
     `name` is one of MODELS, or a folder or Hub id of a `transformers` image classifier, whose head is drawn anew when
     it has another number of classes. `mean` and `std` are per channel, of pixels in [0, 1]. `weights` fills a model of
     MODELS: "hub" (ImageNet, resnet34 only), or a local .safetensors or .pth file with torchvision's names; when the
-    file's `fc` has another number of classes, the fresh one of this seed stays. Raises UserError for anything that is
+    file's `fc` has another number of classes, the fresh one of this seed stays. `empty` asks for the architecture
+    alone, without weights from elsewhere: others are about to take their place. Raises UserError for anything that is
     missing or does not fit. The global random state is left as it was.
     """
     normalize = Normalize(mean, std)
@@ -45,10 +47,10 @@ def build(
         elif "/" in name or Path(name).is_dir():
             if weights is not None:
                 raise UserError(f"--weights {weights} has no place with {name}, which brings its own: leave it out")
-            return transformers_model(name, classes, channels, normalize)
+            return transformers_model(name, classes, channels, normalize, empty)
         else:
             raise UserError(f"unknown model {name}: choose {', '.join(MODELS)}, or name a folder or an owner/model")
-    if weights is not None:
+    if weights is not None and not empty:
         load_weights(model, name, weights)
     return model
 

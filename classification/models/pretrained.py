@@ -94,15 +94,19 @@ class FromTransformers(nn.Module):
         return self.model(pixel_values=self.normalize(x)).logits
 
 
-def transformers_model(name: str, classes: int, channels: int, normalize: nn.Module) -> nn.Module:
+def transformers_model(name: str, classes: int, channels: int, normalize: nn.Module, empty: bool = False) -> nn.Module:
     """Return the classifier of a folder or Hub id, in float32 and training mode; a head of another size is drawn anew.
 
-    Only safetensors are read and no code of the model's own is run. Raises UserError for a model that is missing, of
-    another kind or number of channels, or that lacks more than its head.
+    With `empty` only its configuration is read, and all of its weights are drawn. Only safetensors are read and no
+    code of the model's own is run. Raises UserError for a model that is missing, of another kind or number of
+    channels, or that lacks more than its head.
     """
-    from transformers import AutoModelForImageClassification
+    from transformers import AutoConfig, AutoModelForImageClassification
 
     try:
+        if empty:
+            config = AutoConfig.from_pretrained(name, num_labels=classes)
+            return FromTransformers(AutoModelForImageClassification.from_config(config).float(), normalize).train()
         model, report = AutoModelForImageClassification.from_pretrained(
             name,
             num_labels=classes,

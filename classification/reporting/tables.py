@@ -14,7 +14,13 @@ from classification.metrics.gap import AXES, avg_gap, paper, rte
 from classification.metrics.relearn import shown
 
 TITLES = {"retrain": "Retrain", "ft": "FT", "ga": "GA", "iu": "IU", "be": "BE", "bs": "BS", "salun": "SalUn"}
-TITLES |= {"neggrad+": "NegGrad+", "scrub": "SCRUB", "ssd": "SSD", "scissorhands": "Scissorhands"}
+TITLES |= {
+    "nothing": "nothing done",
+    "neggrad+": "NegGrad+",
+    "scrub": "SCRUB",
+    "ssd": "SSD",
+    "scissorhands": "Scissorhands",
+}
 PAPER = {("celeba", "identities:30"): "celebamask-hq"}
 PAPER |= {("cifar10", "random:0.1"): "cifar10", ("cifar100", "random:0.1"): "cifar100", ("svhn", "random:0.1"): "svhn"}
 HEADS = {"acc_f": "Acc_f", "acc_t": "Acc_t", "acc_r": "Acc_r", "mia": "MIA", "avg_gap": "Avg. Gap"}
@@ -34,6 +40,8 @@ class TableRow:
     gaps: tuple[float, ...]  # to the same seed's Retrain
     rte: float | None  # wall time as a share of Retrain's; None where all runs were interrupted
     relearn: str  # median epochs
+    acted: str  # in how many of its steps the forget set was part of the update, "6 of 90"; empty if nobody counted
+    projected: str  # in how many a projection bit; empty where there is none
     attack: dict[str, float]  # U-LiRA's auc and tpr in [0, 1]; empty if it was not asked for
     paper: dict[str, float]  # the paper's numbers by the same names, with "_std"; empty where it has none
 
@@ -69,6 +77,8 @@ def row(
         gaps=tuple(gaps),
         rte=mean(times) if times else None,
         relearn=relearned(runs),
+        acted=counted(runs, "forget"),
+        projected=counted(runs, "projected") if name == "scissorhands" else "",
         attack=attack or {},
         paper=paper or {},
     )
@@ -88,6 +98,17 @@ def relearned(runs: Sequence[ScoreRecord]) -> str:
     if math.isinf(middle):
         return shown(None, runs[0]["settings"]["max_epochs"])
     return f"{middle:g}"
+
+
+def counted(runs: Sequence[ScoreRecord], what: str) -> str:
+    """Return the mean number of steps that did this, "6 of 90"; empty where a run's were not counted."""
+    counts, steps = [], []
+    for run in runs:
+        if "acted" not in run:
+            return ""
+        counts.append(run["acted"][what])
+        steps.append(run["acted"]["steps"])
+    return f"{mean(counts):.0f} of {mean(steps):.0f}"
 
 
 def of_paper(dataset: str, forget: str) -> dict[str, dict[str, float]]:
@@ -124,13 +145,21 @@ def _flat(row: TableRow) -> dict[str, Any]:
     cells["paired_gap_std"] = _number(spread(row.gaps))
     cells["rte"] = _number(row.rte)
     cells["relearn_epochs"] = row.relearn
+    cells["acted"] = row.acted
+    cells["projected"] = row.projected
     cells["lira_auc"] = _number(row.attack.get("auc"))
     cells["lira_tpr"] = _number(row.attack.get("tpr"))
     for axis in AXES:
         cells[f"paper_{axis}"] = _number(row.paper.get(axis))
         cells[f"paper_{axis}_std"] = _number(row.paper.get(f"{axis}_std"))
     cells["paper_avg_gap"] = _number(row.paper.get("avg_gap"))
+    cells["paper_distance"] = _number(distance(row))
     return cells
+
+
+def distance(row: TableRow) -> float | None:
+    """Return the mean absolute difference of the row's four means to the paper's, in %; None where it has none."""
+    return avg_gap(row.mean, row.paper) if row.paper else None
 
 
 def _number(x: float | None) -> str:
@@ -167,7 +196,10 @@ def _cells(row: TableRow) -> dict[str, str]:
         cells["Avg. Gap"] += f" (paper: {row.paper['avg_gap']:.2f})"
     cells["paired gap"] = _pm(mean(row.gaps), spread(row.gaps))
     cells["RTE"] = "" if row.rte is None else f"{row.rte:.3f}"
+    cells["from the paper"] = f"{distance(row):.2f}" if row.paper else ""
     cells["relearn"] = row.relearn
+    cells["acted in"] = row.acted
+    cells["projected in"] = row.projected
     cells["LiRA AUC"] = f"{row.attack['auc']:.3f}" if row.attack else ""
     cells["TPR at 1 % FPR"] = f"{100 * row.attack['tpr']:.1f}" if row.attack else ""
     return cells
@@ -185,6 +217,7 @@ def verdict(rows: Sequence[TableRow], again: str, ours: str = "scissorhands") ->
     by_name = {row.name: row for row in rows}
     floor = by_name.pop(again).avg_gap
     by_name.pop("retrain", None)
+    by_name.pop("nothing", None)
     text = f"Noise floor, the Avg. Gap of a second Retrain: {floor:.2f}."
     if not by_name:
         return text

@@ -13,8 +13,8 @@ from classification.data.partition import Parts, partition
 from classification.metrics.accuracy import accuracy, logits
 from classification.metrics.lira import confidence
 from classification.metrics.relearn import relearn
-from classification.plan import ClassifierPlan, training
-from classification.run.jobs import network, restore, unlearn
+from classification.plan import ClassifierPlan
+from classification.run.jobs import network, original_of, recipe_of, restore, unlearn
 from erase_sd.common.files import write_atomic
 from erase_sd.common.processes import accelerator
 
@@ -49,11 +49,13 @@ def _measure(
     model = finished(plan, parts, record["folder"]).to(device)
     found["confidence"] = confidence(logits(model, forget, device=device), forget.labels).tolist()
     if relearning:
-        original = finished(plan, parts, record["raw_folder"]).to(device)
+        raw = original_of(plan, recipe_of(plan.data, plan.job.raw), accelerator(None))
+        original = finished(plan, parts, str(raw)).to(device)
         target = accuracy(logits(original, forget, device=device), forget.labels)
         found["relearn"] = relearn(model, forget, target=target, seed=plan.job.seed, device=device, **RELEARN)
 
 
 def finished(plan: ClassifierPlan, parts: Parts, folder: str) -> nn.Module:
     """Return the network that a run left in its folder."""
-    return restore(network(parts.dataset, training(plan.data.dataset), plan.job.train_seed), Path(folder))
+    recipe = recipe_of(plan.data, plan.job.raw)
+    return restore(network(parts.dataset, recipe, plan.job.train_seed, empty=True), Path(folder))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -56,31 +56,15 @@ class SalUn(Descent, Method):
 
     def __call__(self, task: Task, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
         """Descend L_r + w L_redirect over the salient weights; yield per sensitivity batch, mask and step."""
-        theta = task.trainable()
         if state is None or "measured" in state:
             state = {"step": 0, "optimizer": {}, "kept": (yield from self.masks(task, state))}
             yield {"phase": "mask"}, state
-        masks: dict[str, Tensor] = {}
-        for name, mask in state["kept"].items():
-            masks[name] = mask.to(theta[name].device)
-        frozen: Params = {}  # what is masked out never moves
-        for name, p in theta.items():
-            frozen[name] = p.detach().clone()
 
         def objective(batch: Any, step: int) -> Iterator[Tensor]:
             yield task.retain(batch)
             yield self.redirect_weight * task.redirect(batch)
 
-        def edit(g: Params) -> None:
-            for name, mask in masks.items():
-                g[name] *= mask
-
-        def after() -> None:
-            if self.mask_mode == "hard":
-                put_back_(theta, masks, frozen)
-
-        for record, now in descend(task, self, objective, state, edit=edit, after=after):
-            yield record, now | {"kept": masks}
+        yield from masked(task, self, objective, state)
 
     def masks(self, task: Task, state: dict | None) -> Generator[tuple[dict, dict], None, dict[str, Tensor]]:
         """Return True where |grad L_f|, averaged with its sign, is among the largest of all weights together."""
@@ -88,6 +72,33 @@ class SalUn(Descent, Method):
         means = yield from averages(task, passes, task.trainable(), self.sensitivity_batches, state)
         k = round(self.mask_fraction * entries(means["g_f"], task.shards))
         return top_k(magnitude(means["g_f"]), k, shards=task.shards)
+
+
+def masked(
+    task: Task, settings: SalUn, objective: Callable[[Any, int], Tensor], state: dict
+) -> Iterator[tuple[dict, dict]]:
+    """Descend an objective(batch, step) over the weights inside the masks in state["kept"], in place.
+
+    Yields as `descend` does, the masks in every state.
+    """
+    theta = task.trainable()
+    masks: dict[str, Tensor] = {}
+    for name, mask in state["kept"].items():
+        masks[name] = mask.to(theta[name].device)
+    frozen: Params = {}  # what is masked out never moves
+    for name, p in theta.items():
+        frozen[name] = p.detach().clone()
+
+    def edit(g: Params) -> None:
+        for name, mask in masks.items():
+            g[name] *= mask
+
+    def after() -> None:
+        if settings.mask_mode == "hard":
+            put_back_(theta, masks, frozen)
+
+    for record, now in descend(task, settings, objective, state, edit=edit, after=after):
+        yield record, now | {"kept": masks}
 
 
 @torch.no_grad()

@@ -2,12 +2,14 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,7 @@ from classification.plan import make
 from erase_sd.common.cli import run_main
 
 ROOT = Path(__file__).parents[2]
+DIGITS = ["--dataset", "digits"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -36,10 +39,11 @@ def weights(root: Path) -> dict[str, torch.Tensor]:
 
 
 def test_train_then_unlearn_then_nothing_is_left_to_do(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):
-    trained = ["--dataset", "digits", "--epochs", "0.5", "--output_dir", str(tmp_path)]
+    trained = [*DIGITS, "--epochs", "0.5", "--output_dir", str(tmp_path)]
     assert train.main(trained) == 0
     folder = capsys.readouterr().out.partition(":")[0]
-    command = ["--method", "scissorhands", "--steps", "3", "--raw", folder, "--output_dir", str(tmp_path / "runs")]
+    command = [*DIGITS, "--method", "scissorhands", "--steps", "3", "--raw", folder]
+    command += ["--output_dir", str(tmp_path / "runs")]
     assert unlearn.main(command) == 0
     said = capsys.readouterr().out
     assert "accuracy on the forget set" in said
@@ -65,7 +69,7 @@ def test_train_then_unlearn_then_nothing_is_left_to_do(tmp_path: Path, capsys: p
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, raw: Path):
-    command = ["--method", "scrub", "--steps", "60", "--raw", str(raw), "--checkpointing_steps", "10"]
+    command = [*DIGITS, "--method", "scrub", "--steps", "60", "--raw", str(raw), "--checkpointing_steps", "10"]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
             [
@@ -155,23 +159,30 @@ def farthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 @pytest.mark.parametrize(
     ("command", "words", "hint"),
     [
-        (unlearn, "--method sculpt", "unknown method 'sculpt': use one of retrain, ft"),
+        (unlearn, "--method sculpt", "unknown method 'sculpt': use one of nothing, retrain, ft"),
         (unlearn, "--preset ours", "unknown preset 'ours': scissorhands has paper"),
-        (unlearn, "--dataset imagenet", "'imagenet' is not one of digits"),
+        (unlearn, "--dataset svhn --method scrub", "scrub has no values for svhn: search (python -m"),
+        (unlearn, "--dataset svhn --method scrub --lr 0.1", "or give --preset fashion, digits"),
+        (unlearn, "--mia_cap 0", "--mia_cap 0 is too small"),
+        (unlearn, "--dataset imagenet", "'imagenet' is not one of fashion, digits"),
         (unlearn, "--batch_norm sometimes", "'sometimes' is not one of train, eval"),
         (unlearn, "--fraction 2", "--fraction 2.0 is outside [0, 1]"),
         (unlearn, "--batch_size 0", "--batch_size 0 is too small"),
         (unlearn, "--trim_share 0", "--trim_share 0.0 is outside (0, 1]"),
         (unlearn, "--method ft --fraction 0.1", "there is no option --fraction"),
-        (unlearn, "--forget everything --raw RAW", "--forget 'everything' is not understood: give random:0.1"),
-        (unlearn, "--forget class:12 --raw RAW", "no example has this class"),
-        (unlearn, "--raw nowhere", "nowhere holds no model.safetensors"),
-        (unlearn, "--raw RESNET", "does not fit SmallNet"),
-        (unlearn, "--trim_scope layer9 --raw RAW", "--trim_scope 'layer9' matches no parameter"),
+        (unlearn, "--dataset digits --forget everything --raw RAW", "--forget 'everything' is not understood: give"),
+        (unlearn, "--dataset digits --forget class:12 --raw RAW", "no example has this class"),
+        (unlearn, "--dataset digits --raw nowhere", "nowhere holds no model.safetensors"),
+        (unlearn, "--dataset digits --raw RESNET", "does not fit SmallNet"),
+        (unlearn, "--dataset digits --trim_scope layer9 --raw RAW", "--trim_scope 'layer9' matches no parameter"),
         (benchmark, "--methods ft sculpt", "unknown method 'sculpt'"),
         (benchmark, "--seeds 0", "--seeds 0 is too few"),
         (benchmark, "--lira 2", "--lira 2 is too few: give 3 or more"),
-        (benchmark, "--dataset imagenet", "'imagenet' is none of digits"),
+        (benchmark, "--dataset imagenet", "'imagenet' is none of fashion, digits"),
+        (benchmark, "--table 3 --dataset cifar10", "--table 3 is none of a comparison: give 1, or 2"),
+        (benchmark, "--table 1", "--table 1 has no fashion: give --dataset cifar10 or cifar100 or svhn"),
+        (benchmark, "--table 1 --dataset svhn --seeds 5", "--seeds 5: the paper's tables have four"),
+        (benchmark, "--table 1 --dataset svhn --methods scrub", "--methods scrub has no released values"),
         (ablation, "--seeds 0", "--seeds 0 is too few"),
         (ablation, "--preset ours", "unknown preset 'ours'"),
         (speed, "--steps 0", "--steps 0 is too few"),
@@ -218,7 +229,7 @@ def test_help_of_every_command_loads_no_slow_library():
     assert done.stdout.endswith("loaded:\n")
 
 
-DIGITS = """
+ONE_RUN = """
 import sys
 from classification import unlearn
 unlearn.main(sys.argv[2:])
@@ -227,8 +238,8 @@ print("loaded:", *sorted({"diffusers", "transformers", "datasets"} & set(sys.mod
 
 
 def test_a_run_on_digits_loads_neither_diffusers_nor_transformers(tmp_path: Path, raw: Path):
-    words = ["--method", "iu", "--samples", "1", "--raw", str(raw), "--output_dir", str(tmp_path)]
-    command = [sys.executable, "-c", DIGITS, "unlearn", *words]
+    words = [*DIGITS, "--method", "iu", "--samples", "1", "--raw", str(raw), "--output_dir", str(tmp_path)]
+    command = [sys.executable, "-c", ONE_RUN, "unlearn", *words]
     done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("loaded:\n")
@@ -250,8 +261,8 @@ def test_speed_measures_both_kinds_of_steps(capsys: pytest.CaptureFixture):
 def test_every_job_of_the_tables_is_a_plan():
     """No run of a long table may find out that its options do not exist."""
     options = benchmark.ClassifierBenchmark()
-    jobs = benchmark.jobs(options, 5)
-    assert len(jobs) == 2 * 13 * 5
+    jobs = benchmark.jobs(options, options.runs())
+    assert len(jobs) == 2 * 14 * 5
     for (forget, name, s), values in jobs.items():
         plan = make(**values)
         assert (plan.data.forget, plan.data.forget_seed, plan.job.train_seed) == (forget, s, s)
@@ -267,16 +278,90 @@ def test_every_job_of_the_tables_is_a_plan():
                 assert name in own or value == base[name]
 
 
+@pytest.mark.parametrize(("dataset", "table"), [("cifar10", 1), ("cifar100", 1), ("svhn", 1), ("celeba", 2)])
+def test_a_table_of_the_paper_follows_its_protocol(dataset: str, table: int):
+    options = benchmark.ClassifierBenchmark(dataset=dataset, table=table)
+    jobs = benchmark.jobs(options, options.runs())
+    assert len(jobs) == 11 * 4  # the paper's nine, a second Retrain and nothing done
+    for (_, name, s), values in jobs.items():
+        plan = make(**values)
+        assert plan.data.authors_split
+        assert plan.data.forget == ("identities:30" if table == 2 else "random:0.1")
+        assert plan.data.forget_seed == s in (1, 2, 3, 4)
+        assert (plan.data.split_seed, plan.job.train_seed) == (2, 1)  # one original model
+        assert (plan.scoring.mia_shadow, plan.scoring.mia_cap) == ("first", None)
+        assert plan.job.preset == (None if name == "nothing" else f"authors/{dataset}")
+
+
+def test_the_released_values_that_differ_from_seed_to_seed():
+    options = benchmark.ClassifierBenchmark(dataset="svhn", table=1)
+    jobs = benchmark.jobs(options, options.runs())
+    assert [make(**jobs["random:0.1", "retrain", s]).job.epochs for s in (1, 2, 3, 4)] == [50, 50, 160, 160]
+    assert [make(**jobs["random:0.1", "iu", s]).method.alpha for s in (1, 2, 3, 4)] == [15, 15, 10, 10]
+
+
+def cifar10(root: Path) -> Path:
+    """Write CIFAR-10's original files with ten images each."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    names = {f"data_batch_{n}": f"training batch {n} of 5" for n in range(1, 6)}
+    for name, says in (names | {"test_batch": "testing batch 1 of 1"}).items():
+        data = rng.integers(0, 256, (10, 3072), dtype=np.uint8)
+        content = {b"batch_label": says.encode(), b"labels": list(range(10)), b"data": data}
+        (folder / name).write_bytes(pickle.dumps(content, 2))
+    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [b"c%d" % n for n in range(10)]}, 2))
+    return folder
+
+
+def test_a_dry_run_counts_what_the_table_takes(tmp_path: Path, capsys: pytest.CaptureFixture):
+    words = ["--table", "1", "--dataset", "cifar10", "--data_dir", str(cifar10(tmp_path)), "--dry_run"]
+    assert benchmark.main([*words, "--output_dir", str(tmp_path / "runs")]) == 0
+    said = capsys.readouterr().out
+    assert "| original model | 1 | 185 | 9,250 |" in said  # 50 images: none of a class is a tenth
+    assert "| random:0.1, retrain | 4 | 160 | 7,200 |" in said
+    assert "| random:0.1, ga | 4 | 5 | 25 |" in said
+    assert "44 runs" in said
+    assert "3.33 GFLOP" in said  # six times ResNet-18's 0.56 billion multiply-adds
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_papers_table_is_killed_and_resumed_to_the_same_bytes(tmp_path: Path, raw: Path):
+    data = cifar10(tmp_path)
+    trained = ["--dataset", "cifar10", "--data_dir", str(data), "--split_seed", "2", "--model", "smallnet"]
+    assert train.main([*trained, "--epochs", "1", "--output_dir", str(tmp_path / "raw")]) == 0
+    (network,) = (tmp_path / "raw" / "cifar10").iterdir()
+    words = ["--table", "1", "--dataset", "cifar10", "--data_dir", str(data), "--raw", str(network), "--seeds", "1"]
+    command = [sys.executable, "-m", "classification.benchmark", *words, "--processes", "1", "--output_dir"]
+    place = {"cwd": ROOT, "env": ENV, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*command, str(tmp_path / "a")], **place)
+    while len(list(tmp_path.glob("a/cifar10/*/run.json"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    for root in ("a", "b"):
+        assert subprocess.run([*command, str(tmp_path / root)], **place).returncode == 0
+    files = sorted(tmp_path.glob("a/cifar10/*/model.safetensors"))
+    assert len(files) == 11
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
+    page = (tmp_path / "a" / "table1_cifar10.md").read_text()
+    assert "| from the paper |" in page
+    assert "(paper: 94.81 ± 0.53)" in page
+
+
 @pytest.mark.slow
 def test_the_benchmark_resumes_and_then_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture):
-    words = f"--seeds 1 --methods ga --forget random:0.1 --lira 0 --output_dir {tmp_path}"
+    words = f"--dataset digits --seeds 1 --methods ga --forget random:0.1 --lira 0 --output_dir {tmp_path}"
     assert benchmark.main(words.split()) == 0
     first = capsys.readouterr().out
     assert "| GA |" in first
     assert "Noise floor" in first
     assert (tmp_path / "benchmark_digits.png").stat().st_size > 5000
     stamps = times_written(tmp_path)
-    assert len(stamps) == 4 * 4 - 1  # the raw network is not relearnt
+    assert len(stamps) == 5 * 4 - 1  # the raw network is not relearnt
     assert benchmark.main(words.split()) == 0
     assert capsys.readouterr().out == first
     assert stamps == times_written(tmp_path)

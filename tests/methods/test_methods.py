@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classification.methods.neggrad import NegGradPlus
-from classification.methods.sparse import L1Sparse
 from erase_sd.common.errors import UserError
 from erase_sd.common.rng import generator
 from erase_sd.core.descent import Descent
@@ -68,10 +67,6 @@ FORMULAS = [
     (GradientAscent(**COMMON), lambda t, b, k: -t.forget(b)),
     (GradientAscent(**COMMON, alpha=0.7), lambda t, b, k: 0.7 * t.retain(b) - t.forget(b)),
     (NegGradPlus(**COMMON, alpha=0.7), lambda t, b, k: 0.7 * t.retain(b) - 0.3 * t.forget(b)),
-    (
-        L1Sparse(**COMMON, l1=0.05),
-        lambda t, b, k: t.retain(b) + 0.05 * (1 - k / STEPS) * (t.model.weight.abs().sum() + t.model.bias.abs().sum()),
-    ),
     (SalUn(**COMMON, mask_fraction=1.0), lambda t, b, k: t.retain(b) + t.redirect(b)),
     (EraseDiff(**COMMON, eta=0.3), erasediff("bome", 0.3)),
     (EraseDiff(**COMMON, multiplier="cosine", eta=0.3), erasediff("cosine", 0.3)),

@@ -1,11 +1,12 @@
 """Where data sets come from. `load` reads one from the Hugging Face Hub, or from a folder in its original format.
 
-    load("digits")                           # scikit-learn's handwritten digits: no network, no folder
+    load("fashion")                          # a part of Fashion-MNIST, embedded: no network, no folder
     load("cifar10")                          # the Hub, through `datasets`
     load("cifar10", "/data/cifar-10-batches-py")
 
 A folder may also be a downloaded copy of the Hub's repository, for machines that cannot reach it.
 
+fashion     Fashion-MNIST at half its size, embedded
 digits      scikit-learn's, embedded
 cifar       CIFAR-10 and CIFAR-100, pickles of Python 2
 svhn        SVHN's cropped digits, MATLAB files
@@ -20,10 +21,11 @@ checks      what every source checks in its files
 from pathlib import Path
 
 from classification.data.dataset import Dataset
-from classification.data.sources import celeba, cifar, digits, idx, svhn
+from classification.data.sources import celeba, cifar, digits, fashion, idx, svhn
 from erase_sd.common.errors import UserError
 
 DATASETS = {
+    "fashion": fashion.load,
     "digits": digits.load,
     "cifar10": cifar.cifar10,
     "cifar100": cifar.cifar100,

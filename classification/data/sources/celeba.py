@@ -66,11 +66,13 @@ def load(folder: str | None) -> Dataset:
     if all(part.is_dir() for part in part_folders):
         parts = [_listed(part) for part in part_folders]
         _check_prepared(root, *parts)
+        labelled_by = "folders train and test"
         pictures = []
         for part_folder, part in zip(part_folders, parts, strict=True):
             pictures.append(_from(part_folder, [face.id for face in part]))
     else:
         parts = list(split(identities(root)))
+        labelled_by = JOINED if _find(root, JOINED).is_file() else f"{MAPPING} and {CELEBA}"
         pictures = [_pictures(root, part) for part in parts]
     classes = sorted({face.identity for face in parts[0]})  # as text: "10" comes before "2"
     return Dataset(
@@ -81,6 +83,7 @@ def load(folder: str | None) -> Dataset:
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
         augment="flip",
+        labelled_by=labelled_by,
     )
 
 

@@ -66,7 +66,7 @@ def table(copy: Copy, split: str, folder: str | None) -> Any:
         where = f"the data folder {folder}" if folder else f"{copy.id} on the Hugging Face Hub"
         raise UserError(
             f"{where} cannot be read ({error}): give a data folder with the original files or with a copy of "
-            f"huggingface.co/datasets/{copy.id}, or use the data set digits, which runs offline"
+            f"huggingface.co/datasets/{copy.id}, or use the data set fashion, which runs offline"
         ) from error
     missing = {copy.image, copy.label} - set(found.column_names)
     if missing:

@@ -77,6 +77,101 @@ def test_retrain_is_sgd_on_the_retain_set_with_the_released_milestones(tiny_task
     same(play(method, task), plain.model)
 
 
+def test_the_weight_of_l1_falls_from_epoch_to_epoch(tiny_task: MakeTask):
+    task, plain = tiny_task(), tiny_task()
+    gamma = [0.05, 0.05, 0.05, 0.05 * 2 / 3, 0.05 * 2 / 3, 0.05 * 2 / 3, 0.05 / 3]  # 21 images in batches of 8
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        x, y = retain(plain, step)
+        return F.cross_entropy(model(x), y) + gamma[step] * sum(p.abs().sum() for p in model.parameters())
+
+    same(play(METHODS["l1-sparse"](steps=STEPS, l1=0.05, **SGD), task), sgd(plain, loss))
+
+
+def one_pass(task: ClassificationTask, name: str, purpose: str, epoch: int):
+    """The batches of 8 of an epoch's order, the rest of it last: what a DataLoader makes of a shuffled set."""
+    walk = task.walks[name]
+    n = len(walk.images)
+    for first in range(0, n, 8):
+        yield walk.samples(purpose, torch.arange(epoch * n + first, epoch * n + min(first + 8, n)))
+
+
+def released_mask(task: ClassificationTask, share: float) -> Tensor:
+    """generate_mask.py: evaluation mode, summed gradients of -l of every batch, rank below int(N share)."""
+    model = task.model.eval()
+    total = 0
+    for x, y, _ in one_pass(task, "forget", "sensitivity", 0):
+        total = total + flat_gradient(model, -F.cross_entropy(model(x), y))
+    rank = total.abs().argsort(descending=True).argsort()
+    return rank < int(len(total) * share)
+
+
+@pytest.mark.parametrize("walk", ["joint", "turns"])
+def test_salun_is_the_released_loop(tiny_task: MakeTask, walk: str):
+    """RL.py: labels of D_f drawn anew each epoch; one loader over both sets, or a pass over each in turn."""
+    settings = {"relabel": "any", "augment": "crop-flip"}
+    task, plain = tiny_task(**settings), tiny_task(**settings)
+    model, mask = plain.model, released_mask(plain, 0.4)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), **SGD)
+    taken = []
+
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        rest = mask
+        for p in model.parameters():
+            p.grad *= rest[: p.numel()].view(p.shape)
+            rest = rest[p.numel() :]
+        optimizer.step()
+        taken.append(len(x))
+
+    for epoch in range(2):
+        if walk == "turns":
+            for x, _, drawn in one_pass(plain, "forget", "repair", epoch):
+                step(x, drawn)
+            for x, y, _ in one_pass(plain, "retain", "repair", epoch):
+                step(x, y)
+        else:
+            plain.join()
+            for x, _, wanted in one_pass(plain, "joint", "repair", epoch):
+                step(x, wanted)
+    assert taken == 2 * ([8, 8, 8, 8, 1] if walk == "joint" else [8, 4, 8, 8, 5])
+    assert task.epoch(walk) == 5
+    method = METHODS["salun"](steps=10, walk=walk, mask_mode="gradient", mask_fraction=0.4, **SGD)
+    same(play(method, task), model)
+
+
+def test_the_joint_walk_redirects_the_forget_set_alone(tiny_task: MakeTask):
+    task = tiny_task(relabel="any")
+    task.join()
+    walk = task.walks["joint"]
+    n = len(walk.images)
+    drawn: set[int] = set()
+    for epoch in range(40):
+        x, y, other = walk.samples("repair", torch.arange(epoch * n, (epoch + 1) * n))
+        rows = (x * 255).round().byte().flatten(1)
+        for row, right, wanted in zip(rows, y.tolist(), other.tolist(), strict=True):
+            (place,) = (walk.images.pixels.flatten(1) == row).all(1).nonzero()[:, 0].tolist()
+            if place >= 12:
+                assert wanted == right
+            else:
+                drawn.add((wanted - right) % 4)
+    assert drawn == {0, 1, 2, 3}  # the true label too, as in the released code
+
+
+def test_authors_presets_of_salun_have_the_released_walks():
+    for dataset, walk in (("cifar10", "joint"), ("cifar100", "joint"), ("svhn", "turns"), ("celeba", "turns")):
+        plan = make(method="salun", dataset=dataset, preset=f"authors/{dataset}")
+        assert (plan.method.walk, plan.walked(), plan.losses.relabel) == (walk, walk, "any")
+
+
+def test_the_papers_algorithm_takes_the_released_optimizer_and_batch():
+    plan = make(method="scissorhands", dataset="cifar10", preset="paper")
+    assert (plan.method.momentum, plan.method.weight_decay, plan.losses.batch_size) == (0.9, 5e-4, 256)
+    assert (plan.method.saliency, plan.method.sensitivity_batches, plan.method.margin) == ("signed", 1, 0.0)
+
+
 def test_boundary_expanding_teaches_a_class_more_and_cuts_it_off(tiny_task: MakeTask):
     task, plain = tiny_task(), tiny_task()
     wide = plain.model
@@ -240,10 +335,10 @@ def reference(task: ClassificationTask, lam: float, steps: int) -> int:
             memory = [p.grad.flatten() for name, p in proxy.named_parameters() if in_scope(name)]
             m = torch.cat(memory).double().numpy()
         optimizer.zero_grad()
-        x, y = retain(task, step)
+        x, y, _ = list(one_pass(task, "retain", "repair", epoch))[position]
         loss = F.cross_entropy(model(x), y)
         if position < 2:  # 12 images to forget
-            x, y = forget(task, step)
+            x, y, _ = list(one_pass(task, "forget", "repair", epoch))[position]
             loss = loss - lam * F.cross_entropy(model(x), y)
         loss.backward()
         u = torch.cat([p.grad.flatten() for p in subset]).double().numpy()
@@ -315,10 +410,22 @@ class Killed(Exception):
     """Stands for kill -9."""
 
 
-@pytest.mark.parametrize("name", [*RESUMED, "released"])
+SALUN = {name: {"walk": name, "steps": STEPS, **SGD} for name in ("joint", "turns")}
+
+
+def resumable(name: str):
+    """The method of this name, or SalUn with this walk, and the settings of its task."""
+    if name == "released":
+        return released(STEPS)
+    if name in SALUN:
+        return METHODS["salun"](**SALUN[name]), {}
+    return METHODS[name](**RESUMED[name]), {}
+
+
+@pytest.mark.parametrize("name", [*RESUMED, *SALUN, "released"])
 def test_resumed_equals_uninterrupted(tiny_task: MakeTask, tmp_path: Path, name: str):
     """Through the folder of a run, so that batch norms' statistics and all that a method keeps are in it."""
-    method, losses = released(STEPS) if name == "released" else (METHODS[name](**RESUMED[name]), {})
+    method, losses = resumable(name)
     end = method.steps
 
     def go(folder: Path, dies_at: int | None) -> nn.Module:
