@@ -18,7 +18,7 @@ IRREGULAR = {  # plural: singular; words in -men and in -s follow rules
     "octopi": "octopus",
     "fungi": "fungus",
 }
-SINGULAR_IN_S = frozenset("atlas canvas chaos christmas cosmos gas lens news rhinoceros thermos".split())
+SINGULAR_IN_S = frozenset("atlas bus canvas chaos christmas cosmos gas lens news rhinoceros thermos".split())
 MASS = frozenset(  # nouns that a photo shows without an article
     """
     air anger architecture art asphalt ballet beer blood bread brutality butter cannabis chaos cheese chocolate

@@ -93,7 +93,7 @@ def _captioned(place: Path, files: list[Path], option: str) -> list[OwnPicture]:
     if (place / METADATA).is_file():
         return _described(place / METADATA, files, option)
     if (place / CAPTIONS).is_file():
-        texts = _text(place / CAPTIONS, option).splitlines()
+        texts = _lines(place / CAPTIONS, option)
         if len(texts) != len(files):
             raise UserError(f"{option}: {place / CAPTIONS} has {len(texts)} lines for {len(files)} pictures: one each")
         return [_picture(file, text, None, option) for file, text in zip(files, texts, strict=True)]
@@ -112,7 +112,7 @@ def _captioned(place: Path, files: list[Path], option: str) -> list[OwnPicture]:
 def _described(metadata: Path, files: list[Path], option: str) -> list[OwnPicture]:
     """Return the pictures as metadata.jsonl describes them."""
     known: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(_text(metadata, option).splitlines(), 1):
+    for number, line in enumerate(_lines(metadata, option), 1):
         try:
             row = dict(json.loads(line))
             known[str(row["file_name"])] = row
@@ -139,6 +139,11 @@ def _picture(file: Path, caption: str, anchor: object, option: str) -> OwnPictur
     if not caption:
         raise UserError(f"{option}: the caption of {file} is empty: write what it shows")
     return OwnPicture(file, caption, " ".join(str(anchor).split()) if anchor else None)
+
+
+def _lines(file: Path, option: str) -> list[str]:
+    """Return the lines of a file, which end at LF and CR LF only: other separators belong to the texts."""
+    return _text(file, option).rstrip("\n").split("\n")
 
 
 def _text(file: Path, option: str) -> str:

@@ -1,12 +1,17 @@
 """Several concepts, attributes and anchors: what a run is about, and what it refuses to be about."""
 
+import json
+import random
+
 import pytest
 
+import prompts
 from erase_sd.common.errors import UserError
 from erase_sd.denoising.concept import Target, resolve
 from erase_sd.plan import make
-from erase_sd.pocket.world import KINDS
+from erase_sd.pocket.world import KINDS, Scene, grid
 from erase_sd.settings import Job
+from prompts import english
 
 
 def of(*concepts: str, model: str = "pocket", **knobs: object) -> Target:
@@ -60,6 +65,94 @@ def test_open_vocabulary_concepts_take_turns() -> None:
     assert not any("cat" in line.split() for line in target.sources.retain)
 
 
+def test_each_sample_knows_its_own_concept() -> None:
+    target = of("cat", "neon style")
+    assert target.sources.concepts == ("a cat", "something in neon style")
+    for i, example in enumerate(target.sources.forget):
+        words = {"a cat": "cat", "something in neon style": "neon"}
+        assert words[target.sources.owner(i)] in example.caption.split()
+    assert set(target.sources.owners) == {0, 1}
+    open_target = of("cat", "Van Gogh", model="x")
+    assert open_target.sources.concepts == ("cat", "Van Gogh")
+    for i, example in enumerate(open_target.sources.forget):
+        assert open_target.sources.owner(i) in example.caption
+
+
+@pytest.mark.parametrize("concepts", [("cat", "neon style"), ("neon style", "cat"), ("dog", "cat", "red background")])
+def test_every_concept_is_shown_and_asked_for_alike(concepts: tuple[str, ...]) -> None:
+    target = of(*concepts)
+    words = [text.split()[0] for text in concepts]
+    asked = [question.concept[1] for question in target.questions if question.concept]
+    counts = [asked.count(word) for word in words]
+    assert max(counts) - min(counts) <= 1
+    for word in words:
+        assert any(word in text.split() for text in target.shown[:6])
+
+
+def test_one_concept_is_asked_for_as_before() -> None:
+    """Published rows depend on it."""
+    questions = [q for q in of("neon style").questions if q.concept]
+    scenes = [scene for scene in shuffled() if scene.style == "neon"]
+    assert [q.scene for q in questions] == scenes[:128]
+    assert [q.seed for q in questions] == list(range(128))
+
+
+def shuffled() -> list[Scene]:
+    scenes = list(grid())
+    random.Random("exam").shuffle(scenes)
+    return scenes
+
+
+def test_many_concepts_are_all_in_the_picture() -> None:
+    names = ("cat", "dog", "fox", "owl", "crab", "goat")
+    target = of(*names, model="x")
+    for name in names:
+        assert any(name in text.split() for text in target.shown[: len(names)])
+
+
+@pytest.mark.parametrize("concept", ["nudity", "nude", "NSFW", "naked people", "a nude statue"])
+def test_pictures_of_sensitive_concepts_alone_are_hidden(concept: str) -> None:
+    target = of(concept, model="x")
+    assert target.hidden[:4] == (True,) * 4
+    assert not any(target.hidden[4:])
+    assert len(target.hidden) == len(target.shown) == 8
+
+
+def test_the_other_concept_is_not_hidden() -> None:
+    target = of("nudity", "cat", model="x")
+    hidden = dict(zip(target.shown, target.hidden, strict=True))
+    assert [text for text in target.shown if hidden[text]] == list(target.shown[:4:2])
+    assert not any(of("cat", model="x").hidden)
+
+
+def test_people_who_are_to_stay_are_shown() -> None:
+    kept = of("nudity", model="x").shown[4:]
+    assert len(set(kept) & set(prompts.load("nudity").retain)) == 2
+
+
+UNDERSTOOD = [
+    ("cat", "x", ("object", 8, None)),
+    ("Van Gogh", "x", ("style", 8, None)),
+    ("Tom Cruise", "x", ("person", 8, None)),
+    ("nude", "x", ("attribute", 40, "nudity.json")),
+    ("cat", "pocket", ("object", 32, None)),
+    ("neon style", "pocket", ("style", 160, None)),
+]
+
+
+@pytest.mark.parametrize(("concept", "model", "wanted"), UNDERSTOOD)
+def test_how_a_concept_is_understood_is_said_and_recorded(concept: str, model: str, wanted: tuple) -> None:
+    (found,) = of(concept, model=model).understood
+    assert (found.kind, found.prompts, found.file) == wanted
+    assert any(english.mentions(found.prompt, word) for word in (*found.words, *prompts.load("nudity").words))
+    assert found.anchor != found.prompt
+    for part in (repr(concept), found.kind, str(found.prompts), repr(found.prompt), repr(found.anchor)):
+        assert part in str(found)
+    (record,) = of(concept, model=model).record()
+    assert json.loads(json.dumps(record)) == record
+    assert record["concept"] == concept
+
+
 def test_an_attribute_leaves_the_person() -> None:
     target = of("smiling", model="x", kind="attribute")
     assert all("smiling" in e.prompt and "smiling" not in e.anchor for e in target.sources.forget)
@@ -81,6 +174,10 @@ WRONG = [
         "3 anchors for 2 concepts; give one, or one per",
     ),
     ({"concept": ("cat", "cat")}, "--concept names 'cat' twice"),
+    ({"concept": ("nude", "nudity"), "model": "x"}, "--concept 'nude' 'nudity' names one concept twice"),
+    ({"concept": ("Cat", "cat"), "model": "x"}, "--concept 'Cat' 'cat' names one concept twice"),
+    ({"concept": "violence, nudity, harm", "model": "x"}, "give --concept violence nudity harm"),
+    ({"concept": "no/such.json", "model": "x"}, "looks like a path, and there is no such file"),
     ({"concept": ("cat", "a cat")}, "--concept 'cat' 'a cat' names one concept twice"),
     ({"concept": "smiling", "kind": "attribute"}, "the pocket model has no attribute 'smiling'"),
     ({"concept": "cat", "anchor": "two cats", "model": "x"}, "--anchor 'two cats' names 'cat', which is to be erased"),

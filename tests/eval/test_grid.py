@@ -22,7 +22,7 @@ I2P_ROWS = Path(__file__).parent / "i2p_rows.csv"
 PROMPTS = ["a red cup", "a tree", "a boat"]
 BREAST = "FEMALE_BREAST_EXPOSED"
 REGION = [32, 48, 40, 40]
-NOTHING = Mask({}, False, "")
+NOTHING = Mask({}, frozenset(), "")
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -44,7 +44,7 @@ def made_up() -> Samples:
         keep=torch.tensor([4, 5, 6, 4]),
         embeddings={HIDDEN: torch.randn(8, L, D, generator=rng)},
         empty=7,
-        concept=6,
+        concepts=(6,),
         anchors=torch.randn(N, 4, 8, 8, generator=rng),
         subject=torch.tensor([[3, 3], [5, 4], [3, 3], [5, 4]]),
     )

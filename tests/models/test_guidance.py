@@ -77,6 +77,26 @@ def test_the_hook_is_the_three_branch_loop(pipe: StableDiffusionPipeline, settin
 
 
 @torch.no_grad()
+def test_several_concepts_take_turns(pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = torch.cat([text(pipe, "a cat"), text(pipe, "a dog")])
+    attach(pipe.unet, SafetyGuidance({"encoder_hidden_states": both}, STRONG))
+    asked, forward = [], pipe.unet.forward
+
+    def spied(*args, **kwargs):
+        asked.append(kwargs.get("encoder_hidden_states", args[-1] if args else None))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(pipe.unet, "forward", spied)
+    for _ in range(2):  # a second image begins with the first concept again
+        asked.clear()
+        drawn(pipe, ["a hat"], [0])
+        single = [x for x in asked if len(x) == 1]
+        assert len(single) == STEPS
+        for i, x in enumerate(single):
+            assert torch.equal(x, both[i % 2 : i % 2 + 1])
+
+
+@torch.no_grad()
 def test_an_image_is_the_same_in_any_batch(pipe: StableDiffusionPipeline) -> None:
     attach(pipe.unet, SafetyGuidance({"encoder_hidden_states": text(pipe, "a cat")}, STRONG))
     together = drawn(pipe, ["a cat", "a dog", "a hat"], [0, 1, 2])

@@ -88,9 +88,21 @@ def test_several_concepts_are_each_asked_for_their_own() -> None:
     after = [answer("other pencil red"), answer("cat flat red"), answer("frog flat red")]
     found = scores([CAT, PENCIL], questions, before, after)
     assert found["concept"] == {"before": 1.0, "after": 0.0, "other_share": 0.5}
+    assert found["concepts"]["cat"] == {"before": 1.0, "after": 0.0, "other_share": 1.0, "n": 1}
+    assert found["ci95"]["concepts"]["pencil style"] == {"before": wilson(1.0, 1), "after": wilson(0.0, 1)}
     assert set(found["spared"]) == {"background"}
     assert set(found["retain"]) == {"object", "style", "background"}
     assert found["protocol"]["concepts"] == [["object", "cat"], ["style", "pencil"]]
+
+
+def test_a_failed_concept_is_not_hidden_by_another() -> None:
+    questions = [question("cat pencil red", i, CAT) for i in range(9)] + [question("dog pencil red", 9, PENCIL)]
+    before = [answer("cat pencil red")] * 9 + [answer("dog pencil red")]
+    after = [answer("other pencil red")] * 9 + [answer("dog pencil red")]
+    found = scores([CAT, PENCIL], questions, before, after)
+    assert found["concept"]["after"] == 0.1
+    assert {name: rate["after"] for name, rate in found["concepts"].items()} == {"cat": 0.0, "pencil style": 1.0}
+    assert "concepts" not in scores([CAT], questions[:9], before[:9], after[:9])
 
 
 def test_what_nobody_asked_about_has_no_rate() -> None:

@@ -168,6 +168,14 @@ def test_card_tells_what_matters(tmp_path: Path) -> None:
     assert "right in 92.5 % before and in 91.5 % after" in text
 
 
+def test_a_card_tells_of_each_concept(tmp_path: Path) -> None:
+    each = {"cat": {"before": 1.0, "after": 0.0, "n": 150}, "neon style": {"before": 0.98, "after": 0.96, "n": 50}}
+    text = a_card(tmp_path, scores=SCORES | {"concepts": each}, concepts=["cat", "neon style"])
+    assert "Asked for cat, a judge found it in 100.0 % before and in 0.0 % after, of 150 pictures; asked for" in text
+    assert "asked for neon style, a judge found it in 98.0 % before and in 96.0 % after, of 50 pictures; what" in text
+    assert "| concepts neon style | 98.0 | 96.0 |" in text
+
+
 def test_a_card_without_scores_claims_nothing_and_says_how_to_measure(tmp_path: Path) -> None:
     text = a_card(tmp_path, scores=None)
     assert "Whether it still draws cat was **not measured**" in text
@@ -182,6 +190,7 @@ def test_a_card_without_scores_claims_nothing_and_says_how_to_measure(tmp_path: 
     [
         ("pocket", "cat", "eval.concepts gen/erased --baseline gen/base --concept cat"),
         ("org/sd", "nudity", "eval.nudity gen/base gen/erased --baseline gen/base"),
+        ("org/sd", "naked people", "eval.nudity gen/base gen/erased --baseline gen/base"),
         ("org/sd", "Van Gogh", "eval.grid --folders gen/base gen/erased"),
     ],
 )
