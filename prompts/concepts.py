@@ -57,7 +57,7 @@ class Concept:
 
     def names(self, text: str) -> bool:
         """Return whether a text mentions a word or another name of the concept, singular or plural."""
-        return any(mentions(text, word) for word in (*self.words, *self.aliases))
+        return mentions(text, *self.words, *self.aliases)
 
 
 def load(name: str, kind: Kind | Literal["auto"] = "auto", anchor: str | None = None) -> Concept:
@@ -113,7 +113,7 @@ def sensitive(text: str) -> bool:
 
     This one function decides which pictures are hidden, wherever a concept, a prompt or a source is shown.
     """
-    return any(mentions(text, word) for word in _sensitive_words(FOLDER))
+    return mentions(text, *_sensitive_words(FOLDER))
 
 
 def called(text: str) -> str:

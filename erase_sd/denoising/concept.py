@@ -315,7 +315,7 @@ def _with_own_pictures(sources: Sources, folder: str) -> Sources:
 
 
 def _names_any(text: str, words: list[tuple[str, ...]]) -> bool:
-    return any(mentions(text, word) for of_concept in words for word in of_concept)
+    return any(mentions(text, *of_concept) for of_concept in words)
 
 
 def _some(kept: list[str], where: str) -> list[str]:
