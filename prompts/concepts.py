@@ -74,7 +74,7 @@ def load(name: str, kind: Kind | Literal["auto"] = "auto", anchor: str | None = 
     path = _path(name.strip()) if name.isprintable() else None
     if path is None:
         name = _checked(name, "concept")
-        _check_single(name)
+        check_single(name)
         path = _file_of(name)
     concept = _from_file(path, kind) if path else _from_text(name, kind)
     if anchor is None:
@@ -145,7 +145,7 @@ def _path(text: str) -> Path | None:
     return Path(path)
 
 
-def _check_single(name: str) -> None:
+def check_single(name: str) -> None:
     """Raise ValueError for several concepts in one text."""
     parts = list(filter(None, map(str.strip, re.split("[,;]", name))))
     if len(parts) > 1:
