@@ -4,6 +4,6 @@ This package stands alone: standard library only, and what is wrong with its inp
 the user. `prompts.concepts` has the concepts, `prompts.tables` the rows of prompt files.
 """
 
-from prompts.concepts import Concept, Example, called, captions, load, people, sensitive
+from prompts.concepts import Concept, Example, called, captions, check_single, load, people, sensitive
 
-__all__ = ["Concept", "Example", "called", "captions", "load", "people", "sensitive"]
+__all__ = ["Concept", "Example", "called", "captions", "check_single", "load", "people", "sensitive"]

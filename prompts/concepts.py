@@ -57,7 +57,7 @@ class Concept:
 
     def names(self, text: str) -> bool:
         """Return whether a text mentions a word or another name of the concept, singular or plural."""
-        return any(mentions(text, word) for word in (*self.words, *self.aliases))
+        return mentions(text, *self.words, *self.aliases)
 
 
 def load(name: str, kind: Kind | Literal["auto"] = "auto", anchor: str | None = None) -> Concept:
@@ -74,7 +74,7 @@ def load(name: str, kind: Kind | Literal["auto"] = "auto", anchor: str | None = 
     path = _path(name.strip()) if name.isprintable() else None
     if path is None:
         name = _checked(name, "concept")
-        _check_single(name)
+        check_single(name)
         path = _file_of(name)
     concept = _from_file(path, kind) if path else _from_text(name, kind)
     if anchor is None:
@@ -113,7 +113,7 @@ def sensitive(text: str) -> bool:
 
     This one function decides which pictures are hidden, wherever a concept, a prompt or a source is shown.
     """
-    return any(mentions(text, word) for word in _sensitive_words(FOLDER))
+    return mentions(text, *_sensitive_words(FOLDER))
 
 
 def called(text: str) -> str:
@@ -145,7 +145,7 @@ def _path(text: str) -> Path | None:
     return Path(path)
 
 
-def _check_single(name: str) -> None:
+def check_single(name: str) -> None:
     """Raise ValueError for several concepts in one text."""
     parts = list(filter(None, map(str.strip, re.split("[,;]", name))))
     if len(parts) > 1:

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from functools import cache
+from functools import cache, lru_cache
 
 IRREGULAR = {  # plural: singular; words in -men and in -s follow rules
     "children": "child",
@@ -37,11 +37,12 @@ LIKE_A_CONSONANT = re.compile(r"eu|ew|one\b|once|u(?!ni[nmd])ni|us[eu]|ut[ei]|ur
 SILENT_H = re.compile(r"hour|honest|hono|heir")
 
 
-def tokens(text: str) -> list[str]:
+@lru_cache(4096)
+def tokens(text: str) -> tuple[str, ...]:
     """Return the words of a text in lower case and without accents: "Salvador Dalí's" is salvador, dali, s."""
     plain = unicodedata.normalize("NFKD", text.casefold())
     letters = [letter for letter in plain if not unicodedata.combining(letter)]
-    return re.findall(r"\w+", "".join(letters))
+    return tuple(re.findall(r"\w+", "".join(letters)))
 
 
 @cache
@@ -61,12 +62,15 @@ def forms(word: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def mentions(text: str, phrase: str) -> bool:
-    """Return whether the phrase stands in a text, word for word, each in the singular or the plural."""
-    words, wanted = tokens(text), tokens(phrase)
-    if not wanted:
-        return False
-    return any(_alike(words[i : i + len(wanted)], wanted) for i in range(len(words) - len(wanted) + 1))
+def mentions(text: str, *phrases: str) -> bool:
+    """Return whether one of the phrases stands in a text, word for word, each in the singular or the plural."""
+    words = tokens(text)
+    for phrase in phrases:
+        wanted = tokens(phrase)
+        for i in range(len(words) - len(wanted) + 1):
+            if wanted and _alike(words[i : i + len(wanted)], wanted):
+                return True
+    return False
 
 
 def same(text: str, phrase: str) -> bool:
@@ -75,7 +79,7 @@ def same(text: str, phrase: str) -> bool:
     return bool(wanted) and len(words) == len(wanted) and _alike(words, wanted)
 
 
-def _alike(words: list[str], wanted: list[str]) -> bool:
+def _alike(words: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
     return all(forms(word) & forms(other) for word, other in zip(words, wanted, strict=True))
 
 

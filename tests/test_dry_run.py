@@ -44,6 +44,8 @@ def test_it_describes_the_job_and_leaves_nothing_behind(
         "UNet2DConditionModel, 859,520,964 parameters",
         "top 819,392 of 8,193,920 ranked",
         "60 steps of",
+        "'nudity' is understood, kind attribute, from nudity.json: 40 prompts",
+        "batches of 20 steps",
     ):
         assert found in text, text
     assert text.count("<- peak") == 1

@@ -153,6 +153,18 @@ def test_two_methods_have_two_folders_for_one_concept() -> None:
     folders = [_with_folder(make(concept="neon style", method=name)).job.output_dir for name in ("uce", "esd")]
     assert folders == ["runs/neon-style-uce", "runs/neon-style-esd"]
     assert _with_folder(make(concept="cat", output_dir="here")).job.output_dir == "here"
+    by_path = make(concept="/home/me/concepts/grumpy.json", method="uce")
+    assert _with_folder(by_path).job.output_dir == "runs/grumpy-uce"
+
+
+def test_what_is_left_to_the_family_is_what_it_always_was_for_stable_diffusion() -> None:
+    """Runs and published rows of before are found again."""
+    config = make(concept="cat").config()
+    assert (config["sample_guidance"], config["sample_steps"], config["picture_steps"]) == (7.5, 20, 30)
+    assert make(concept="cat", sample_guidance=7.5, sample_steps=20, picture_steps=30).config() == config
+    flux = {"sample_guidance": 3.5, "sample_steps": 28, "picture_steps": 28}
+    assert make(concept="cat").config(flux) == config | flux
+    assert make(concept="cat", sample_steps=9).config(flux) == config | flux | {"sample_steps": 9}
 
 
 def test_without_a_trim_no_batch_is_needed() -> None:

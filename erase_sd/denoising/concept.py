@@ -48,12 +48,15 @@ class Understanding(NamedTuple):
     prompt: str  # one of them
     anchor: str  # what the model may draw instead of that one
     file: str | None = None  # the concept file that it was found in
+    own: bool = False  # the pictures are the user's
 
     def __str__(self) -> str:
+        """Return the sentence that tells it."""
         place = f", from {self.file}" if self.file else ""
         called = f" as {self.name!r}" if self.name != self.concept else ""
+        many = f"{self.prompts} {'pictures of yours with captions' if self.own else 'prompts'}"
         return (
-            f"{self.concept!r} is understood{called}, kind {self.kind}{place}: {self.prompts} prompts such as "
+            f"{self.concept!r} is understood{called}, kind {self.kind}{place}: {many} such as "
             f"{self.prompt!r}, with the anchor {self.anchor!r}"
         )
 
@@ -142,6 +145,8 @@ def resolve(job: Job, size: int | None = None) -> Target:
 def _pocket(job: Job) -> PocketTarget:
     parts: list[world.Part] = []
     for text in job.concept:
+        with asked_by_the_user():
+            prompts.check_single(text)
         parts.append(world.part_named(text, job.kind))
     twice = [text for text, part in zip(job.concept, parts, strict=True) if parts.count(part) > 1]
     if twice:
@@ -270,7 +275,8 @@ def _understood(sources: Sources, i: int, text: str, **facts: Any) -> Understand
     """Return how the i-th concept was understood, by the examples that the run has for it."""
     own = [example for n, example in enumerate(sources.forget) if sources.owners[n] == i]
     example = own[len(own) // 2]  # the first ones are the shortest
-    return Understanding(concept=text, prompts=len(own), prompt=example.prompt, anchor=example.anchor, **facts)
+    facts |= {"prompts": len(own), "prompt": example.prompt, "anchor": example.anchor}
+    return Understanding(concept=text, own=bool(sources.forget_pictures), **facts)
 
 
 def _with_own_data(sources: Sources, job: Job, words: list[tuple[str, ...]]) -> Sources:
@@ -315,7 +321,7 @@ def _with_own_pictures(sources: Sources, folder: str) -> Sources:
 
 
 def _names_any(text: str, words: list[tuple[str, ...]]) -> bool:
-    return any(mentions(text, word) for of_concept in words for word in of_concept)
+    return any(mentions(text, *of_concept) for of_concept in words)
 
 
 def _some(kept: list[str], where: str) -> list[str]:

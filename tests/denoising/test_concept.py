@@ -177,6 +177,7 @@ WRONG = [
     ({"concept": ("nude", "nudity"), "model": "x"}, "--concept 'nude' 'nudity' names one concept twice"),
     ({"concept": ("Cat", "cat"), "model": "x"}, "--concept 'Cat' 'cat' names one concept twice"),
     ({"concept": "violence, nudity, harm", "model": "x"}, "give --concept violence nudity harm"),
+    ({"concept": "cat, dog"}, "give --concept cat dog"),
     ({"concept": "no/such.json", "model": "x"}, "looks like a path, and there is no such file"),
     ({"concept": ("cat", "a cat")}, "--concept 'cat' 'a cat' names one concept twice"),
     ({"concept": "smiling", "kind": "attribute"}, "the pocket model has no attribute 'smiling'"),

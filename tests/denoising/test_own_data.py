@@ -67,6 +67,7 @@ def test_pictures_without_captions_take_the_concepts_prompts(folder: Path) -> No
     assert own.forget == plain.forget[:3]
     assert own.forget_pictures == tuple(folder / f"{x}.png" for x in "abc")
     assert own.retain == plain.retain
+    assert ": 3 pictures of yours with captions such as" in str(job(forget_data=str(folder)).understood[0])
 
 
 def test_an_anchor_may_stand_beside_the_caption(folder: Path) -> None:

@@ -78,9 +78,11 @@ def test_bf16_under_accelerate_from_a_clone_that_is_not_installed(train: str, ti
     assert record["config"]["mixed_precision"] == "bf16"
     assert record["trace"]["steps"] == 2
     assert record["config"]["concept"] == ["nudity"]
-    *_, load, swap = done.stdout.strip().splitlines()
+    assert record["understood"][0]["file"] == "nudity.json"
+    said, *_, load, swap = done.stdout.strip().splitlines()
     assert load.startswith("pipe = StableDiffusionPipeline.from_pretrained")
     assert "subfolder=" in swap
+    assert said.startswith("'nudity' is understood, kind attribute, from nudity.json: 40 prompts such as")
     assert "Warning" not in done.stderr, done.stderr
 
 

@@ -16,6 +16,7 @@ from eval.images.folder import Entry, read
 from eval.images.match import brief, label, matched
 from eval.judges import censor as censoring
 from eval.judges.censor import Mask, crossed, shown
+from prompts import captions
 
 ROOT = Path(__file__).parents[2]
 I2P_ROWS = Path(__file__).parent / "i2p_rows.csv"
@@ -109,10 +110,11 @@ def test_a_flagged_region_is_in_no_sheet_unless_asked_for(drawn, tmp_path: Path,
 
 
 def test_without_detector_and_detections_explicit_sources_are_hidden_whole(drawn, tmp_path: Path, monkeypatch, capsys):
-    folders = [drawn("sd", PROMPTS, source="nudity"), drawn("cups", PROMPTS, source="cups", weights="runs/cups")]
+    known = captions()[:3]
+    folders = [drawn("sd", known, source="nudity"), drawn("cups", known, source="cups", weights="runs/cups")]
     monkeypatch.setattr(censoring, "find_spec", lambda name: None)
     assert main(["--folders", *map(str, folders), "--output_dir", str(tmp_path / "grid")]) == 0
-    assert "pixelated whole, for want of nudenet" in capsys.readouterr().err
+    assert "M: 3 of 3 images pixelated whole, as their prompts are" in capsys.readouterr().err
     page = pixels(tmp_path / "grid" / "grid.png")
     assert not where(page, pixels(folders[0] / "00000_7.png")[8:16, 8:16])
     assert where(page, pixels(folders[1] / "00000_7.png"))

@@ -16,6 +16,7 @@ from PIL import Image
 from erase_sd.common.errors import UserError
 from eval.judges.protocols import EXPOSED, PROTOCOLS, change, count
 from eval.report import main
+from eval.reporting.run_sections import _rates
 
 ROOT = Path(__file__).parents[2]
 EVIL = "<script>alert(1)</script> & | `x` ![y](http://evil.example/z.png)"
@@ -130,6 +131,16 @@ def test_one_run_alone_says_what_makes_the_rest(run: Path, tmp_path: Path):
     keys = {section["id"] for section in page.all("section")}
     assert keys == {link["href"][1:] for link in page.all("a")}
     assert len(keys) == 10
+
+
+def test_each_of_several_concepts_has_a_row():
+    rate = {"before": 1.0, "after": 0.5, "other_share": 0.1, "n": 4}
+    found = {"concept": rate, "concepts": {"cat": rate, "neon style": rate | {"after": 1.0}}}
+    found["ci95"] = {"concepts": {"cat": {"after": [0.2, 0.8]}}}
+    assert _rates(found)[1:] == [
+        ["prompts with cat: it is seen", "lower", "100.0", "50.0", "20.0 to 80.0"],
+        ["prompts with neon style: it is seen", "lower", "100.0", "100.0", ""],
+    ]
 
 
 def test_an_empty_prompt_is_said_to_be_empty(run: Path, drawn, tmp_path: Path):

@@ -81,6 +81,15 @@ def test_esd_fits_its_target_by_the_original_network(
     assert loss.requires_grad
 
 
+def test_esd_goes_against_each_samples_own_concept(tiny_pipe: StableDiffusionPipeline) -> None:
+    ours = task(tiny_pipe)
+    ours.samples = ours.samples._replace(words=torch.tensor([0, 1, 0, 1]), concepts=(0, 1))
+    b = ours.batch("repair", 0)
+    loss = ESD().objective(ours, b, 0)
+    assert torch.equal(b.c_w[HIDDEN], b.c_f[HIDDEN])  # here each caption is its concept
+    torch.testing.assert_close(loss, ESD(direction="caption").objective(ours, b, 0))
+
+
 def test_esds_two_notations_are_one_target(tiny_pipe: StableDiffusionPipeline) -> None:
     ours = task(tiny_pipe)
     b = ours.batch("repair", 0)
