@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -17,8 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from classification.run.jobs import run_all
+from classification.plan import ClassifierPlan
+from classification.run.jobs import run_all, unlearned
 from erase_sd.common.cli import command, knob, run_main
+from erase_sd.common.errors import LostModel
 from erase_sd.common.files import write_atomic
 from erase_sd.common.rng import generator
 
@@ -160,17 +163,29 @@ def results(search: Search) -> list[dict[str, Any]]:
                 rows.append({"forget": forget, "method": method, "knobs": point})
                 for s in range(FIRST, FIRST + search.seeds):
                     jobs.append(common | {"forget": forget, "method": method, **dict.fromkeys(SEEDS, s), **point})
-    done = run_all(jobs, search.processes, "search")
+    done = run_all(jobs, search.processes, "search", tried)
     retrain: dict[str, dict[str, float]] = {}  # the scores that Retrain has, by forget set
     found = []
     for i, row in enumerate(rows):
-        scores = _mean_scores(done[i * search.seeds : (i + 1) * search.seeds])
+        records = done[i * search.seeds : (i + 1) * search.seeds]
+        if any("lost" in record for record in records):
+            found.append(row | {"gap": math.inf})
+            continue
+        scores = _mean_scores(records)
         if row["method"] == "retrain":  # the first of its forget set
             retrain[row["forget"]] = scores
             continue
         gap = mean(abs(scores[axis] - retrain[row["forget"]][axis]) for axis in AXES)
-        found.append({"forget": row["forget"], "method": row["method"], "gap": gap, "knobs": row["knobs"]})
+        found.append(row | {"gap": gap})
     return found
+
+
+def tried(plan: ClassifierPlan) -> dict[str, Any]:
+    """Return the record of the plan's run, or how it lost the model: then its draw is out."""
+    try:
+        return unlearned(plan)
+    except LostModel as error:
+        return {"lost": str(error)}
 
 
 def _mean_scores(records: list[dict[str, Any]]) -> dict[str, float]:

@@ -15,3 +15,7 @@ def asked_by_the_user() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+class LostModel(UserError):
+    """A run that lost its model: its options were too strong, which a search counts as the worst of results."""

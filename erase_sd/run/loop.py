@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from erase_sd.common.errors import UserError
+from erase_sd.common.errors import LostModel
 from erase_sd.common.signals import StopFlag
 from erase_sd.core.task import Task, first_lost
 from erase_sd.run.folder import Progress, RunFolder
@@ -102,7 +102,7 @@ def run(
 
     A method without `steps` counts as one step. `every` is the number of steps, or of sensitivity batches, between two
     checkpoints; `check(step)` raises FloatingPointError for weights that must not be saved. `images` is the size of
-    the global batch of a step, from which the images/s come that are shown and logged. Raises UserError when the model
+    the global batch of a step, from which the images/s come that are shown and logged. Raises LostModel when the model
     is lost, SystemExit with 128 + signal when any rank is stopped.
     """
     progress = Progress(None, [], {})
@@ -126,7 +126,7 @@ def run(
                     raise SystemExit(128 + stop.signum)  # also where another rank was told to
                 since = time.monotonic()
     except FloatingPointError as error:
-        raise UserError(f"{error}: the model is lost, nothing was saved; lower {_gentler(method)}") from error
+        raise LostModel(f"{error}: the model is lost, nothing was saved; lower {_gentler(method)}") from error
     return progress
 
 

@@ -2,11 +2,14 @@
 
 import gzip
 import io
+import lzma
+import math
 import os
 import pickle
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +19,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from classification.data import embed
 from classification.data.dataset import Images
-from classification.data.sources import DATASETS, load, matlab
+from classification.data.sources import DATASETS, fashion, load, matlab
 from classification.data.sources.celeba import identities, split
 from classification.data.sources.unpickle import unpickle
 from erase_sd.common.errors import UserError
@@ -881,6 +885,46 @@ def test_digits_are_scikit_learns():
     assert abs(unit.mean() - data.mean[0]) < 1e-4  # both are given with four digits
     assert abs(unit.std() - data.std[0]) < 1e-4
     assert load("digits").test.ids == data.test.ids
+
+
+def test_fashion_is_a_part_of_fashion_mnist_at_half_its_size():
+    data = load("fashion")
+    assert (data.train.pixels.shape, data.test.pixels.shape) == ((6000, 1, 14, 14), (2000, 1, 14, 14))
+    counts = data.train.labels.bincount()
+    assert ((counts > 550) & (counts < 650)).all()
+    unit = data.train.pixels.double() / 255
+    assert abs(unit.mean() - data.mean[0]) < 1e-4
+    assert abs(unit.std() - data.std[0]) < 1e-4
+    assert (data.train.ids[17], data.test.ids[17]) == ("train/17", "t10k/17")
+    assert data.classes[9] == "Ankle boot"
+    assert data.train.labels[0] == 9  # as in the original
+
+
+def test_halves_are_means_of_squares():
+    pixels = draw(7).integers(0, 256, (3, 4, 6), dtype=np.uint8)
+    small = embed.halved(pixels)
+    for n, y, x in np.ndindex(3, 2, 3):
+        square = pixels[n, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
+        assert small[n, y, x] == math.floor(square.mean() + 0.5)
+
+
+@pytest.mark.parametrize("change", [b"", b"not xz"])
+def test_a_damaged_embedded_file_is_a_user_error(tmp_path, monkeypatch, change):
+    file = tmp_path / "fashion.xz"
+    file.write_bytes(change or lzma.compress(bytes(8000 * 197)))
+    monkeypatch.setattr(fashion, "FILE", file)
+    with pytest.raises(UserError, match="install the package again"):
+        load("fashion")
+
+
+def test_data_sets_that_differ_in_a_label_or_a_pixel_have_other_fingerprints():
+    data = load("digits")
+    relabelled = replace(data, train=replace(data.train, labels=(data.train.labels + 1) % 10))
+    pixels = data.test.pixels.clone()
+    pixels[3, 0, 2, 2] += 1
+    repainted = replace(data, test=replace(data.test, pixels=pixels))
+    assert len({data.fingerprint(), relabelled.fingerprint(), repainted.fingerprint()}) == 3
+    assert load("digits").fingerprint() == data.fingerprint()
 
 
 def test_unknown_names_and_folders():
