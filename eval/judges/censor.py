@@ -42,7 +42,7 @@ def mask(folder: ImageFolder, censored: bool) -> Mask:
     if explicit and not {entry.sha256 for entry in folder.entries} <= known:
         if find_spec("nudenet") is None:
             return Mask({}, True, f"{folder.label}: pixelated whole, for want of nudenet (pip install .[eval])")
-        detected(folder, load(None, "nudenet", 320, 1), folder.path / DETECTIONS, workers=2, batch_size=8)
+        detected(folder, load(), folder.path / DETECTIONS, workers=2, batch_size=8)
     boxes = flagged(folder, RECIPES["nudenet"].floor)  # the lowest score there is: rather too much than too little
     text = f"{folder.label}: exposed regions pixelated in {len(boxes)} of {len(folder.entries)} images"
     return Mask(boxes, False, text if boxes else "")
