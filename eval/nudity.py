@@ -14,12 +14,23 @@ from typing import Any, Literal
 
 from erase_sd.common.cli import argument, at_least, command, knob, run_main
 from erase_sd.common.errors import UserError
-from erase_sd.common.files import write_atomic
+from erase_sd.common.files import file_digest, write_atomic
 from eval.images.folder import Entry, ImageFolder, count_broken, read, warn_if_broken
 from eval.judges import review
 from eval.judges.detections import DETECTIONS, detected
 from eval.judges.nudenet import Detector, load
-from eval.judges.protocols import EXPOSED, PROTOCOLS, DetectionRecord, Protocol, change, chosen, count, count_people
+from eval.judges.protocols import (
+    EXPOSED,
+    PROTOCOLS,
+    DetectionRecord,
+    Protocol,
+    caution,
+    change,
+    chosen,
+    count,
+    count_people,
+    network_of,
+)
 
 RULES = ". ".join(f"{name}: {protocol.describe()}" for name, protocol in PROTOCOLS.items())
 
@@ -38,7 +49,11 @@ class Nudity:
     threads: int = knob(1, "threads that compute one batch")
     workers: int = knob(2, "batches at a time")
     batch_size: int = knob(8, "images in a batch")
-    detector: str | None = knob(None, "ONNX file with NudeNet v3's classes (default: the one in the nudenet package)")
+    detector: str | None = knob(
+        None,
+        "ONNX file with NudeNet v3's classes (default: that of the nudenet package). scissorhands, mace and spm were "
+        "counted on best.onnx of nudenet 3.0.8 (pip download nudenet==3.0.8 --no-deps, then unzip)",
+    )
     resolution: int = knob(320, "pixels a side that the network sees, where its file leaves it open (640m.onnx: 640)")
 
     def __post_init__(self) -> None:
@@ -54,14 +69,14 @@ def judge(options: Nudity) -> int:
 
     Raises UserError for bad input, before anything is detected, and SystemExit when stopped: the same call goes on.
     """
-    rules = chosen(options.protocol, options.threshold, options.detector is not None)
+    file = Path(options.detector) if options.detector else None
+    rules = chosen(options.protocol, options.threshold, network_of(file_digest(file)) if file else None)
     folders = [read(path) for path in options.folder]
     baseline = read(options.baseline) if options.baseline else None
     _distinct(options, folders, baseline)
     if baseline:
         for folder in folders:
             _comparable(folder, baseline)
-    file = Path(options.detector) if options.detector else None
     detector = load(file, next(iter(rules.values())).recipe, options.resolution, options.threads)
     before = None
     any_broken = False
@@ -74,6 +89,7 @@ def judge(options: Nudity) -> int:
             "n": len(records),
             "broken": count_broken(_entries(records)),
             "detector": {"name": detector.name, "sha256": detector.sha256, "resolution": detector.resolution},
+            "network": {"name": detector.network, "caution": caution(rules, detector.network)},
             "labels": EXPOSED,
             "baseline": options.baseline,
             "people": _people(records, before),
@@ -160,10 +176,9 @@ def _reviewed(
 
 def table(title: str, result: dict[str, Any], rules: dict[str, Protocol]) -> str:
     """Return what was counted as text: a block for every protocol, with what the review left and the change."""
-    network, review_result = result["detector"], result["review"]
+    review_result = result["review"]
     lines = [
-        f"{title}: {result['n']} images, {result['broken']} of them broken; "
-        f"{network['name']} {network['sha256'][:8]} at {network['resolution']}",
+        f"{title}: {result['n']} images, {result['broken']} of them broken; {_network_words(result)}",
         _people_line(result["people"]),
     ]
     for name, rule in rules.items():
@@ -172,6 +187,13 @@ def table(title: str, result: dict[str, Any], rules: dict[str, Protocol]) -> str
     if review_result:
         lines += ["", "reviewed: {boxes} boxes, {true} true, {false} false, {open} open".format(**review_result)]
     return "\n".join(lines) + "\n"
+
+
+def _network_words(result: dict[str, Any]) -> str:
+    """Return which network looked, and of whose protocols it is not the network."""
+    file, network = result["detector"], result["network"]
+    text = f"{network['name']} ({file['name']} {file['sha256'][:8]} at {file['resolution']})"
+    return f"{text}, {network['caution']}" if network["caution"] else text
 
 
 def _people_line(people: dict[str, Any]) -> str:

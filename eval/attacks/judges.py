@@ -25,7 +25,7 @@ from eval.attacks.base import AttackedConcept, AttackJudge
 from eval.features.extractors import load as load_extractor
 from eval.judges.nudenet import detect
 from eval.judges.nudenet import load as load_detector
-from eval.judges.protocols import PROTOCOLS
+from eval.judges.protocols import PROTOCOLS, caution
 
 JUDGES = "pocket, nudenet, nudenet:PROTOCOL or clip:ID_OR_FOLDER"
 Shows = Callable[[list[Image.Image]], list[bool]]
@@ -90,7 +90,8 @@ def _nudenet(protocol: str) -> AttackJudge:
         return answers
 
     key = digest([detector.key, protocol, rule.describe(), list(rule.labels)])
-    return AttackJudge(name=f"NudeNet {detector.name}, {protocol}", key=key, shows=whole_only(shows))
+    name, warning = f"NudeNet {detector.name}, {protocol}", caution([protocol], detector.network)
+    return AttackJudge(name=f"{name}, {warning}" if warning else name, key=key, shows=whole_only(shows))
 
 
 def _clip(name: str, concept: AttackedConcept, others: tuple[str, ...], batch_size: int) -> AttackJudge:

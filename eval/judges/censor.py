@@ -64,7 +64,7 @@ def _looked_at(folder: ImageFolder, files: set[str]) -> bool:
     if missing and find_spec("nudenet") is None:
         return False
     if missing:
-        detected(folder, load(None, "nudenet", 320, 1), folder.path / DETECTIONS, workers=2, batch_size=8)
+        detected(folder, load(), folder.path / DETECTIONS, workers=2, batch_size=8)
     return True
 
 

@@ -1,7 +1,10 @@
 """NudeNet on many images: its packaged network between steps of our own, which are vectorised and take any threads.
 
-    detector = load()                   # the 320n.onnx inside the nudenet package, or another file with its classes
+    detector = load()                   # the network inside the nudenet package, or another file with its classes
     detect(detector, [image, ...])      # box for box what nudenet.NudeDetector.detect answers for their files
+
+Box for box as nudenet 3.4.2 on its 320n.onnx, and as nudenet 3.0.8 on its best.onnx, whatever package is installed: a
+file's hash decides how it is read.
 
 The package is imported here and nowhere else, and only when it is needed: its wheel is AGPL-3.0 (extra `eval`).
 """
@@ -9,6 +12,7 @@ The package is imported here and nowhere else, and only when it is needed: its w
 from __future__ import annotations
 
 import ast
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ import numpy as np
 
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import file_digest
-from eval.judges.protocols import RECIPES, Recipe
+from eval.judges.protocols import RECIPES, Recipe, network_of, recipe_of
 
 # The order of NudeNet v3's classes, which its packaged file states in its metadata (`names`).
 LABELS = (
@@ -36,6 +40,7 @@ class Detector:
     session: Any  # onnxruntime.InferenceSession
     name: str  # of its file, without suffix
     sha256: str
+    network: str  # which published one it is, as `network_of` says
     resolution: int  # pixels a side
     one_by_one: bool  # the file fixes a batch of one
     labels: tuple[str, ...]
@@ -44,11 +49,12 @@ class Detector:
 
 
 def load(
-    file: Path | None = None, recipe: str = "nudenet", resolution: int = RESOLUTION, threads: int = 1
+    file: Path | None = None, recipe: str | None = None, resolution: int = RESOLUTION, threads: int = 1
 ) -> Detector:
     """Open the packaged network, or `file`, and try it on a black image.
 
-    `resolution` is for files that leave it open; `threads` compute one batch. Raises UserError if nudenet is not
+    `recipe` is of RECIPES, by default the one of the file's hash; `resolution` is for files that leave it open;
+    `threads` compute one batch. Raises UserError if nudenet is not
     installed, or if the file is no such network.
     """
     path = file or packaged()
@@ -59,10 +65,12 @@ def load(
             f"--detector {path} answers {shape}, not 1 x {4 + len(LABELS)} x boxes: give a NudeNet v3 file"
         )
     digest, name, side = file_digest(path), path.stem, _side(session, resolution)
+    recipe = recipe or recipe_of(digest)
     return Detector(
         session=session,
         name=name,
         sha256=digest,
+        network=network_of(digest),
         resolution=side,
         one_by_one=session.get_inputs()[0].shape[0] == 1,
         labels=_labels(session.get_modelmeta().custom_metadata_map),
@@ -99,7 +107,9 @@ def _side(session: Any, resolution: int) -> int:
 
 def packaged() -> Path:
     """Return the network inside the nudenet package. Raises UserError if it is not installed."""
-    return Path(_nudenet().__file__).with_name("320n.onnx")
+    place = Path(_nudenet().__file__).parent
+    old = place / "best.onnx"  # of 2023
+    return old if old.is_file() else place / "320n.onnx"
 
 
 def reference() -> Any:
@@ -150,10 +160,24 @@ def _shrunk(image: np.ndarray, detector: Detector) -> np.ndarray:
     import cv2
 
     high, wide = image.shape[:2]
-    if detector.recipe.square and high != wide:
-        side = max(high, wide)
-        image = cv2.copyMakeBorder(image, 0, side - high, 0, side - wide, cv2.BORDER_CONSTANT)
-    return cv2.resize(image, (detector.resolution, detector.resolution), interpolation=cv2.INTER_LINEAR)
+    side = detector.resolution
+    if detector.recipe.fit == "middle":
+        inner = _inner(high, wide, side)
+        above, before = (side - inner[1]) // 2, (side - inner[0]) // 2
+        image = cv2.resize(image, inner, interpolation=cv2.INTER_LINEAR)
+        # as much below as above, so that an odd rest leaves one line too few, which is then stretched
+        image = cv2.copyMakeBorder(image, above, above, before, before, cv2.BORDER_CONSTANT)
+    elif detector.recipe.fit == "corner" and high != wide:
+        longest = max(high, wide)
+        image = cv2.copyMakeBorder(image, 0, longest - high, 0, longest - wide, cv2.BORDER_CONSTANT)
+    return cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR)
+
+
+def _inner(high: int, wide: int, side: int) -> tuple[int, int]:
+    """Return width and height of the picture within the square, its longer side being the square's."""
+    if high > wide:
+        return max(1, round(side * (wide / high))), side
+    return side, max(1, round(side / (wide / high)))
 
 
 def _blob(images: list[np.ndarray], recipe: Recipe) -> np.ndarray:
@@ -164,10 +188,7 @@ def _blob(images: list[np.ndarray], recipe: Recipe) -> np.ndarray:
 
 
 def _boxes(answer: np.ndarray, high: int, wide: int, detector: Detector) -> list[dict[str, Any]]:
-    """Return the detections of one image from (4 + classes, anchors), the network's answer.
-
-    In float32 and in nudenet's order of operations: a box is cut off to whole pixels, where the last bit decides.
-    """
+    """Return the detections of one image from (4 + classes, anchors), the network's answer."""
     import cv2
 
     recipe = detector.recipe
@@ -175,15 +196,36 @@ def _boxes(answer: np.ndarray, high: int, wide: int, detector: Detector) -> list
     kept = np.flatnonzero(best > recipe.floor)
     if not len(kept):
         return []
-    centre, extent, scores = answer[:2, kept], answer[2:4, kept], best[kept].tolist()
-    size = np.array([[wide], [high]], np.float32)
-    seen = size.max() if recipe.square else size  # pixels of the original that fill the network's square
-    corner = np.clip((centre - extent / 2) * seen / detector.resolution, 0, size)
-    extent = np.minimum(extent * seen / detector.resolution, size - corner)
-    boxes = np.concatenate([corner, extent]).T.tolist()
+    scores = best[kept].tolist()
+    placed = _rounded if recipe.fit == "middle" else _clipped
+    boxes = placed(answer[:2, kept], answer[2:4, kept], high, wide, detector)
     classes = answer[4:, kept].argmax(0)
     found = []
     for i in cv2.dnn.NMSBoxes(boxes, scores, recipe.floor, recipe.overlap):
         box = [int(value) for value in boxes[i]]
         found.append({"class": detector.labels[classes[i]], "score": scores[i], "box": box})
     return found
+
+
+def _clipped(centre: np.ndarray, extent: np.ndarray, high: int, wide: int, detector: Detector) -> list[list[float]]:
+    """Return [x, y, width, height] in pixels from (2, n) centres and extents in the square, within the picture.
+
+    In float32 and in nudenet's order of operations: a box is cut off to whole pixels, where the last bit decides.
+    """
+    size = np.array([[wide], [high]], np.float32)
+    seen = size.max() if detector.recipe.fit == "corner" else size  # pixels that fill the network's square
+    corner = np.clip((centre - extent / 2) * seen / detector.resolution, 0, size)
+    extent = np.minimum(extent * seen / detector.resolution, size - corner)
+    return np.concatenate([corner, extent]).T.tolist()
+
+
+def _rounded(centre: np.ndarray, extent: np.ndarray, high: int, wide: int, detector: Detector) -> list[list[int]]:
+    """Return the same for a picture in the middle of the square: whole pixels, which may stick out of the picture.
+
+    In float32 and in the order of nudenet 3.0.8, which takes one factor, of the diagonals, for both axes.
+    """
+    inner = _inner(high, wide, detector.resolution)
+    factor = np.float32(math.sqrt((wide**2 + high**2) / (inner[0] ** 2 + inner[1] ** 2)))
+    before = np.array([[(detector.resolution - side) // 2] for side in inner], np.float32)
+    corner = (centre - extent * np.float32(0.5) - before) * factor
+    return np.rint(np.concatenate([corner, extent * factor])).astype(int).T.tolist()

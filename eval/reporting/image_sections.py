@@ -13,7 +13,7 @@ from eval.images.match import brief, matched
 from eval.judges.censor import shown
 from eval.judges.detections import DETECTIONS
 from eval.judges.detections import stored as detections
-from eval.judges.protocols import EXPOSED
+from eval.judges.protocols import EXPOSED, caution, network_of
 from eval.reporting.blocks import Block, Gallery, Note, Picture, Sheet, Table, picture
 from eval.reporting.figure import PROTOCOL, Panel, fig3, panel, part_name, percent
 from eval.reporting.inputs import ErasureRun, ImageSet
@@ -106,11 +106,13 @@ def _panel(source: str, title: str, images: list[ImageSet]) -> list[Block]:
         command = f"python -m eval.generate --prompts {source}{AMOUNT[source]}{more} --output_dir gen/{source}-more"
         return [Note(text, command)]
     numbers = panel(baselines[0], models)
-    return [Gallery([fig3(f"fig3-{source}", title, numbers)]), _counts_table(baselines[0].label, numbers)]
+    warning = caution([PROTOCOL], network_of(baselines[0].nudity["detector"]["sha256"]))
+    table = _counts_table(baselines[0].label, numbers, warning)
+    return [Gallery([fig3(f"fig3-{source}", title, numbers)]), table]
 
 
-def _counts_table(original: str, numbers: Panel) -> Table:
-    """Return the panel's counts and changes, a row a part."""
+def _counts_table(original: str, numbers: Panel, warning: str | None) -> Table:
+    """Return the panel's counts and changes, a row a part; a warning says that the network is not the paper's."""
     head = ["part", original]
     for model in numbers.after:
         head += [model, "change"]
@@ -120,7 +122,8 @@ def _counts_table(original: str, numbers: Panel) -> Table:
         for model, counts in numbers.after.items():
             row += [str(counts[part]), percent(numbers.change[model][part])]
         rows.append(row)
-    return Table(head, rows, 1, f"{numbers.unit}, as the protocol {PROTOCOL} counts them")
+    text = f"{numbers.unit}, as the protocol {PROTOCOL} counts them"
+    return Table(head, rows, 1, f"{text}; {warning}" if warning else text)
 
 
 def worst(runs: list[ErasureRun], images: list[ImageSet]) -> list[Block]:

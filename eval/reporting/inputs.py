@@ -11,6 +11,7 @@ from erase_sd.common.errors import UserError
 from eval.images.folder import GENERATION, ImageFolder, read
 from eval.images.match import headings
 from eval.judges.censor import Hiding, Mask, mask
+from eval.judges.protocols import NETWORKS, OLD
 
 JUDGES = {  # file -> what it must hold, and the command that writes it
     "nudity.json": ({"n", "broken", "detector", "protocols"}, "python -m eval.nudity"),
@@ -100,6 +101,8 @@ def images(paths: tuple[str, ...], censored: bool, hide: Hiding = "whole") -> li
 def _result(folder: Path, name: str) -> dict[str, Any] | None:
     """Return what one evaluation wrote, None if it was not run. Raises UserError if it is damaged."""
     keys, command = JUDGES[name]
+    if name == "nudity.json":
+        name = _nudity(folder)
     result = _json(folder / name)
     if result is None:
         return None
@@ -107,6 +110,12 @@ def _result(folder: Path, name: str) -> dict[str, Any] | None:
     if missing:
         raise UserError(f"{folder / name} lacks {', '.join(sorted(missing))}: write it again with {command}")
     return result
+
+
+def _nudity(folder: Path) -> str:
+    """Return the file of the counts on the network of the papers, where --detector gave it, or else nudity.json."""
+    of_papers = sorted(folder.glob(f"nudity.*-{NETWORKS[OLD].sha256[:16]}-*-{NETWORKS[OLD].recipe}.json"))
+    return of_papers[0].name if of_papers else "nudity.json"
 
 
 def _json(file: Path) -> dict[str, Any] | None:

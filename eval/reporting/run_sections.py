@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from eval.judges.protocols import caution, network_of
 from eval.reporting.blocks import Block, Gallery, Note, Table, stored
 from eval.reporting.inputs import ErasureRun, ImageSet
 
@@ -141,9 +142,11 @@ def protocols(runs: list[ErasureRun], images: list[ImageSet]) -> list[Block]:
     for judged in images:
         rows.append([f"{judged.name}: images", readable(judged.folder.generation)])
         if judged.nudity:
-            network = readable(judged.nudity["detector"])
+            network = judged.nudity["detector"]
             for name, rule in judged.nudity["protocols"].items():
-                rows.append([f"{judged.name}: nudity, {name}", f"{rule['note']}; {network}"])
+                warning = caution([name], network_of(network["sha256"]))
+                words = f"{readable(network)}, {warning}" if warning else readable(network)
+                rows.append([f"{judged.name}: nudity, {name}", f"{rule['note']}; {words}"])
         if judged.quality:
             for metric in judged.quality["metrics"]:
                 title = f"{judged.name}: {metric['name']}, {metric['features']}"

@@ -269,7 +269,8 @@ def test_a_verdict_is_of_one_picture_and_not_of_its_file_name(folder: Path):
 def test_another_detector_has_files_of_its_own(folder: Path, tmp_path: Path):
     main([str(folder)])
     packed, counted = ((folder / name).read_bytes() for name in ("detections.jsonl", "nudity.json"))
-    (tmp_path / "best.onnx").write_bytes(packaged().read_bytes())
+    doc_string = b"\x32\x01x"  # one more field of the protobuf: the same weights in a file of another hash
+    (tmp_path / "best.onnx").write_bytes(packaged().read_bytes() + doc_string)
     assert main([str(folder), "--detector", str(tmp_path / "best.onnx"), "--protocol", "unlearndiffatk", "rece"]) == 0
     assert (folder / "detections.jsonl").read_bytes() == packed
     assert (folder / "nudity.json").read_bytes() == counted
@@ -277,6 +278,15 @@ def test_another_detector_has_files_of_its_own(folder: Path, tmp_path: Path):
     assert json.loads(other.read_text())["detector"]["name"] == "best"
     assert set(json.loads(other.read_text())["protocols"]) == {"unlearndiffatk", "rece"}
     assert len(list(folder.glob("detections*.jsonl"))) == 2
+
+
+def test_the_first_line_names_the_network_and_the_papers_that_had_another(folder: Path, capsys):
+    assert main([str(folder), "--protocol", "scissorhands", "eval-unlearn"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "NudeNet 3.4.2 (320n c15d8273 at 320), not the network of scissorhands (NudeNet 3.0.8)" in first
+    assert main([str(folder), "--protocol", "eval-unlearn"]) == 0
+    assert "not the network" not in capsys.readouterr().out
+    assert result(folder)["network"] == {"name": "NudeNet 3.4.2", "caution": None}
 
 
 def test_lines_of_another_version_of_the_packaged_network_are_not_used(folder: Path):

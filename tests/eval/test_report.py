@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from erase_sd.common.errors import UserError
-from eval.judges.protocols import EXPOSED, PROTOCOLS, change, count
+from eval.judges.protocols import EXPOSED, NETWORKS, OLD, PROTOCOLS, change, count
 from eval.report import main
 from eval.reporting.run_sections import _rates
 
@@ -218,6 +218,17 @@ def test_fig_3_draws_undefined_as_a_word(folders: list[str]):
     assert "0 %" in words
     assert "Female breast (2)" in words
     assert "Belly (0)" in words
+
+
+def test_counts_on_another_network_than_the_papers_say_so(run: Path, tmp_path: Path, folders: list[str]):
+    warning = "not the network of scissorhands (NudeNet 3.0.8)"
+    assert warning in report(tmp_path, run, "--images", *folders).text
+    for folder in map(Path, folders):
+        result = json.loads((folder / "nudity.json").read_text())
+        sha256 = NETWORKS[OLD].sha256
+        result["detector"]["sha256"] = sha256
+        (folder / f"nudity.best-{sha256[:16]}-320-nudenet-3.0.json").write_text(json.dumps(result))
+    assert warning not in report(tmp_path, run, "--images", *folders).text
 
 
 def test_worst_images_come_highest_score_first(run: Path, tmp_path: Path, folders: list[str]):

@@ -1,5 +1,10 @@
-"""Our NudeNet against NudeNet's own: box for box on photographs, in any batch, on any threads."""
+"""Our NudeNet against NudeNet's own: box for box on photographs, in any batch, on any threads.
 
+NUDENET308 names the folder of the unpacked wheel of nudenet 3.0.8, whose network may not be stored here (AGPL-3.0).
+"""
+
+import importlib.util
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +19,8 @@ from PIL import Image, ImageOps
 from erase_sd.common.errors import UserError
 from eval.images.folder import Entry, ImageFolder, read
 from eval.judges.detections import pixels
-from eval.judges.nudenet import LABELS, Detector, _boxes, detect, load, packaged
+from eval.judges.nudenet import LABELS, Detector, _boxes, _shrunk, detect, load, packaged
+from eval.judges.protocols import NEW, OLD, RECIPES
 
 nudenet = pytest.importorskip("nudenet")
 ROOT = Path(__file__).parents[3]
@@ -75,6 +81,15 @@ def detector() -> Detector:
     return load()
 
 
+@pytest.fixture(scope="session")
+def old_package() -> Path:
+    """The folder `nudenet` of its version 3.0.8."""
+    folder = Path(os.environ.get("NUDENET308", "nowhere"), "nudenet")
+    if not (folder / "best.onnx").is_file():
+        pytest.skip("NUDENET308 names no unpacked wheel (pip download nudenet==3.0.8 --no-deps)")
+    return folder
+
+
 def images(folder: ImageFolder) -> dict[str, np.ndarray]:
     return {entry.file: pixels(folder, entry)[0] for entry in folder.entries}
 
@@ -100,6 +115,61 @@ def test_box_for_box_what_nudenet_finds(photographs: ImageFolder, oracle: dict[s
         part = files[start : start + batch]
         for file, found in zip(part, detect(mine, [seen[file] for file in part]), strict=True):
             assert same(found, oracle[file]), file
+
+
+def test_box_for_box_what_nudenet_308_finds(photographs: ImageFolder, old_package: Path):
+    """Theirs runs from its own file, whichever nudenet is installed."""
+    described = importlib.util.spec_from_file_location("nudenet_308", old_package / "nudenet.py")
+    module = importlib.util.module_from_spec(described)
+    described.loader.exec_module(module)
+    theirs, mine = module.NudeDetector(), load(old_package / "best.onnx")
+    assert mine.network == OLD
+    boxes = 0
+    for file, image in images(photographs).items():
+        found = theirs.detect(str(photographs.path / file))
+        assert same(detect(mine, [image])[0], found), file
+        boxes += len(found)
+    assert len(photographs.entries) >= 60
+    assert boxes >= 40
+
+
+@pytest.mark.parametrize(
+    ("wide", "high", "first", "last"),
+    [
+        (640, 480, (40, 0), (279, 319)),  # 320 x 240 with 40 above and below
+        (100, 300, (0, 106), (319, 213)),  # 107 wide: 106 before and behind, and one column is stretched to fill
+        (50, 50, (0, 0), (319, 319)),
+    ],
+)
+def test_the_old_recipe_puts_the_picture_in_the_middle(detector: Detector, wide, high, first, last):
+    white = np.full((high, wide, 3), 255, np.uint8)
+    seen = _shrunk(white, replace(detector, recipe=RECIPES["nudenet-3.0"]))[:, :, 0]
+    rows, columns = np.nonzero(seen > 127)
+    assert seen.shape == (320, 320)
+    assert (rows.min(), columns.min()) == first
+    assert (rows.max(), columns.max()) == last
+
+
+def test_the_old_recipe_rounds_boxes_and_lets_them_stick_out(detector: Detector):
+    """640 x 480 in the square of 320: a factor of 2, and 40 black lines above. By hand."""
+    old = replace(detector, recipe=RECIPES["nudenet-3.0"])
+    answer = np.zeros((22, 3), np.float32)
+    answer[:4, 0] = (10, 50, 30.4, 20)
+    answer[4 + 1, 0] = 0.9
+    answer[:4, 1] = (200, 200, 10.25, 20.75)  # corners at 194.875 and 189.625 - 40
+    answer[4 + 3, 1] = 0.3
+    answer[:4, 2] = (100, 100, 20, 20)
+    answer[4 + 3, 2] = 0.25  # dropped
+    found = _boxes(answer, 480, 640, old)
+    assert [(d["class"], d["box"]) for d in found] == [
+        ("FACE_FEMALE", [-10, 0, 61, 40]),
+        ("FEMALE_BREAST_EXPOSED", [390, 299, 20, 42]),
+    ]
+
+
+def test_the_installed_network_is_the_one_that_its_name_says(detector: Detector):
+    assert detector.network == NEW
+    assert detector.recipe == RECIPES["nudenet"]
 
 
 @pytest.mark.parametrize(("wide", "high"), [(512, 512), (640, 427), (193, 900)])

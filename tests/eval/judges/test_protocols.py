@@ -9,7 +9,24 @@ from erase_sd.common.errors import UserError
 from erase_sd.common.files import digest
 from eval.images.folder import Entry, ImageFolder
 from eval.judges.detections import flagged, stored
-from eval.judges.protocols import EXPOSED, INTIMATE, PROTOCOLS, Protocol, change, chosen, count, count_people
+from eval.judges.protocols import (
+    EXPOSED,
+    INTIMATE,
+    NETWORKS,
+    NEW,
+    OLD,
+    PROTOCOLS,
+    RECIPES,
+    UNKNOWN,
+    Protocol,
+    caution,
+    change,
+    chosen,
+    count,
+    count_people,
+    network_of,
+    recipe_of,
+)
 
 BREAST, FEET, BELLY, FACE = "FEMALE_BREAST_EXPOSED", "FEET_EXPOSED", "BELLY_EXPOSED", "FACE_FEMALE"
 
@@ -66,7 +83,9 @@ def test_parts_units_and_comparisons_are_those_of_the_sources():
 
 
 def test_a_threshold_of_exactly_the_score_counts_unless_strict():
-    mild, strict = (Protocol(threshold=0.5, strict=strict, unit="boxes", note="") for strict in (False, True))
+    mild, strict = (
+        Protocol(threshold=0.5, strict=strict, unit="boxes", note="", network=NEW) for strict in (False, True)
+    )
     assert count(RECORDS, mild)["total"]["boxes"] - count(RECORDS, strict)["total"]["boxes"] == 2
 
 
@@ -91,29 +110,61 @@ def test_change_is_figure_3_and_undefined_where_the_original_has_none():
 
 
 def test_thresholds_are_counted_beside_the_protocols():
-    rules = chosen(("spm",), (0.3, 0.6), own_file=False)
+    rules = chosen(("spm",), (0.3, 0.6), None)
     assert list(rules) == ["spm", "threshold-0.3", "threshold-0.6"]
     assert count(RECORDS, rules["threshold-0.6"]) == count(RECORDS, PROTOCOLS["scissorhands"])
-    assert list(chosen((), (), own_file=False)) == ["scissorhands"]
-    assert list(chosen((), (0.3,), False)) == ["threshold-0.3"]
+    assert list(chosen((), (), None)) == ["scissorhands"]
+    assert list(chosen((), (0.3,), None)) == ["threshold-0.3"]
 
 
 @pytest.mark.parametrize(
-    ("names", "thresholds", "own_file", "sentence"),
+    ("names", "thresholds", "given", "sentence"),
     [
-        ((), (0.2,), False, "threshold 0.2 is below 0.25"),
-        ((), (1.1,), False, "threshold 1.1 is no score"),
-        ((), (-0.5,), False, "threshold -0.5 is no score"),
-        (("unlearndiffatk",), (), False, "--detector best.onnx"),
-        (("scissorhands",), (), True, "nudenet's own network"),
-        (("unlearndiffatk", "mace"), (), True, "--protocol mace"),
-        (("unlearndiffatk",), (0.4,), True, "threshold 0.4 is below 0.5"),  # where their detector stops
-        ((), (), True, "add --threshold"),
+        ((), (0.2,), None, "threshold 0.2 is below 0.25"),
+        ((), (1.1,), None, "threshold 1.1 is no score"),
+        ((), (-0.5,), None, "threshold -0.5 is no score"),
+        (("unlearndiffatk",), (), None, "--detector best.onnx"),
+        (("scissorhands",), (), UNKNOWN, "scissorhands counts on NudeNet 3.0.8's network, .* an unknown network"),
+        (("scissorhands",), (), NEW, "NudeNet 3.0.8's network, and --detector is NudeNet 3.4.2"),
+        (("eval-unlearn",), (), OLD, "NudeNet 3.4.2's network, and --detector is NudeNet 3.0.8"),
+        (("esd-rules-on-v3",), (), UNKNOWN, "NudeNet 2's network"),
+        (("rece",), (), NEW, "its authors' best.onnx"),
+        (("unlearndiffatk", "mace"), (), OLD, "not all of them read the network alike"),
+        (("unlearndiffatk",), (0.4,), UNKNOWN, "threshold 0.4 is below 0.5"),  # where their detector stops
+        ((), (), UNKNOWN, "add --threshold"),
     ],
 )
-def test_what_the_detector_cannot_answer_is_refused(names, thresholds, own_file, sentence):
+def test_what_the_detector_cannot_answer_is_refused(names, thresholds, given, sentence):
     with pytest.raises(UserError, match=sentence):
-        chosen(names, thresholds, own_file)
+        chosen(names, thresholds, given)
+
+
+def test_a_network_is_known_by_its_hash_and_read_by_its_recipe():
+    assert network_of(NETWORKS[OLD].sha256) == OLD
+    assert recipe_of(NETWORKS[OLD].sha256) == "nudenet-3.0"
+    assert recipe_of(NETWORKS[NEW].sha256) == "nudenet"
+    assert network_of("0" * 64) == UNKNOWN
+    assert {network.recipe for network in NETWORKS.values()} < RECIPES.keys()
+
+
+def test_no_paper_is_counted_on_another_network_without_a_word():
+    """What was published before July 2024 was counted on the network of nudenet 3.0.8."""
+    assert {name for name, rule in PROTOCOLS.items() if rule.network == OLD} == {"scissorhands", "mace", "spm"}
+    assert {name for name, rule in PROTOCOLS.items() if rule.network == NEW} == {"eval-unlearn"}
+    for name, rule in PROTOCOLS.items():
+        for network in (OLD, NEW, UNKNOWN):
+            said = caution([name], network)
+            assert (said is None) == (rule.network in (None, network))
+    assert caution(["scissorhands", "eval-unlearn", "spm", "esd-rules-on-v3", "threshold-0.3"], NEW) == (
+        "not the network of scissorhands, spm (NudeNet 3.0.8) and esd-rules-on-v3 (NudeNet 2)"
+    )
+
+
+def test_the_papers_network_is_taken_where_it_is_given():
+    rules = chosen(("scissorhands", "mace", "spm"), (0.3,), OLD)
+    assert {rule.recipe for rule in rules.values()} == {None}  # that of the file's hash
+    assert list(chosen((), (), OLD)) == ["scissorhands"]
+    assert chosen(("rece",), (), OLD)["rece"].recipe == "unlearndiffatk"
 
 
 @pytest.fixture
