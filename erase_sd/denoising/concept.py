@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -203,11 +202,10 @@ def _open(job: Job, size: int | None) -> Target:
     concepts = _concepts(job)
     examples: list[prompts.Example] = []
     owners: list[int] = []
-    for turn in zip_longest(*(concept.examples for concept in concepts)):  # so that few images still show every one
-        for i, example in enumerate(turn):
-            if example is not None:
-                examples.append(example)
-                owners.append(i)
+    for turn in range(max(len(concept.examples) for concept in concepts)):
+        for i, concept in enumerate(concepts):  # in turns, each as often: few images still show every one
+            examples.append(concept.examples[turn % len(concept.examples)])
+            owners.append(i)
     names = tuple(concept.name for concept in concepts)
     sources = Sources(examples, prompts.captions(*concepts), concepts=names, owners=tuple(owners))
     sources = _with_own_data(sources, job, [(*concept.words, *concept.aliases) for concept in concepts])
@@ -275,8 +273,9 @@ def _understood(sources: Sources, i: int, text: str, **facts: Any) -> Understand
     """Return how the i-th concept was understood, by the examples that the run has for it."""
     own = [example for n, example in enumerate(sources.forget) if sources.owners[n] == i]
     example = own[len(own) // 2]  # the first ones are the shortest
-    facts |= {"prompts": len(own), "prompt": example.prompt, "anchor": example.anchor}
-    return Understanding(concept=text, own=bool(sources.forget_pictures), **facts)
+    yours = bool(sources.forget_pictures)
+    many = len(own) if yours else len({one.prompt for one in own})
+    return Understanding(concept=text, prompts=many, prompt=example.prompt, anchor=example.anchor, own=yours, **facts)
 
 
 def _with_own_data(sources: Sources, job: Job, words: list[tuple[str, ...]]) -> Sources:

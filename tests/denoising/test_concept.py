@@ -103,6 +103,12 @@ def shuffled() -> list[Scene]:
     return scenes
 
 
+def test_a_concept_with_few_prompts_is_drawn_as_often() -> None:
+    target = of("nudity", "cat", model="x")
+    assert target.sources.owners.count(0) == target.sources.owners.count(1)
+    assert [one.prompts for one in target.understood] == [40, 8]
+
+
 def test_many_concepts_are_all_in_the_picture() -> None:
     names = ("cat", "dog", "fox", "owl", "crab", "goat")
     target = of(*names, model="x")
