@@ -135,8 +135,8 @@ def test_the_original_network_is_copied_only_where_a_loss_looks_at_it(
 ) -> None:
     made, copy = [], denoising_task.frozen_copy
 
-    def counted(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-        made.append(copy(model, device))
+    def counted(model: torch.nn.Module, mixed_precision: str) -> torch.nn.Module:
+        made.append(copy(model, mixed_precision))
         return made[-1]
 
     monkeypatch.setattr(denoising_task, "frozen_copy", counted)
