@@ -22,7 +22,7 @@ from erase_sd.denoising.concept import resolve
 from erase_sd.denoising.results import RunResult, write_results
 from erase_sd.denoising.samples import collect
 from erase_sd.denoising.sharded import wanted
-from erase_sd.denoising.task import DenoisingTask, trimmed
+from erase_sd.denoising.task import LESS, DenoisingTask, trimmed
 from erase_sd.models import guidance
 from erase_sd.models.families import family, modules, network
 from erase_sd.models.noise import check_scheduler
@@ -138,7 +138,7 @@ class Erasure:
                 samples = collect(pipe, sources, self.plan.sampling, job.seed, drawn, cache, only_words)
             start = time.monotonic()
             dtype = getattr(torch, job.weights_dtype)
-            with training(network(pipe), parts, parking(device), dtype, job.gradient_checkpointing):
+            with training(network(pipe), parts, parking(device), dtype, job.gradient_checkpointing), _explained():
                 sharded = wanted(self.accelerator, job.fsdp) and self.plan.method.trains
                 losses, method = self.plan.used_losses(), self.plan.method
                 task = DenoisingTask(pipe, samples, losses, job.seed, self.accelerator, sharded, job.low_memory)
@@ -183,6 +183,15 @@ class Erasure:
         erased = load_network(str(folder.path), family(self.pipe).part, model.dtype)
         model.load_state_dict(erased.state_dict())
         guidance.copy(erased, model)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn memory that ran out where no smaller micro-batch helps, as for the optimizer's state, into a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the network and the optimizer's state are too large for this device: {LESS}") from error
 
 
 def _check(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> None:
