@@ -22,13 +22,13 @@ from erase_sd.denoising.concept import resolve
 from erase_sd.denoising.results import RunResult, write_results
 from erase_sd.denoising.samples import collect
 from erase_sd.denoising.sharded import wanted
-from erase_sd.denoising.task import DenoisingTask, trimmed
+from erase_sd.denoising.task import LESS, DenoisingTask, trimmed
 from erase_sd.models import guidance
 from erase_sd.models.families import drawing_defaults, family, modules, network
 from erase_sd.models.noise import check_scheduler
 from erase_sd.models.parameters import select, without_norms
 from erase_sd.models.pipeline import load_network
-from erase_sd.models.placement import placed, training
+from erase_sd.models.placement import drawing, half_precision, parking, placed, training
 from erase_sd.plan import FREE, Plan, make
 from erase_sd.pocket import FOLDER as POCKET
 from erase_sd.run.folder import Progress, RunFolder
@@ -92,7 +92,7 @@ def carry_out(
             free=FREE,
         )
     erasure.folder = folder
-    with placed(list(modules(pipe).values()), accelerator.device):
+    with placed(list(modules(pipe).values()), parking(accelerator.device)):
         return execute(
             plan.method,
             erasure.task(),
@@ -140,21 +140,18 @@ class Erasure:
     def task(self) -> Iterator[tuple[DenoisingTask, dict[str, nn.Parameter]]]:
         """Sample what the method learns from; yield the task and the weights that it may change."""
         job, pipe, device = self.plan.job, self.pipe, self.accelerator.device
+        parts, drawn = list(modules(pipe).values()), self.base_hash
+        if half := half_precision(device):
+            drawn += f" {half}"  # other pictures than in fp32
         cache = self.folder and self.folder.path.parent / ".cache"
         with tracked(self.accelerator, self.config):
-            self.before = self.target.preview(pipe, self.base_hash, cache, "before")
-            samples = collect(
-                pipe,
-                self.target.sources,
-                self.plan.sampling,
-                job.seed,
-                self.base_hash,
-                cache,
-                self.plan.method.words_only,
-            )
+            with drawing(network(pipe), parts, device):
+                self.before = self.target.preview(pipe, drawn, cache, "before")
+                sources, only_words = self.target.sources, self.plan.method.words_only
+                samples = collect(pipe, sources, self.plan.sampling, job.seed, drawn, cache, only_words)
             start = time.monotonic()
-            dtype, parts = getattr(torch, job.weights_dtype), list(modules(pipe).values())
-            with training(network(pipe), parts, device, dtype, job.gradient_checkpointing):
+            dtype = getattr(torch, job.weights_dtype)
+            with training(network(pipe), parts, parking(device), dtype, job.gradient_checkpointing), _explained():
                 sharded = wanted(self.accelerator, job.fsdp) and self.plan.method.trains
                 losses, method = self.plan.used_losses(), self.plan.method
                 task = DenoisingTask(pipe, samples, losses, job.seed, self.accelerator, sharded, job.low_memory)
@@ -169,7 +166,8 @@ class Erasure:
 
     def finish(self, progress: Progress) -> dict:
         """Write the results of a run that came to its end, and return its record."""
-        after = self.target.preview(self.pipe, self.base_hash + " erased", None, "after")
+        with drawing(network(self.pipe), list(modules(self.pipe).values()), self.accelerator.device):
+            after = self.target.preview(self.pipe, self.base_hash + " erased", None, "after")
         parameters = 0
         for p in network(self.pipe).parameters():
             parameters += p.numel()
@@ -199,6 +197,15 @@ class Erasure:
         erased = load_network(str(folder.path), family(self.pipe).part, model.dtype)
         model.load_state_dict(erased.state_dict())
         guidance.copy(erased, model)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn memory that ran out where no smaller micro-batch helps, as for the optimizer's state, into a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the network and the optimizer's state are too large for this device: {LESS}") from error
 
 
 def _check(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> None:

@@ -18,6 +18,7 @@ from erase_sd.models.activations import Activations, count, largest_micro_batch
 from erase_sd.models.checks import check_index, check_place, check_single_file, explained
 from erase_sd.models.families import DrawingDefaults, Family, drawing_defaults, family
 from erase_sd.models.parameters import select
+from erase_sd.models.placement import ROOM
 from erase_sd.plan import Plan
 
 GIB = 2**30
@@ -103,11 +104,11 @@ def cards(pipe: Outline, n: Sizes, plan: Plan) -> Iterator[tuple[int, str]]:
     ways = [("", demand(pipe, n, plan, True, autocast))]
     if not plan.job.low_memory:
         ways.append(("by --low_memory, ", demand(pipe, n, plan.lean(), True, autocast)))
-    drawn = 2 * (n.network + n.others)
+    drawn = 2 * n.network + 4 * n.others
     for gigabytes in GPUS:
         usable = SHARE * gigabytes * GIB
         how = _way(plan, ways, usable)
-        if drawn > usable:
+        if drawn > ROOM * usable:
             how += "; pictures are drawn with one part of the model there at a time"
         yield gigabytes, how
 
@@ -192,7 +193,7 @@ def memory(n: Sizes, plan: Plan, accelerator: bool, autocast: bool = False) -> d
     if plan.used_losses().anchor_model == "original" and not plan.job.low_memory:
         held["original network"] = (2 if autocast else width) * n.network
     drawn = 2 if accelerator else 4
-    phases = {"sampling": {"weights": drawn * n.network, "other parts": drawn * n.others}}
+    phases = {"sampling": {"weights": drawn * n.network, "other parts": 4 * n.others}}
     for phase, own in plan.method.memory(n, width).items():
         phases[phase] = held | own
     return phases

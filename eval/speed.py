@@ -1,4 +1,4 @@
-"""What costs how much: `python -m eval.speed [topk] [projection] [step] [caching] [memory] [detector] [gpu]`.
+"""What costs how much: `python -m eval.speed [topk] [projection] [step] [caching] [memory] [activations] ...`.
 
 Every line is a ratio to a named alternative that was measured in the same run; see `eval.timing`.
 """
@@ -19,6 +19,7 @@ BENCHMARKS = {  # file in eval/timing: the group of its sizes
     "step": "network",
     "caching": "network",
     "memory": "network",
+    "activations": "network",
     "detector": "detector",
     "gpu": "network",
 }

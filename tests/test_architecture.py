@@ -49,8 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("eval.images", "eval.judges", "eval.features"),
     },
     "eval.timing": {
-        *(*MODELS_UP, "erase_sd.core", "erase_sd.pocket", "erase_sd.denoising", "erase_sd.settings", "erase_sd"),
-        *("eval.images", "eval.judges"),
+        *(*MODELS_UP, "erase_sd.core", "erase_sd.pocket", "erase_sd.denoising", "erase_sd.settings", "erase_sd.plan"),
+        *("erase_sd", "eval.images", "eval.judges"),
     },
     "eval": {"eval.*", "erase_sd.*", "prompts"},
     "classification.settings": {"erase_sd.common"},

@@ -9,11 +9,11 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 
-from erase_sd import train
+from erase_sd import dry_run, train
 from erase_sd.common.errors import UserError
 from erase_sd.denoising.samples import Samples
 from erase_sd.denoising.task import DenoisingTask
-from erase_sd.dry_run import memory, outline, sizes
+from erase_sd.dry_run import cards, describe, memory, outline, sizes
 from erase_sd.methods.base import Sizes
 from erase_sd.plan import make
 from tests.conftest import SD14_UNET
@@ -49,26 +49,29 @@ def test_it_describes_the_job_and_leaves_nothing_behind(
     ):
         assert found in text, text
     assert text.count("<- peak") == 1
+    assert "activations of 16" in text
     assert "GiB" in text
     assert not list(tmp_path.iterdir())
 
 
-PEAKS = [  # fp32 copies of the network that a step holds, counted by hand
+PEAKS: list[tuple[dict, float]] = [  # fp32 copies of the network that a step holds, counted by hand
     ({"method": "finetune", "optimizer": "sgd", "momentum": 0.0}, 2),
     ({"method": "ascent", "optimizer": "sgd", "momentum": 0.9}, 3),
     ({"objective": "ascent", "optimizer": "sgd"}, 3),
     ({"objective": "ascent", "optimizer": "adamw"}, 5),
     ({"objective": "redirect", "optimizer": "adamw"}, 6),
     ({"objective": "redirect", "optimizer": "sgd", "anchor_model": "current"}, 3),
-    ({"objective": "ascent", "optimizer": "sgd", "weights_dtype": "bfloat16", "rounding": "kahan"}, 3),
+    ({"objective": "ascent", "optimizer": "sgd", "weights_dtype": "bfloat16", "rounding": "kahan"}, 2.5),
+    ({"projection": "off", "objective": "redirect", "optimizer": "sgd"}, 3),  # nothing waits for another gradient
+    ({"objective": "redirect", "optimizer": "adamw", "low_memory": True}, 3),  # halves, bf16 g_f, 8 bits, no teacher
 ]
 
 
 @pytest.mark.parametrize(("given", "copies"), PEAKS, ids=str)
-def test_the_bytes_of_a_step(full_size: Path, given: dict, copies: int) -> None:
+def test_the_bytes_of_a_step(full_size: Path, given: dict, copies: float) -> None:
     plan = make(concept="cat", **{"preset": None if "method" in given else "paper", "train_scope": "full"} | given)
-    skeleton = outline(str(full_size), None)
-    n = sizes(skeleton.pop("network"), skeleton, plan)
+    pipe = outline(str(full_size), None)
+    n = sizes(pipe.network, pipe.others, plan)
     assert n.network == SIZE
     assert n.trained == SIZE
     steps = memory(n, plan, accelerator=False)["steps"]
@@ -77,8 +80,8 @@ def test_the_bytes_of_a_step(full_size: Path, given: dict, copies: int) -> None:
 
 def test_its_sizes_are_those_of_the_task(tiny_sd: Path, tiny_pipe: StableDiffusionPipeline) -> None:
     plan = make(concept="cat", trim_scope="kv", rank_scope="xattn", train_scope="noxattn", fraction=0.1)
-    skeleton = outline(str(tiny_sd), None)
-    n = sizes(skeleton.pop("network"), skeleton, plan)
+    pipe = outline(str(tiny_sd), None)
+    n = sizes(pipe.network, pipe.others, plan)
     z = torch.zeros(1, 4, 8, 8)
     rows, words = torch.zeros(1, dtype=torch.long), {"encoder_hidden_states": torch.zeros(1, 77, 32)}
     samples = Samples(z, z, rows, rows, rows, words, 0)
@@ -139,3 +142,32 @@ def test_the_running_means_before_the_first_step(given: dict, means: int | None)
         assert "sensitivity" not in phases
     else:
         assert phases["sensitivity"]["running means"] == 4 * means
+
+
+def test_the_plan_for_gpus_names_what_it_will_do(full_size: Path) -> None:
+    plan = make(concept="cat", preset="sd")
+    pipe = outline(str(full_size), None)
+    n = sizes(pipe.network, pipe.others, plan)
+    how = dict(cards(pipe, n, plan))
+    assert set(how) == {12, 16, 24, 40, 80}
+    for gigabytes, text in how.items():
+        assert ("--low_memory" in text) == (gigabytes < 24), text
+        assert "of 16 samples at a time" in text
+        assert float(text.split()[-2]) < gigabytes
+    assert how[80].startswith("16 of 16")
+
+
+def test_a_plan_that_fits_nowhere_says_so(full_size: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "GPUS", (4,))
+    pipe, plan = outline(str(full_size), None), make(concept="cat", preset="sd")
+    n = sizes(pipe.network, pipe.others, plan)
+    ((_, text),) = cards(pipe, n, plan)
+    assert "too large, even by --low_memory" in text
+
+
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
+def test_every_family_is_described(request: pytest.FixtureRequest, model: str) -> None:
+    plan = make(concept="cat", preset="sd", trim_scope="full", resolution=64)
+    text = describe(plan, str(request.getfixturevalue(model)))
+    assert "activations of 16" in text
+    assert text.count(" GPU ") == 5

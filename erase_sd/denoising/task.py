@@ -128,7 +128,7 @@ class DenoisingTask:
             if beforehand:
                 self.answers = Answers(whole.dtype)
             else:
-                original = frozen_copy(whole, accelerator.mixed_precision)
+                original = frozen_copy(whole, "no" if fsdp else accelerator.mixed_precision)  # shards are of one dtype
         kind = Sharded if fsdp else Prepared
         self.shards: Prepared | Sharded = kind(whole, original, accelerator)
         self.model: nn.Module = self.shards.model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -106,8 +106,6 @@ class Scissorhands(Repair, Method):
     sensitivity_batches: int = knob(10, "batches over which gradients are averaged before ranking")
     strict: bool = knob(False, "select s > threshold only (released code) instead of exactly the top k")
 
-    stored_gradients: ClassVar[int] = 1  # g_f
-
     def __post_init__(self) -> None:
         """Raise UserError for a fraction outside [0, 1] and for a ranking without a batch."""
         super().__post_init__()
@@ -115,6 +113,12 @@ class Scissorhands(Repair, Method):
             raise UserError(f"--fraction {self.fraction} is outside [0, 1]: it is a share of entries to re-initialise")
         if self.fraction and self.sensitivity_batches < 1:
             raise UserError("--sensitivity_batches 0 ranks nothing: give 1 or more, or --fraction 0 to trim nothing")
+
+    @property
+    def stored_gradients(self) -> int:
+        """Return how many gradients wait for another one: g_f, where anything is constrained or shared."""
+        shared = self.objective == "ascent" and self.constraint == "forget"
+        return 1 if shared or self.projection != "off" else 0
 
     @property
     def sensitivity_passes(self) -> int:

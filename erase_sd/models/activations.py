@@ -49,7 +49,8 @@ def count(
         for name, p in network.named_parameters():
             p.requires_grad_(name in trained)
             ledger.seen.add(p.untyped_storage()._cdata)
-            ledger.shapes |= {tuple(p.shape), tuple(p.shape[::-1])}
+            if autocast:
+                ledger.shapes |= {tuple(p.shape), tuple(p.shape[::-1])}
         x_t = torch.zeros(1, *latents, dtype=dtype)
         cond = _conditioning(kind, network, dtype)
         with torch.autograd.graph.saved_tensors_hooks(ledger.keep, _give_back):
@@ -87,7 +88,7 @@ class _Ledger:
     """Bytes of saved storages: rounded weights, all else, and what enters the blocks."""
 
     def __init__(self) -> None:
-        self.shapes: set[tuple[int, ...]] = set()  # of weights
+        self.shapes: set[tuple[int, ...]] = set()  # of weights, where autocast rounds them
         self.seen: set[int] = set()  # storages that are counted, or are parameters
         self.fixed, self.sample = _Tally(), _Tally()
         self.borders: dict[int, int] = {}

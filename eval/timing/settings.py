@@ -15,8 +15,11 @@ WIDTHS = (320, 640, 1280, 1280)  # SD v1.4's
 class TimingSuite:
     """What to measure."""
 
-    benchmarks: tuple[Literal["topk", "projection", "step", "caching", "memory", "detector", "gpu"], ...] = argument(
-        "any of topk, projection, step, caching, memory, detector and gpu (default: all that can run here)", ()
+    benchmarks: tuple[
+        Literal["topk", "projection", "step", "caching", "memory", "activations", "detector", "gpu"], ...
+    ] = argument(
+        "any of topk, projection, step, caching, memory, activations, detector, gpu (default: all that can run here)",
+        (),
     )
     rounds: int = knob(5, "rounds of each way, of which the median counts")
 
@@ -67,11 +70,11 @@ class Projection:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """step, caching, memory and gpu: Stable Diffusion built from its configuration, random weights."""
+    """step, caching, memory, activations and gpu: Stable Diffusion built from its configuration, random weights."""
 
     widths: tuple[int, ...] = knob((64, 128, 256, 256), "channels of the four levels of the UNet (SD v1.4: 320 ...)")
     full: bool = knob(False, "SD v1.4's own widths, 859,520,964 parameters, instead")
-    latents: tuple[int, ...] = knob((64, 16), "height and width of the latents of step")
+    latents: tuple[int, ...] = knob((64, 16), "height and width of the latents of step and activations")
     cached_latents: int = knob(
         32, "height and width of the latents of caching; 64 with --full: attention's share is SD v1.4's at 512 pixels"
     )

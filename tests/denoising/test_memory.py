@@ -111,6 +111,18 @@ def test_a_card_that_is_too_small_is_one_sentence_that_names_the_way(tiny_pipe: 
         denoising_task.fitted(task, lambda: gradient(task))
 
 
+def test_no_memory_for_the_optimizer_is_one_sentence(
+    tiny_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more.")
+
+    monkeypatch.setattr(concept.Target, "preview", lambda *args: concept.Preview([], [], None))
+    monkeypatch.setattr(repair, "apply", full)
+    with pytest.raises(UserError, match="optimizer's state are too large.*--low_memory"):
+        erase(tiny_pipe, "cat", **QUICK)
+
+
 def test_pictures_are_the_same_in_smaller_batches_and_none_is_lost(tiny_pipe: object, card: Callable) -> None:
     how = {"steps": 2, "guidance": 2.0, "output_type": "latent"}
     whole = sample(tiny_pipe, CAPTIONS, [1, 2, 3, 4], **how)

@@ -11,14 +11,16 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from erase_sd import erase
+from erase_sd import api, erase
 from erase_sd.common.errors import UserError
 from erase_sd.common.rng import generator
 from erase_sd.denoising import concept
 from erase_sd.denoising import task as denoising_task
 from erase_sd.denoising.task import DenoisingTask
-from erase_sd.models.pipeline import load
-from erase_sd.models.placement import placed, training
+from erase_sd.models import placement
+from erase_sd.models.families import modules, network
+from erase_sd.models.pipeline import encode, load, sample
+from erase_sd.models.placement import drawing, half_precision, placed, training
 from erase_sd.plan import make
 from erase_sd.run import loop
 from erase_sd.run.record import weights_hash
@@ -136,8 +138,8 @@ def test_the_original_network_is_copied_only_where_a_loss_looks_at_it(
 ) -> None:
     made, copy = [], denoising_task.frozen_copy
 
-    def counted(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-        made.append(copy(model, device))
+    def counted(model: torch.nn.Module, mixed_precision: str) -> torch.nn.Module:
+        made.append(copy(model, mixed_precision))
         return made[-1]
 
     monkeypatch.setattr(denoising_task, "frozen_copy", counted)
@@ -193,3 +195,60 @@ def test_an_optimiser_that_cannot_be_had_is_refused_before_an_image_is_sampled(
     monkeypatch.setattr(concept, "sample", lambda *args, **options: pytest.fail("an image was sampled"))
     with pytest.raises(UserError, match="--optimizer paged-adamw8bit"):  # missing, or without a CUDA device
         erase(tiny_pipe, "cat", optimizer="paged-adamw8bit", **QUICK)
+
+
+@pytest.mark.parametrize("free", [2**40, 1], ids=["together", "in turns"])
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
+def test_a_device_draws_in_half_precision_and_leaves_every_part_as_it_was(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, model: str, free: int
+) -> None:
+    monkeypatch.setattr(placement, "half_precision", lambda device: torch.bfloat16)
+    monkeypatch.setattr(placement, "free_memory", lambda device: free)
+    pipe = load(str(request.getfixturevalue(model)))
+    how = {"steps": 2, "guidance": 2.0, "output_type": "latent", "size": 64}
+    whole = sample(pipe, ["a cat", "a dog"], [1, 2], **how)
+    wide = encode(pipe, ["a cat"])
+    parts = list(modules(pipe).values())
+    before = {name: weights_hash(part) for name, part in modules(pipe).items()}
+    on_stage: list[set[str]] = []
+    enter = placement.Stage.enter
+
+    def spied(self: placement.Stage, part: nn.Module, dtype: torch.dtype | None) -> None:
+        enter(self, part, dtype)
+        on_stage.append({type(one).__name__ for one in self._own})
+        assert dtype in (None, torch.bfloat16)
+        assert (dtype == torch.bfloat16) == (part is network(pipe))
+
+    monkeypatch.setattr(placement.Stage, "enter", spied)
+    with drawing(network(pipe), parts, CPU):
+        half = sample(pipe, ["a cat", "a dog"], [1, 2], **how)
+        images = sample(pipe, ["a cat"], [1], steps=2, guidance=2.0, size=64)
+        narrow = encode(pipe, ["a cat"])
+    for one, two in zip(whole, half, strict=True):
+        assert not torch.equal(one, two)
+        assert torch.corrcoef(torch.stack([one.flatten(), two.flatten()]))[0, 1] > 0.99
+    assert images[0].size == (64, 64)
+    assert all(torch.equal(wide[name], narrow[name]) for name in wide)  # captions are encoded as before
+    assert max(map(len, on_stage)) == (1 if free == 1 else len({type(part).__name__ for part in parts}))
+    assert {name: weights_hash(part) for name, part in modules(pipe).items()} == before
+    assert not any(hasattr(part, "_hf_hook") for part in parts)
+
+
+def test_a_run_draws_in_half_and_trains_in_full(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = load(str(tiny_sd))
+    erase(plain, "cat", **QUICK)
+    for place in (placement, api):
+        monkeypatch.setattr(place, "half_precision", lambda device: torch.bfloat16)
+    monkeypatch.setattr(placement, "free_memory", lambda device: 2**40)
+    half = load(str(tiny_sd))
+    record = erase(half, "cat", **QUICK)
+    assert record["trace"]["steps"] == QUICK["steps"]
+    assert half.unet.dtype == torch.float32
+    for p, q in zip(plain.unet.parameters(), half.unet.parameters(), strict=True):
+        assert (p - q).norm() < 0.1 * p.norm()  # learned from pictures that are a little different
+
+
+def test_nothing_is_lent_where_there_is_no_half_precision(tiny_pipe: StableDiffusionPipeline) -> None:
+    assert half_precision(CPU) is None
+    with drawing(tiny_pipe.unet, list(modules(tiny_pipe).values()), CPU):
+        assert not hasattr(tiny_pipe.unet, "_hf_hook")
