@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from erase_sd.denoising.concept import PocketTarget, Target, resolve
+from erase_sd.denoising.feasible import check_job
 from erase_sd.denoising.task import trimmed
 from erase_sd.methods.base import Sizes
 from erase_sd.models.checks import check_index, check_place, check_single_file, explained
@@ -24,6 +26,7 @@ def describe(plan: Plan, model: str) -> str:
     """Return the lines that --dry_run prints. Raises UserError for a model or a job that cannot be carried out."""
     target = resolve(plan.job)
     skeleton = outline(model, plan.job.model_config)
+    _check(plan, target, model, skeleton)
     network = skeleton.pop("network")
     n = sizes(network, skeleton, plan)
     phases = memory(n, plan, torch.accelerator.is_available())
@@ -45,6 +48,24 @@ def describe(plan: Plan, model: str) -> str:
         ("", "activations, one parameter's temporary copies and the libraries come on top."),
     ]
     return "\n".join(f"{name:<20} {text}".rstrip() for name, text in rows)
+
+
+def _check(plan: Plan, target: Target, model: str, skeleton: dict[str, nn.Module]) -> None:
+    """Refuse what the run would refuse, from files that hold no weights. Raises UserError."""
+    import diffusers
+    import transformers
+
+    layout = plan.job.model_config if Path(model).is_file() else model
+    with explained("--model", model):
+        index = diffusers.DiffusionPipeline.load_config(layout)
+        kind = family(check_index(index, layout))
+        sampler = getattr(diffusers, index["scheduler"][1])
+        parts = skeleton | {kind.part: skeleton["network"]}
+        parts["scheduler"] = sampler.from_config(sampler.load_config(layout, subfolder="scheduler"))
+        if plan.method.reads_words:
+            reader = getattr(transformers, index["tokenizer"][1])
+            parts["tokenizer"] = reader.from_pretrained(layout, subfolder="tokenizer")
+    check_job(plan, target.sources.forget, kind, parts, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def outline(model: str, config: str | None) -> dict[str, nn.Module]:

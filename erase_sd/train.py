@@ -23,8 +23,9 @@ from erase_sd.denoising.card import rates, swap_in_snippet
 from erase_sd.dry_run import describe
 from erase_sd.methods import METHODS
 from erase_sd.models.pipeline import load
-from erase_sd.plan import Plan, groups, make
+from erase_sd.plan import Plan, groups, make, values
 from erase_sd.pocket import FOLDER as POCKET
+from erase_sd.settings import SD_V1
 
 
 def program() -> NoReturn:
@@ -41,14 +42,17 @@ def main(argv: list[str] | None = None) -> int:
     """Carry out the job that the arguments describe; returns the exit code."""
     if argv is None:
         argv = sys.argv[1:]
-    classes = groups(peek(argv, "method", "scissorhands"))
+    method = peek(argv, "method", "scissorhands")
+    classes = groups(method)
+    model = peek(argv, "model", SD_V1, ("pretrained_model_name_or_path",))
+    usual = values(method, model, peek(argv, "preset"))
     text = f"Make a diffusers model unable to draw a concept. Methods: {', '.join(METHODS)}."
-    given = parse(argv, prog="erase-sd", description=text, **classes)
-    values = {}
+    given = parse(argv, prog="erase-sd", description=text, preset=usual, **classes)
+    asked = {}
     for group in given.values():
-        values |= group
+        asked |= group
     quiet()
-    return _run(_with_folder(make(**values)))
+    return _run(_with_folder(make(**asked)))
 
 
 def _with_folder(plan: Plan) -> Plan:

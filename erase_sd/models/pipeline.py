@@ -58,6 +58,7 @@ def load(
     diffusers.utils.logging.disable_progress_bar()  # loading has bars of its own for every part
     transformers.utils.logging.disable_progress_bar()
     dtype = dtype or torch.float32
+    variant = None
     parts: dict[str, Any] = {}
     for part, source in (("unet", unet), ("transformer", transformer)):
         if source:
@@ -76,11 +77,11 @@ def load(
             pipe = cls.from_single_file(model, config=layout, dtype=dtype, **parts)
         else:
             if Path(model).is_dir():
-                check_folder(Path(model), [name for name in family(kind).needed if name not in parts])
-            pipe = cls.from_pretrained(model, dtype=dtype, **parts)
+                variant = check_folder(Path(model), [name for name in family(kind).needed if name not in parts])
+            pipe = cls.from_pretrained(model, dtype=dtype, variant=variant, **parts)
     check_pipeline(pipe, model)
     if Path(model).is_dir():
-        check_text_encoder_files(pipe, Path(model))
+        check_text_encoder_files(pipe, Path(model), variant)
     return pipe
 
 
@@ -93,11 +94,12 @@ def load_network(source: str, part: str, dtype: torch.dtype) -> ModelMixin:
     from diffusers import AutoModel
 
     check_place(source, f"--{part}")
-    own_folder = (Path(source) / "config.json").is_file()
+    own_folder, variant = (Path(source) / "config.json").is_file(), None
     with explained(f"--{part}", source):
         if Path(source).is_dir():
-            check_weight_files(Path(source) if own_folder else Path(source) / part)
-        network = AutoModel.from_pretrained(source, subfolder=None if own_folder else part, dtype=dtype)
+            variant = check_weight_files(Path(source) if own_folder else Path(source) / part).variant
+        subfolder = None if own_folder else part
+        network = AutoModel.from_pretrained(source, subfolder=subfolder, dtype=dtype, variant=variant)
         if guided := guidance.load(source):
             guidance.attach(network, guided)
     return network
