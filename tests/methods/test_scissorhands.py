@@ -54,6 +54,25 @@ class Toy(Alone):
         return self.forget(batch) - self.redirect(batch)
 
 
+def test_the_released_saliency_of_classes_is_that_of_the_guided_loss():
+    task = Toy()
+    task.guided = task.redirect
+    theta = dict(task.trimmable())
+    expected: dict[str, Tensor] = {}
+    for b in range(3):
+        g = torch.autograd.grad(task.redirect(task.batch("sensitivity", b)), list(theta.values()))
+        for (name, p), x in zip(theta.items(), g, strict=True):
+            expected[name] = expected.get(name, 0) + (p.detach() * x).abs() / 3
+    generator_of_s = Scissorhands(saliency="guided", sensitivity_batches=3).sensitivity(task)
+    try:
+        while True:
+            next(generator_of_s)
+    except StopIteration as end:
+        s = end.value
+    for name, x in expected.items():
+        torch.testing.assert_close(s[name], x.to(s[name].dtype))
+
+
 def run(method: Scissorhands, task: object) -> tuple[list[dict], dict[str, int]]:
     """(records of the repair, entries changed per parameter)."""
     records = [record for record, _ in method(task)]

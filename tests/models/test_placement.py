@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
@@ -41,6 +42,15 @@ def _fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_hooks_that_offload_are_off_meanwhile_and_back_afterwards(tiny_pipe: StableDiffusionPipeline) -> None:
+    part = tiny_pipe.unet
+    _, hook = cpu_offload_with_hook(part, CPU)
+    with pytest.raises(KeyboardInterrupt), placed([part, tiny_pipe.vae], CPU):
+        assert not hasattr(part, "_hf_hook")
+        raise KeyboardInterrupt
+    assert part._hf_hook is hook.hook
 
 
 def gradients(unet: nn.Module) -> tuple[dict[str, Tensor], int]:
