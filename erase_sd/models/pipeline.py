@@ -206,6 +206,7 @@ def _working_copy(pipe: DiffusionPipeline) -> DiffusionPipeline:
     if "safety_checker" in pipe.components:
         quiet.safety_checker = None
         quiet.register_to_config(requires_safety_checker=False)
+    quiet._all_hooks = []  # each call would put the hooks of model offload back
     quiet.set_progress_bar_config(disable=True)
     return quiet
 

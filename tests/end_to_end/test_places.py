@@ -27,7 +27,7 @@ def _fresh_accelerate() -> Iterator[None]:
 
 @pytest.fixture
 def ended(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
-    """Return a function that runs the installed command into a folder, and returns (exit code, last line of stderr)."""
+    """Return a function that runs the installed command into a folder: (exit code, last line of stderr)."""
 
     def run(folder: Path, *more: str) -> tuple[int, str]:
         words = ["--concept", "cat", "--model", str(tiny_sd), *QUICK, "--steps", "3", "--picture_steps", "1", *more]
