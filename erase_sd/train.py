@@ -20,6 +20,7 @@ from erase_sd.common.cli import parse, peek, quiet, run_main
 from erase_sd.common.files import slug
 from erase_sd.common.processes import accelerator
 from erase_sd.denoising.card import rates, swap_in_snippet
+from erase_sd.denoising.concept import resolve
 from erase_sd.dry_run import describe
 from erase_sd.methods import METHODS
 from erase_sd.models.pipeline import load
@@ -68,6 +69,7 @@ def _run(plan: Plan) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(describe(plan, model))
         return 0
+    resolve(plan.job, plan.sampling.resolution)  # a mistake in words need not wait until the model is loaded
     processes = accelerator(plan.job.mixed_precision, plan.running.report_to, plan.job.output_dir)
     pipe = load(model, config=plan.job.model_config)
     record = carry_out(pipe, plan, processes)

@@ -69,7 +69,7 @@ TYPED = [
     (f"{CAT} --momentum 1", "--momentum 1.0 is not below 1"),
     (f"{CAT} --weight_decay=-0.1", "weight_decay -0.1"),
     (f"{CAT} --milestones 5", "--milestones 5.0 is outside [0, 1]"),
-    (f"{CAT} --milestones 0.5 -1", "'-1' does not belong"),
+    (f"{CAT} --milestones 0.5 -1", "--milestones -1.0 is outside [0, 1]"),
     (f"{CAT} --milestones half", "'half' is not a number"),
     (f"{CAT} --milestones", "expected at least one argument"),
     (f"{CAT} --warmup_steps 200 --steps 100", "--warmup_steps 200 is more than the 100 steps"),
@@ -174,12 +174,11 @@ def refused(
         monkeypatch.setattr(sys, "argv", ["erase-sd", *words])
         with pytest.raises(SystemExit) as stop:
             train.program()
-        out, err = capsys.readouterr()
+        err = capsys.readouterr().err
         assert stop.value.code == 2, err[-2000:]
         assert err.startswith("error: ")
         assert err.count("\n") == 1, err[-2000:]
         assert part in err
-        assert not out
         assert not list(here.iterdir())
 
     return check
@@ -226,14 +225,12 @@ def test_uce_forget_me_not_and_sld_know_the_families_they_cannot_edit(
     refused: Callable, tiny_sd3: Path, tiny_flux: Path
 ) -> None:
     for method, model, part in (
-        ("uce", tiny_sd3, "parameter group 'kv'"),
+        ("uce", tiny_sd3, "uce edits"),
         ("uce", tiny_flux, "uce edits"),
         ("forget-me-not", tiny_sd3, "forget-me-not needs cross-attention layers"),
         ("sld", tiny_flux, "sld needs classifier-free guidance"),
     ):
-        given = ["--concept", "cat", "--method", method, "--model", str(model), "--dry_run"]
-        given += ["--train_scope", "full"] if method == "sld" else []
-        refused(given, part if method != "uce" else "uce edits")
+        refused(["--concept", "cat", "--method", method, "--model", str(model), "--dry_run"], part)
 
 
 # Models that cannot work: what is done to a copy of one, and a part of the sentence.
