@@ -191,6 +191,12 @@ class ClassificationTask:
         logits = self.logits(batch.forget.x)
         return F.cross_entropy(logits, batch.forget.y) - F.cross_entropy(logits, self._target(batch))
 
+    def guided(self, batch: ClassifierBatch) -> Tensor:
+        """Raise UserError: only diffusion models answer under guidance."""
+        raise UserError(
+            "--mask_mode released measures under guidance, which classifiers have not: give hard or gradient"
+        )
+
     def _target(self, batch: ClassifierBatch) -> Tensor:
         """Return the other labels (n,) of the forget samples: drawn ones, or the original model's runner-up."""
         if self.settings.relabel != "nearest":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,14 @@ from erase_sd.common.processes import best_precision, check_precision, tracked
 from erase_sd.core.descent import measure
 from erase_sd.core.optimizers import make_optimizer
 from erase_sd.denoising.concept import resolve
+from erase_sd.denoising.feasible import check_job
 from erase_sd.denoising.results import RunResult, write_results
 from erase_sd.denoising.samples import collect
 from erase_sd.denoising.sharded import wanted
-from erase_sd.denoising.task import LESS, DenoisingTask, trimmed
+from erase_sd.denoising.task import LESS, DenoisingTask
 from erase_sd.models import guidance
+from erase_sd.models.checks import check_editable
 from erase_sd.models.families import drawing_defaults, family, modules, network
-from erase_sd.models.noise import check_scheduler
-from erase_sd.models.parameters import select, without_norms
 from erase_sd.models.pipeline import load_network
 from erase_sd.models.placement import drawing, half_precision, parking, placed, training
 from erase_sd.plan import FREE, Plan, make
@@ -34,9 +34,13 @@ from erase_sd.pocket import FOLDER as POCKET
 from erase_sd.run.folder import Progress, RunFolder
 from erase_sd.run.loop import execute
 from erase_sd.run.record import run_record, weights_hash
+from prompts import Example
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+FEWER = {"eval_forget": 32, "eval_retain": 80}  # pictures that erase() scores: a fast method need not wait for more
 
 
 def erase(
@@ -58,6 +62,8 @@ def erase(
     """
     model = model or pipe.name_or_path or "a pipeline in memory"
     model = "pocket" if Path(model).resolve() == POCKET else model
+    if model == "pocket":
+        knobs = FEWER | knobs
     plan = make(concept=concept, model=model, method=method, output_dir=output_dir and str(output_dir), **knobs)
     if plan.running.dry_run:
         raise UserError("dry_run is for the command line: python -m erase_sd.train --dry_run")
@@ -121,7 +127,7 @@ class Erasure:
         self.start = time.monotonic()
         self.pipe, self.plan, self.accelerator = pipe, plan, accelerator
         self.target = resolve(plan.job, plan.sampling.resolution)
-        _check(pipe, plan, accelerator)
+        _check(pipe, plan, self.target.sources.forget, accelerator)
         hashes = []
         for part in modules(pipe).values():
             hashes.append(weights_hash(part))
@@ -208,18 +214,14 @@ def _explained() -> Iterator[None]:
         raise UserError(f"the network and the optimizer's state are too large for this device: {LESS}") from error
 
 
-def _check(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> None:
+def _check(pipe: DiffusionPipeline, plan: Plan, examples: Iterable[Example], accelerator: Accelerator) -> None:
     """Refuse, before anything is sampled or written, what would fail only in training. Raises UserError."""
+    check_editable(pipe)
     model, part = network(pipe), family(pipe).part
     check_precision(accelerator.mixed_precision)
     if model.dtype not in (torch.float32, getattr(torch, plan.job.weights_dtype)):
         raise UserError(f"the {part} is {model.dtype}: load it in float32, mixed_precision saves the same time")
-    check_scheduler(pipe)
-    losses = plan.losses
-    for scope in (losses.trim_scope, losses.rank_scope or "full", losses.train_scope):
-        select(model, scope)
-    if plan.method.trims():
-        _check_trim(model, plan)
+    check_job(plan, examples, family(pipe), pipe.components, accelerator.num_processes)
     optimizer = plan.method.optimizer
     if optimizer is None:
         return
@@ -231,18 +233,3 @@ def _check(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> Non
         if plan.job.low_memory:
             raise UserError(f"--low_memory keeps Adam's moments in 8 bits: {error}") from error
         raise
-
-
-def _check_trim(model: nn.Module, plan: Plan) -> None:
-    """Refuse a trim of nothing, and one that was asked for where nothing is trained. Raises UserError."""
-    scope, training_scope = plan.losses.trim_scope, plan.losses.train_scope
-    asked = without_norms(model, select(model, scope))
-    if not asked:
-        raise UserError(f"--trim_scope {scope} holds norms only, which are never re-initialised: widen it")
-    repaired = trimmed(model, scope, select(model, training_scope))
-    outside = sorted(asked.keys() - repaired.keys())
-    if outside and (plan.chose_trim_scope() or not repaired):
-        raise UserError(
-            f"--trim_scope {scope} re-initialises {outside[0]}, which --train_scope {training_scope} never repairs: "
-            "narrow the first or widen the second"
-        )

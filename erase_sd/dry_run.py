@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from erase_sd.common.processes import best_precision
 from erase_sd.denoising.concept import PocketTarget, Target, resolve
+from erase_sd.denoising.feasible import check_job
 from erase_sd.denoising.task import trimmed
 from erase_sd.methods.base import Sizes
 from erase_sd.models.activations import Activations, count, largest_micro_batch
@@ -53,6 +55,7 @@ def describe(plan: Plan, model: str) -> str:
     """Return the lines that --dry_run prints. Raises UserError for a model or a job that cannot be carried out."""
     target = resolve(plan.job, plan.sampling.resolution)
     pipe = outline(model, plan.job.model_config, plan.sampling.resolution)
+    _check(plan, target, model, pipe)
     n = sizes(pipe.network, pipe.others, plan)
     device = torch.accelerator.is_available()
     here = demand(pipe, n, plan, device, best_precision(plan.job.mixed_precision) == "bf16")
@@ -84,6 +87,23 @@ def describe(plan: Plan, model: str) -> str:
     for gigabytes, text in cards(pipe, n, plan):
         rows.append((f"on a {gigabytes} GB GPU", text))
     return "\n".join(f"{name:<20} {text}".rstrip() for name, text in rows)
+
+
+def _check(plan: Plan, target: Target, model: str, pipe: Outline) -> None:
+    """Refuse what the run would refuse, from files that hold no weights. Raises UserError."""
+    import diffusers
+    import transformers
+
+    layout = plan.job.model_config if Path(model).is_file() else model
+    with explained("--model", model):
+        index = diffusers.DiffusionPipeline.load_config(layout)
+        sampler = getattr(diffusers, index["scheduler"][1])
+        parts: dict[str, Any] = pipe.others | {pipe.kind.part: pipe.network}
+        parts["scheduler"] = sampler.from_config(sampler.load_config(layout, subfolder="scheduler"))
+        if plan.method.reads_words:
+            reader = getattr(transformers, index["tokenizer"][1])
+            parts["tokenizer"] = reader.from_pretrained(layout, subfolder="tokenizer")
+    check_job(plan, target.sources.forget, pipe.kind, parts, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def demand(pipe: Outline, n: Sizes, plan: Plan, accelerator: bool, autocast: bool) -> Demand:

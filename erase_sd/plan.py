@@ -10,7 +10,7 @@ from erase_sd.common.cli import filled, names
 from erase_sd.common.errors import UserError
 from erase_sd.methods import METHODS, PRESETS
 from erase_sd.methods.base import Method
-from erase_sd.settings import Job, Running, Sampling, TaskSettings
+from erase_sd.settings import SD_V1, Job, Running, Sampling, TaskSettings
 
 # How and where a job runs, not what it computes.
 HOW = {"mixed_precision", "fsdp", "gradient_checkpointing", "low_memory", "output_dir", "score", *names(Running)}
@@ -98,6 +98,14 @@ def groups(method: str) -> dict[str, type]:
     return {"job": Job, "method": METHODS[method], "sampling": Sampling, "losses": TaskSettings, "running": Running}
 
 
+def values(method: str, model: str, preset: str | None) -> dict[str, Any]:
+    """Return what a method takes on a model where nothing is given. Raises UserError for an unknown preset."""
+    preset = preset or ("pocket" if model == "pocket" else "sd")
+    if preset not in PRESETS[method]:
+        raise UserError(f"unknown preset {preset!r}: {method} has {', '.join(PRESETS[method])}")
+    return PRESETS[method][preset] | {"method": method, "model": model, "preset": preset}
+
+
 def _words(name: str, value: Any) -> list[str]:
     """Return one option as it is typed."""
     if isinstance(value, bool):
@@ -109,10 +117,10 @@ def _words(name: str, value: Any) -> list[str]:
 
 def _values(plan: Plan) -> dict[str, Any]:
     """Return the values of all parts by option; no two parts have one of the same name."""
-    values: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for part in plan:
-        values |= dataclasses.asdict(part)
-    return values
+        found |= dataclasses.asdict(part)
+    return found
 
 
 def make(**given: Any) -> Plan:
@@ -129,13 +137,11 @@ def make(**given: Any) -> Plan:
     given["concept"], given["anchor"] = _texts(given.get("concept")), _texts(given.get("anchor"))
     if not given["concept"] or not all(text.strip() for text in given["concept"]):
         raise UserError("the concept is empty: give --concept, such as --concept cat")
-    preset = given.get("preset") or ("pocket" if given.get("model") == "pocket" else "sd")
-    if preset not in PRESETS[method]:
-        raise UserError(f"unknown preset {preset!r}: {method} has {', '.join(PRESETS[method])}")
-    values = PRESETS[method][preset] | given | {"preset": preset}
-    if values.get("weights_dtype") == "bfloat16":
-        values.setdefault("rounding", "kahan")  # nearest would lose most changes of small steps
-    plan = Plan(*(filled(cls, values) for cls in classes.values()))
+    usual = values(method, given.get("model", SD_V1), given.get("preset"))
+    wanted = usual | given | {"preset": usual["preset"]}
+    if wanted.get("weights_dtype") == "bfloat16":
+        wanted.setdefault("rounding", "kahan")  # nearest would lose most changes of small steps
+    plan = Plan(*(filled(cls, wanted) for cls in classes.values()))
     if plan.job.low_memory:
         plan = plan.lean(given)
     _check_needs(plan)

@@ -20,11 +20,13 @@ from erase_sd.common.cli import parse, peek, quiet, run_main
 from erase_sd.common.files import slug
 from erase_sd.common.processes import accelerator, best_precision
 from erase_sd.denoising.card import rates, swap_in_snippet
+from erase_sd.denoising.concept import resolve
 from erase_sd.dry_run import describe
 from erase_sd.methods import METHODS
 from erase_sd.models.pipeline import load
-from erase_sd.plan import Plan, groups, make
+from erase_sd.plan import Plan, groups, make, values
 from erase_sd.pocket import FOLDER as POCKET
+from erase_sd.settings import SD_V1
 from prompts import called
 
 
@@ -42,14 +44,17 @@ def main(argv: list[str] | None = None) -> int:
     """Carry out the job that the arguments describe; returns the exit code."""
     if argv is None:
         argv = sys.argv[1:]
-    classes = groups(peek(argv, "method", "scissorhands"))
+    method = peek(argv, "method", "scissorhands")
+    classes = groups(method)
+    model = peek(argv, "model", SD_V1, ("pretrained_model_name_or_path",))
+    usual = values(method, model, peek(argv, "preset"))
     text = f"Make a diffusers model unable to draw a concept. Methods: {', '.join(METHODS)}."
-    given = parse(argv, prog="erase-sd", description=text, **classes)
-    values = {}
+    given = parse(argv, prog="erase-sd", description=text, preset=usual, **classes)
+    asked = {}
     for group in given.values():
-        values |= group
+        asked |= group
     quiet()
-    return _run(_with_folder(make(**values)))
+    return _run(_with_folder(make(**asked)))
 
 
 def _with_folder(plan: Plan) -> Plan:
@@ -67,6 +72,7 @@ def _run(plan: Plan) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(describe(plan, model))
         return 0
+    resolve(plan.job, plan.sampling.resolution)  # a mistake in words need not wait until the model is loaded
     processes = accelerator(best_precision(plan.job.mixed_precision), plan.running.report_to, plan.job.output_dir)
     pipe = load(model, config=plan.job.model_config)
     record = carry_out(pipe, plan, processes, tell=print)

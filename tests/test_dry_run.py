@@ -29,6 +29,9 @@ def full_size(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.unlink()
     config = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps(config | SD14_UNET))
+    text = json.loads((folder / "text_encoder/config.json").read_text())
+    wide = {"hidden_size": SD14_UNET["cross_attention_dim"], "num_attention_heads": 12}
+    (folder / "text_encoder/config.json").write_text(json.dumps(text | wide))
     return folder
 
 

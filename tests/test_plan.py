@@ -8,9 +8,9 @@ import pytest
 from erase_sd.common.cli import names, parse
 from erase_sd.common.errors import UserError
 from erase_sd.methods import METHODS, PRESETS
-from erase_sd.plan import Plan, groups, make
+from erase_sd.plan import Plan, groups, make, values
 from erase_sd.settings import SD_V1, Job, Sampling, TaskSettings
-from erase_sd.train import _with_folder
+from erase_sd.train import _with_folder, main
 
 EVERY = [(method, preset) for method in PRESETS for preset in PRESETS[method]]
 
@@ -59,6 +59,31 @@ def test_bf16_weights_keep_what_rounding_loses_unless_told_otherwise() -> None:
     assert make(concept="cat", weights_dtype="bfloat16").method.rounding == "kahan"
     assert make(concept="cat", weights_dtype="bfloat16", rounding="stochastic").method.rounding == "stochastic"
     assert make(concept="cat", method="uce", weights_dtype="bfloat16").method.rounding == "nearest"  # takes no steps
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("--model pocket", ["adamw", "0.00015", "redirect", "300"]),
+        ("--pretrained_model_name_or_path pocket --method esd", ["4.0", "200", "xattn"]),
+        ("--method scissorhands --preset authors-nsfw", ["kaiming", "1e-05", "summed"]),
+        ("", ["adamw", "redirect", "0.5"]),
+    ],
+)
+def test_help_shows_what_would_run(words: str, shown: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*words.split(), "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for value in shown:
+        assert f"(default: {value})" in text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_values_are_those_of_the_plan(method: str) -> None:
+    plan = make(concept="cat", method=method, model="pocket")
+    for name, value in values(method, "pocket", None).items():
+        assert {name: value}.items() <= {n: v for part in plan for n, v in vars(part).items()}.items()
 
 
 def test_what_is_given_beats_the_preset_and_the_preset_beats_the_default() -> None:

@@ -24,7 +24,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from erase_sd.common.errors import UserError
@@ -43,15 +43,18 @@ def argument(text: str, default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, "positional": True})
 
 
-def parse(argv: Sequence[str], *, prog: str, description: str, **groups: type) -> dict[str, dict[str, Any]]:
+def parse(
+    argv: Sequence[str], *, prog: str, description: str, preset: Mapping[str, Any] | None = None, **groups: type
+) -> dict[str, dict[str, Any]]:
     """Read `argv` into {group: {field: value}}; fields that were not given are left out.
 
     Every keyword names a dataclass, which becomes a titled group of options. `--field_name` and `--field-name` are the
-    same. A mistake ends the program with one sentence on stderr and exit code 2.
+    same. --help shows the values of `preset` in the place of the fields' defaults. A mistake ends the program with one
+    sentence on stderr and exit code 2.
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, cls in groups.items():
-        _add_group(parser, name, cls)
+        _add_group(parser, name, cls, preset or {})
     namespace, unknown = parser.parse_known_args(parser.canonical(argv))
     if unknown:
         parser.reject(unknown[0])
@@ -64,10 +67,10 @@ def parse(argv: Sequence[str], *, prog: str, description: str, **groups: type) -
     return given
 
 
-def peek(argv: Sequence[str], name: str, default: str) -> str:
+def peek(argv: Sequence[str], name: str, default: str | None = None, aliases: Sequence[str] = ()) -> str | None:
     """Return the value of `--name` before the other options are known: some of them depend on it."""
     parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{name}", default=default)
+    parser.add_argument(f"--{name}", *(f"--{alias}" for alias in aliases), default=default)
     known, _ = parser.parse_known_args(parser.canonical(argv))
     return getattr(known, name)
 
@@ -168,7 +171,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message.removeprefix('argument ')}\n")
 
 
-def _add_group(parser: argparse.ArgumentParser, name: str, cls: type) -> None:
+def _add_group(parser: argparse.ArgumentParser, name: str, cls: type, preset: Mapping[str, Any]) -> None:
     """Add the options of one dataclass under its name, introduced by the first line of its docstring."""
     group = parser.add_argument_group(name.replace("_", " "), (cls.__doc__ or "").strip().partition("\n")[0])
     annotations = typing.get_type_hints(cls)
@@ -176,7 +179,7 @@ def _add_group(parser: argparse.ArgumentParser, name: str, cls: type) -> None:
         if not field.init:
             continue
         default = _default(field)
-        text = f"{field.metadata.get('help', '')} {_note(default)}"
+        text = f"{field.metadata.get('help', '')} {_note(preset.get(field.name, default))}"
         keywords = {"help": text.replace("%", "%%").strip(), **_reader(annotations[field.name])}
         if field.metadata.get("positional"):
             keywords["metavar"] = field.name.upper()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from erase_sd.common.errors import UserError
 
@@ -39,13 +40,30 @@ def write_atomic(path: Path | str, data: str | bytes) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    with naming(path):
+        try:
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have what a full disk and the like raise name the path: OSError, as which safetensors' own errors come too."""
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager
@@ -60,8 +78,11 @@ def new_folder(path: Path | str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as root:
         temporary = Path(root, "new")
         temporary.mkdir()  # not the outer one, which is private to this user
-        yield temporary
+        with naming(path):
+            yield temporary
         for file in temporary.rglob("*"):
+            if file.is_file():
+                follow_umask(file)
             _flush(file)
         aside = Path(f"{root}.old")
         if path.exists():
@@ -69,6 +90,13 @@ def new_folder(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
         _flush(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def follow_umask(file: Path) -> None:
+    """Give a file the mode of any new one: safetensors writes files that only their owner can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -142,6 +142,9 @@ class DiffusionTask(Task, Protocol):
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_t of clean latents and noise of one shape, at timesteps t (n,)."""
 
+    def guided(self, batch: Any) -> Tensor:
+        """Return L_f of the answers under classifier-free guidance: the released codes measure saliency by it."""
+
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return what `predict` should return at x_t: noise, velocity or flow, as the scheduler says."""
 

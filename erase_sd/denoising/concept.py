@@ -137,7 +137,7 @@ def resolve(job: Job, size: int | None = None) -> Target:
     if job.model != "pocket":
         return _open(job, size)
     if size:
-        raise UserError(f"--resolution {size} is for other models: the pocket model draws 64 pixels")
+        raise UserError(f"--resolution {size} is for other models: the pocket model draws 32 pixels")
     return _pocket(job)
 
 

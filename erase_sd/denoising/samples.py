@@ -5,7 +5,7 @@ Both are cached by the hash of their content; nothing is decoded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -264,16 +264,26 @@ def marks(tokenizer: Any, captions: list[str], anchors: list[str]) -> Tensor:
     return torch.tensor(rows)
 
 
-def subjects(tokenizer: Any, captions: list[str], anchors: list[str]) -> Tensor:
+def check_captions(tokenizer: Any, examples: Iterable[Example]) -> None:
+    """Raise UserError for a caption that says no more than its anchor: none of its tokens is the concept's."""
+    for example in examples:
+        if CONCEPT not in marks(tokenizer, [example.caption], [example.anchor]):
+            raise UserError(
+                f"the caption {example.caption!r} says no more than its anchor {example.anchor!r}: give another "
+                "--anchor"
+            )
+
+
+def subjects(tokenizer: Any, captions: list[str], anchors: list[str]) -> Tensor | None:
     """Return (N, 2) int64: the last of the concept's tokens in its caption, and its place in the anchor's.
 
-    The places are alike counted from the end: what follows the concept is the same in both. Raises UserError for a
-    caption that says no more than its anchor.
+    The places are alike counted from the end: what follows the concept is the same in both. None where a caption says
+    no more than its anchor: `check_captions` refuses it for the methods that need its words.
     """
     places = []
-    for caption, anchor, mark in zip(captions, anchors, marks(tokenizer, captions, anchors).tolist(), strict=True):
+    for anchor, mark in zip(anchors, marks(tokenizer, captions, anchors).tolist(), strict=True):
         if CONCEPT not in mark:
-            raise UserError(f"the caption {caption!r} says no more than its anchor {anchor!r}: give another --anchor")
+            return None
         last = len(mark) - 1 - mark[::-1].index(CONCEPT)
         end = _ids(tokenizer, [anchor])[0].index(tokenizer.eos_token_id)
         places.append((last, last + end - mark.index(END)))

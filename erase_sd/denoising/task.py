@@ -1,4 +1,4 @@
-"""Erasing from a diffusion model as a Task: one denoising loss for every family of models, five ways to use it.
+"""Erasing from a diffusion model as a Task: one denoising loss for every family of models, six ways to use it.
 
     L(z, c) = MSE(e_theta(x_t, t, c), target)        x_t and the target: erase_sd.models.noise
 
@@ -6,6 +6,7 @@
     retain    L(z_r, c_r)                                   Scissorhands' L_r
     preserve  MSE(e_theta(x_t, t, c_r), e_0(x_t, t, c_r))   the retain captions predicted as before
     redirect  MSE(e_theta(x_t, t, c_f), e_0(x_t, t, c_a))   the concept's caption predicted like its anchor's; at t_d
+    guided    MSE((1 + w) e_theta(x_t, t, c_f) - w e_theta(x_t, t), target)         L_f under guidance, w = 7.5
     contrast  L(z_f, c_f) - L(z_f, c_a)                     what only the concept's words explain
 
 z_f, z_r are latents, c_f, c_r their captions, c_a the anchor; e_0 is the original model.
@@ -45,6 +46,9 @@ ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # layers whose weights autocast rou
 LESS = "give --low_memory (bf16 weights, 8-bit Adam), or a smaller --train_scope, such as xattn"
 # What accelerate sets on a model to autocast it; with the last one left, it would not prepare the model again.
 WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
+
+
+GUIDANCE = 7.5  # of `guided`, as published
 
 
 class Prepared(Replicated):
@@ -274,6 +278,17 @@ class DenoisingTask:
     def forget(self, batch: DenoisingBatch) -> Tensor:
         """Return L_f, the denoising loss of the concept's images under its captions."""
         return self._denoise(batch.z_f, batch.t_f, batch.noise_f, batch.c_f)
+
+    def guided(self, batch: DenoisingBatch) -> Tensor:
+        """Return MSE((1 + w) e(x_t, c_f) - w e(x_t, ""), target), w = 7.5; both answers are differentiated.
+
+        The released codes of Scissorhands for classes and of SalUn take their saliency from it.
+        """
+        x_t = self.add_noise(batch.z_f, batch.noise_f, batch.t_f)
+        concept = self.predict(x_t, batch.t_f, batch.c_f)
+        empty = self.predict(x_t, batch.t_f, self.empty_cond(len(x_t)))
+        answer = (1 + GUIDANCE) * concept - GUIDANCE * empty
+        return nn.functional.mse_loss(answer, self.target(batch.z_f, batch.noise_f, batch.t_f))
 
     def contrast(self, batch: DenoisingBatch) -> Iterator[Tensor]:
         """Yield L_f, and less the loss of the same noisy images under the anchors."""

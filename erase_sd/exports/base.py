@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from erase_sd.common.cli import knob
 from erase_sd.common.errors import UserError
+from erase_sd.common.files import follow_umask, naming
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -123,7 +124,9 @@ def new_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
+        follow_umask(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

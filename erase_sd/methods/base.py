@@ -6,12 +6,12 @@ A preset is a named set of options; what it leaves out has the option's own defa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from erase_sd.core.descent import Descent, descend
 from erase_sd.core.task import Task, terms
@@ -52,6 +52,7 @@ class Method:
     # Without annotations, or each would take the place of an option of the same name in the order of the options.
     trains = True  # False: no weight moves, the network carries a hook instead
     steps = 1
+    reads_words = False  # it needs to know which words of a caption its anchor has not
     words_only = False  # no images are needed: forget_images and retain_images count captions
     needs_original = False  # its losses do not exist without the original model's predictions
     asks_original = True  # a loss uses the original model where it is kept
@@ -66,6 +67,9 @@ class Method:
     def __call__(self, task: Task, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
         """Erase, in place; yield (record, state) after each step. Raise FloatingPointError for a lost model."""
         raise NotImplementedError
+
+    def check_network(self, model: nn.Module, trained: Collection[str]) -> None:
+        """Raise UserError for a network that it cannot erase from, training the parameters of these names."""
 
     def trims(self) -> bool:
         """Return whether weights are re-initialised: only then does trim_scope have a meaning."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,16 @@ class ForgetMeNot(Descent, Method):
     that the anchor's caption does not share (erase_sd.denoising.samples).
     """
 
+    reads_words: ClassVar[bool] = True
+
     pooler: bool = knob(
         True, "the first <|endoftext|> as well, which sums the caption up; the released code takes the padding too"
     )
+
+    def check_network(self, model: nn.Module, trained: Collection[str]) -> None:
+        """Raise UserError for a network without cross-attention layers (attn2), such as one with joint attention."""
+        if not any(name.endswith(".attn2") for name, _ in model.named_modules()):
+            raise UserError("forget-me-not needs cross-attention layers: erase from Stable Diffusion 1, 2 or XL")
 
     def __call__(self, task: DiffusionTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
         """Descend the attention; the processors that record it are installed as long as the loop runs."""
@@ -45,8 +52,9 @@ class ForgetMeNot(Descent, Method):
 
             def objective(batch: Any, step: int) -> Tensor:
                 layers.clear()
-                task.predict(task.add_noise(batch.z_f, batch.noise_f, batch.t_f), batch.t_f, batch.c_f)
-                return self.attention(layers, batch.marks)
+                answer = task.predict(task.add_noise(batch.z_f, batch.noise_f, batch.t_f), batch.t_f, batch.c_f)
+                # 0 times the answer: DDP waits for a gradient of every parameter, those after the attention too
+                return self.attention(layers, batch.marks) + 0 * answer.sum()
 
             yield from descend(task, self, objective, state)
 
@@ -67,10 +75,7 @@ class ForgetMeNot(Descent, Method):
 
 @contextmanager
 def recorded(network: nn.Module) -> Iterator[list[Tensor]]:
-    """Yield a list that gets the probabilities of each cross-attention called inside, fp32 (n, heads, pixels, tokens).
-
-    Raises UserError for a network without cross-attention layers (attn2), such as a transformer with joint attention.
-    """
+    """Yield a list that gets the maps of each cross-attention called inside: fp32 (n, heads, pixels, tokens)."""
     layers: list[Tensor] = []
 
     def processor(attn: Any, x: Tensor, encoder_hidden_states: Tensor, attention_mask: Any = None) -> Tensor:
@@ -84,8 +89,6 @@ def recorded(network: nn.Module) -> Iterator[list[Tensor]]:
         return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(p @ v)))
 
     crossing = [module for name, module in network.named_modules() if name.endswith(".attn2")]
-    if not crossing:
-        raise UserError("forget-me-not needs cross-attention layers: erase from Stable Diffusion 1, 2 or XL")
     own = [module.processor for module in crossing]
     for module in crossing:
         module.processor = processor

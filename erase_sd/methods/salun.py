@@ -16,7 +16,7 @@ from erase_sd.core.sensitivity import averages, entries, magnitude, same, top_k
 from erase_sd.core.task import Params, Task
 from erase_sd.methods.base import GENTLE, POCKET, Method, Sizes
 
-RELEASED = GENTLE | {"schedule": "constant", "mask_mode": "gradient", "batch_size": 8, "drop_captions": 0.0}
+RELEASED = GENTLE | {"schedule": "constant", "mask_mode": "released", "batch_size": 8, "drop_captions": 0.0}
 PRESETS = {  # Adam does not see the factor by which the loss is rescaled here: the rates are the released ones
     # SD/train-scripts/nsfw_removal.py: MSE to the current network's anchor + 0.1 L_r, one epoch of 800 images.
     "authors-nsfw": RELEASED | {"redirect_weight": 10.0, "lr": 1e-5, "steps": 100},
@@ -32,8 +32,10 @@ class SalUn(Descent, Method):
     """SalUn, Fan et al., ICLR 2024, arXiv 2310.12508: redirect the forget data, training the salient weights only."""
 
     mask_fraction: float = knob(0.5, "share of the weights that is trained: the largest |grad L_f|; in [0, 1]")
-    mask_mode: Literal["hard", "gradient"] = knob(
-        "hard", "keep the others as they are, or only mask their gradient (released code: weight decay moves them)"
+    mask_mode: Literal["hard", "gradient", "released"] = knob(
+        "hard",
+        "keep the others as they are; only mask their gradient, so that weight decay moves them; released code for "
+        "Stable Diffusion: this, and grad L_f under guidance",
     )
     redirect_weight: float = knob(1.0, "weight of the redirect loss beside L_r")
     sensitivity_batches: int = knob(10, "batches over which grad L_f is averaged")
@@ -68,7 +70,7 @@ class SalUn(Descent, Method):
 
     def masks(self, task: Task, state: dict | None) -> Generator[tuple[dict, dict], None, dict[str, Tensor]]:
         """Return True where |grad L_f|, averaged with its sign, is among the largest of all weights together."""
-        passes = {"g_f": (task.forget, same)}
+        passes = {"g_f": (task.guided if self.mask_mode == "released" else task.forget, same)}
         means = yield from averages(task, passes, task.trainable(), self.sensitivity_batches, state)
         k = round(self.mask_fraction * entries(means["g_f"], task.shards))
         return top_k(magnitude(means["g_f"]), k, shards=task.shards)

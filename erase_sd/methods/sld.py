@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import ClassVar
+
+from torch import nn
 
 from erase_sd.common.cli import knob, not_negative
 from erase_sd.common.errors import UserError
@@ -51,10 +53,13 @@ class SLD(Method):
         if self.momentum >= 1:
             raise UserError(f"--momentum {self.momentum} never forgets the past: give less than 1")
 
-    def __call__(self, task: DiffusionTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
-        """Make the network carry the guidance; yield once. Raises UserError for Flux."""
-        if "guidance_embeds" in task.model.config:
+    def check_network(self, model: nn.Module, trained: Collection[str]) -> None:
+        """Raise UserError for Flux."""
+        if "guidance_embeds" in model.config:
             raise UserError("sld needs classifier-free guidance, which Flux has not: erase from SD 1, 2, XL or 3")
+
+    def __call__(self, task: DiffusionTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
+        """Make the network carry the guidance; yield once."""
         text = {name: x for name, x in task.concept_cond().items() if name in TEXT}
         attach(task.model, SafetyGuidance(text, Settings(**asdict(self))))
         if state is None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from erase_sd.common.cli import knob, not_negative
 from erase_sd.common.errors import UserError
@@ -37,6 +37,7 @@ class UCE(Method):
 
     asks_original: ClassVar[bool] = False
     words_only: ClassVar[bool] = True
+    reads_words: ClassVar[bool] = True
 
     erase_scale: float = knob(1.0, "s_e, weight of the concepts")
     preserve_scale: float = knob(1.0, "s_p, weight of the retain captions")
@@ -51,13 +52,16 @@ class UCE(Method):
         if not self.lam:
             raise UserError("--lam 0 leaves the equations without a unique solution: give more than 0, such as 0.5")
 
+    def check_network(self, model: nn.Module, trained: Collection[str]) -> None:
+        """Raise UserError if no projection is trained, as in a transformer, which has none."""
+        if not any(name.endswith(PROJECTIONS) for name in trained):
+            raise UserError("uce edits attn2.to_k and attn2.to_v, of which --train_scope has none: use a UNet and kv")
+
     def __call__(self, task: DiffusionTask, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
-        """Replace the trainable projections, in place; yield once. Raises UserError if none is trainable."""
+        """Replace the trainable projections, in place; yield once."""
         if state is not None:
             return
         theta = {name: p for name, p in task.trainable().items() if name.endswith(PROJECTIONS)}
-        if not theta:
-            raise UserError("uce edits attn2.to_k and attn2.to_v, of which --train_scope has none: use a UNet and kv")
         M = self.solve(self.pairs(task), task.samples.kept())
         moved = total = 0.0
         for p in theta.values():

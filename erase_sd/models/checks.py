@@ -7,23 +7,32 @@ here ends in one UserError sentence that names the bad value and the next step.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from erase_sd.common.errors import UserError
-from erase_sd.models.families import FAMILIES, family, modules, network
+from erase_sd.models.families import FAMILIES, Family, family, modules
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+POINTER = b"version https://git-lfs"  # how the few lines begin that git leaves where git-lfs did not fetch a file
+# file, shard or index of one component: model.safetensors, model.fp16-00001-of-00002.safetensors,
+# model-00001-of-00002.fp16.safetensors, model.safetensors.index.fp16.json
+WEIGHT_FILE = re.compile(
+    r"(diffusion_pytorch_model|model)(?:\.(?P<variant>[^.-]+))?(?P<shard>-\d+-of-\d+)?(?:\.(?P<late>[^.]+))?\.safetensors"
+    r"(?P<index>\.index(?:\.(?P<indexed>[^.]+))?\.json)?"
+)
 WEIGHTLESS = ("tokenizer", "scheduler")  # how the names of components without weights begin
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder", "text_encoder_3", "tokenizer_3")
 # What the libraries raise for broken, unknown or unreachable models; the Hub's own errors are OSError or ValueError.
@@ -83,12 +92,49 @@ def check_place(source: str, option: str) -> None:
 
 
 def check_single_file(model: str, config: str | None) -> str:
-    """Return the layout of a single-file model. Refuses what is no .safetensors: reading a pickle runs its code."""
+    """Return the layout of a single-file model.
+
+    Refuses what is no .safetensors, since reading a pickle runs its code, and what holds no whole model.
+    """
     if Path(model).suffix != ".safetensors":
         raise UserError(f"--model {model} is no .safetensors file: convert it, or give the folder of save_pretrained")
+    names = tensor_names(Path(model))
+    if foreign := _artefact(names):
+        raise UserError(f"--model {model} is {foreign}, no model: give the base model, whose weights it changes")
     if config is None:
         raise UserError(f"--model {model} does not say how it is laid out: give --model_config, a folder or a Hub id")
     return config
+
+
+def _artefact(names: set[str]) -> str:
+    """Return what a file of these tensors is if it is no model but a change to one, else ""."""
+    lowered = {name.lower() for name in names}
+    if not lowered:
+        return "empty"
+    if any("lora_" in name or "hada_" in name or name.endswith(".alpha") for name in lowered):
+        return "a LoRA"
+    if all(".attn2." in name for name in lowered):
+        return "a file of cross-attention weights alone, such as ESD and UCE publish"
+    if lowered & {"emb_params", "clip_l", "clip_g"} or all(name.startswith("<") for name in lowered):
+        return "a textual inversion"
+    return ""
+
+
+def tensor_names(file: Path) -> set[str]:
+    """Return the names of a .safetensors file's tensors. Raises UserError for a git-lfs pointer and a damaged file."""
+    check_fetched(file)
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return set(weights.keys())
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged or incomplete ({error}): copy or download it again") from error
+
+
+def check_fetched(file: Path) -> None:
+    """Refuse the pointer that git leaves where git-lfs did not fetch a file. Raises UserError."""
+    with open(file, "rb") as opened:
+        if opened.read(len(POINTER)) == POINTER:
+            raise UserError(f"{file} is a git-lfs pointer, not the file itself: run git lfs pull where it came from")
 
 
 def check_index(index: dict, model: str) -> str:
@@ -109,29 +155,94 @@ def check_index(index: dict, model: str) -> str:
     return kind
 
 
-def check_folder(folder: Path, components: list[str]) -> None:
-    """Check that every component's folder has its weights, and that no weight file is cut short (by its header)."""
+def check_folder(folder: Path, components: list[str]) -> str | None:
+    """Check that every component's folder has its whole weights; return the variant to load, None for the usual files.
+
+    A variant, such as fp16, is loaded where a component has no other files.
+    """
+    sets: dict[str, WeightFiles] = {}
     for name in components:
         part = folder / name
         if not part.is_dir():
             raise UserError(f"model folder {folder} has no {name}/: copy the whole pipeline, or save it again")
         if not name.startswith(WEIGHTLESS):
-            check_weight_files(part)
+            sets[name] = check_weight_files(part)
+    variants = {files.variant for files in sets.values() if files.variant}
+    if len(variants) > 1:
+        names = ", ".join(sorted(variants))
+        raise UserError(f"model folder {folder} mixes the variants {names}: keep the files of one")
+    variant = variants.pop() if variants else None
+    if variant:  # the libraries then take it everywhere
+        for name in sets:
+            weight_files(folder / name, variant)
+    return variant
 
 
-def check_weight_files(folder: Path) -> None:
-    """Check that the folder of one component has its config.json and a weight file, and that all are readable."""
+class WeightFiles(NamedTuple):
+    """The files that hold the weights of one component, and the variant that their names say, such as fp16."""
+
+    files: list[Path]
+    variant: str | None
+
+
+def check_weight_files(folder: Path) -> WeightFiles:
+    """Return the weights in one component's folder. Raises UserError as `weight_files`, and without a config.json."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: copy it from the base model, or save the pipeline again")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files and not any(folder.glob("*.bin")):
+    check_fetched(folder / "config.json")
+    return weight_files(folder)
+
+
+def weight_files(folder: Path, wanted: str | None = None) -> WeightFiles:
+    """Return the files that a component is loaded from: the usual ones, or those of its variant.
+
+    `wanted` is a variant that is preferred where it is there. Raises UserError for a folder without weights, with
+    several variants and nothing else, with a shard missing, or with a file that is cut short or was never fetched.
+    """
+    sets: dict[str | None, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if found := WEIGHT_FILE.fullmatch(file.name):
+            sets.setdefault(found["variant"] or found["late"] or found["indexed"], []).append(file)
+    if not sets and not any(folder.glob("*.bin")):
         raise UserError(f"{folder} has no weight file: copy its .safetensors file, or save the pipeline again")
+    if not sets:
+        return WeightFiles([], None)
+    variant = wanted if wanted in sets else None
+    if variant not in sets:
+        if len(sets) > 1:
+            choices = ", ".join(sorted(filter(None, sets)))
+            raise UserError(f"{folder} has the variants {choices} and no file without one: keep the files of one")
+        variant = next(iter(sets))
+    files = _whole(folder, sets[variant])
     for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise UserError(f"{file} is damaged or incomplete ({error}): copy or download it again") from error
+        tensor_names(file)
+    return WeightFiles(files, variant)
+
+
+def _whole(folder: Path, files: list[Path]) -> list[Path]:
+    """Return the .safetensors among the files of one set. Raises UserError for one that is missing."""
+    shards: list[Path] = []
+    whole: list[Path] = []
+    for file in files:
+        if file.suffix == ".json":
+            check_fetched(file)
+            named = _indexed(file)
+            for name in sorted(named):
+                if not (folder / name).is_file():
+                    raise UserError(f"{folder} is incomplete: {file.name} names {name}, which is missing: copy it too")
+            return sorted(folder / name for name in named)
+        (shards if WEIGHT_FILE.fullmatch(file.name)["shard"] else whole).append(file)
+    if shards and not whole:
+        raise UserError(f"{folder} is incomplete: it has {shards[0].name} and no index of the parts: copy that too")
+    return whole
+
+
+def _indexed(index: Path) -> set[str]:
+    """Return the names of the files that an index lists. Raises UserError for one that is damaged."""
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged: copy or download it again") from error
 
 
 def check_pipeline(pipe: DiffusionPipeline, model: str) -> None:
@@ -139,12 +250,12 @@ def check_pipeline(pipe: DiffusionPipeline, model: str) -> None:
     for name, encoder in modules(pipe).items():
         if name.startswith("text_encoder"):
             check_tokenizer(pipe.components[name.replace("text_encoder", "tokenizer")], encoder.config, model)
-    check_network(pipe, model)
+    check_network(family(pipe), pipe.components, model)
     for name, part in modules(pipe).items():
         check_weights(part, name, model)
 
 
-def check_text_encoder_files(pipe: DiffusionPipeline, folder: Path) -> None:
+def check_text_encoder_files(pipe: DiffusionPipeline, folder: Path, variant: str | None = None) -> None:
     """Check that the files of the text encoders have a value for every tensor.
 
     transformers fills in random values for tensors that a file lacks and only logs it. Files written before
@@ -153,7 +264,7 @@ def check_text_encoder_files(pipe: DiffusionPipeline, folder: Path) -> None:
     for part, encoder in modules(pipe).items():
         if not part.startswith("text_encoder"):
             continue
-        stored = _stored_names(folder / part)
+        stored = _stored_names(folder / part, variant)
         missing: list[str] = []
         found: set[int] = set()
         for name, x in encoder.state_dict().items():
@@ -166,13 +277,12 @@ def check_text_encoder_files(pipe: DiffusionPipeline, folder: Path) -> None:
             raise UserError(f"{folder / part} has no value for {min(missing)}: its weight file is partial")
 
 
-def _stored_names(folder: Path) -> set[str]:
-    """Return the names of all tensors in a folder's .safetensors files, without the prefix "text_model."."""
+def _stored_names(folder: Path, variant: str | None) -> set[str]:
+    """Return the names of all tensors in a component's .safetensors files, without the prefix "text_model."."""
     names: set[str] = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            for name in list(weights.keys()):
-                names.add(name.removeprefix("text_model."))
+    for file in weight_files(folder, variant).files:
+        for name in tensor_names(file):
+            names.add(name.removeprefix("text_model."))
     return names
 
 
@@ -193,10 +303,12 @@ def check_tokenizer(tokenizer: Any, encoder: Any, model: str) -> None:
         )
 
 
-def check_network(pipe: DiffusionPipeline, model: str) -> None:
-    """Check that the network denoises this VAE's latents and nothing else, under these text encoders' embeddings."""
-    kind = family(pipe)
-    config, latent = network(pipe).config, kind.patch * pipe.vae.config.latent_channels
+def check_network(kind: Family, parts: dict[str, Any], model: str) -> None:
+    """Check that the network denoises this VAE's latents and nothing else, under these text encoders' embeddings.
+
+    `parts` are the pipeline's components by name, of which the configurations count.
+    """
+    config, latent = parts[kind.part].config, kind.patch * parts["vae"].config.latent_channels
     if config.in_channels != latent:
         raise UserError(
             f"model {model}: the {kind.part} takes {config.in_channels} channels and the VAE makes {latent}: "
@@ -205,12 +317,44 @@ def check_network(pipe: DiffusionPipeline, model: str) -> None:
     key, theirs, encoders = kind.widths
     width = 0
     for name in encoders:
-        width += getattr(getattr(pipe, name).config, theirs)
+        width += getattr(parts[name].config, theirs)
     if config[key] != width:
         raise UserError(
             f"model {model}: the {kind.part} expects text {config[key]} wide and the text encoder gives "
             f"{width}: give the {kind.part} and the pipeline of the same base model"
         )
+
+
+def check_editable(pipe: DiffusionPipeline) -> None:
+    """Refuse parts that cannot be edited as they are: compiled, with adapters, offloaded layer by layer, mixed dtypes.
+
+    Raises UserError with the way back.
+    """
+    for name, part in modules(pipe).items():
+        if hasattr(part, "_orig_mod") or part._compiled_call_impl is not None:
+            raise UserError(f"the {name} is compiled: erase from a pipeline that is not, and compile it afterwards")
+        for key, tensor in part.named_parameters():
+            if ".lora_" in key:
+                raise UserError(
+                    f"the {name} carries a LoRA ({key}): call pipe.fuse_lora() and pipe.unload_lora_weights(), or "
+                    "delete the adapter, and erase from what is left"
+                )
+            if tensor.is_meta:
+                raise UserError(
+                    f"the {name} is offloaded layer by layer: call pipe.remove_all_hooks() or load it anew"
+                )
+    _check_dtypes(modules(pipe))
+
+
+def _check_dtypes(parts: dict[str, torch.nn.Module]) -> None:
+    """Refuse parts that cannot work together: only an autoencoder that its pipeline casts may differ."""
+    found: dict[torch.dtype, str] = {}
+    for name, part in parts.items():
+        if name != "vae" or not part.config.get("force_upcast"):
+            found.setdefault(part.dtype, name)
+    if len(found) > 1:
+        mixed = " and ".join(f"a {name} in {str(dtype).removeprefix('torch.')}" for dtype, name in found.items())
+        raise UserError(f"the pipeline has {mixed}: load it in one dtype, such as dtype=torch.float32")
 
 
 def check_weights(part: torch.nn.Module, name: str, model: str) -> None:

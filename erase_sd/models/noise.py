@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from erase_sd.common.errors import UserError
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 DIFFUSION = {  # samplers of the same forward process: DDPM's, whose betas are in their config
     "DDIMScheduler",
@@ -100,13 +100,13 @@ class Flow:
 
 def forward_process(pipe: DiffusionPipeline) -> ForwardProcess:
     """Return the forward process that the pipeline's network was trained on. Raises UserError for an unknown one."""
-    check_scheduler(pipe)
+    check_scheduler(pipe.scheduler)
     return Flow(pipe) if type(pipe.scheduler).__name__ in FLOW else Diffusion(pipe)
 
 
-def check_scheduler(pipe: DiffusionPipeline) -> None:
+def check_scheduler(scheduler: SchedulerMixin) -> None:
     """Refuse a scheduler whose forward process is not known: the network would be trained on another. UserError."""
-    name, config = type(pipe.scheduler).__name__, pipe.scheduler.config
+    name, config = type(scheduler).__name__, scheduler.config
     if name in FLOW:
         return
     odd = ""

@@ -60,6 +60,7 @@ def load(
     diffusers.utils.logging.disable_progress_bar()  # loading has bars of its own for every part
     transformers.utils.logging.disable_progress_bar()
     dtype = dtype or torch.float32
+    variant = None
     parts: dict[str, Any] = {}
     for part, source in (("unet", unet), ("transformer", transformer)):
         if source:
@@ -78,11 +79,11 @@ def load(
             pipe = cls.from_single_file(model, config=layout, dtype=dtype, **parts)
         else:
             if Path(model).is_dir():
-                check_folder(Path(model), [name for name in family(kind).needed if name not in parts])
-            pipe = cls.from_pretrained(model, dtype=dtype, **parts)
+                variant = check_folder(Path(model), [name for name in family(kind).needed if name not in parts])
+            pipe = cls.from_pretrained(model, dtype=dtype, variant=variant, **parts)
     check_pipeline(pipe, model)
     if Path(model).is_dir():
-        check_text_encoder_files(pipe, Path(model))
+        check_text_encoder_files(pipe, Path(model), variant)
     return pipe
 
 
@@ -95,11 +96,12 @@ def load_network(source: str, part: str, dtype: torch.dtype) -> ModelMixin:
     from diffusers import AutoModel
 
     check_place(source, f"--{part}")
-    own_folder = (Path(source) / "config.json").is_file()
+    own_folder, variant = (Path(source) / "config.json").is_file(), None
     with explained(f"--{part}", source):
         if Path(source).is_dir():
-            check_weight_files(Path(source) if own_folder else Path(source) / part)
-        network = AutoModel.from_pretrained(source, subfolder=None if own_folder else part, dtype=dtype)
+            variant = check_weight_files(Path(source) if own_folder else Path(source) / part).variant
+        subfolder = None if own_folder else part
+        network = AutoModel.from_pretrained(source, subfolder=subfolder, dtype=dtype, variant=variant)
         if guided := guidance.load(source):
             guidance.attach(network, guided)
     return network
@@ -234,6 +236,7 @@ def _working_copy(pipe: DiffusionPipeline) -> DiffusionPipeline:
     if "safety_checker" in pipe.components:
         quiet.safety_checker = None
         quiet.register_to_config(requires_safety_checker=False)
+    quiet._all_hooks = []  # each call would put the hooks of model offload back
     quiet.set_progress_bar_config(disable=True)
     return quiet
 

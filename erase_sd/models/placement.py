@@ -120,9 +120,16 @@ class Lending(ModelHook):
 
 @contextmanager
 def placed(parts: list[nn.Module], device: torch.device) -> Iterator[None]:
-    """Move all parts to the device; afterwards each is where it was, with the `requires_grad` it had."""
+    """Move all parts to the device; afterwards each is where it was, with the `requires_grad` it had.
+
+    Hooks that would move a part away, of `enable_model_cpu_offload`, are off meanwhile.
+    """
     before: list[tuple[torch.device, list[bool]]] = []
+    hooks: dict[nn.Module, ModelHook] = {}
     for part in parts:
+        if hook := getattr(part, "_hf_hook", None):
+            hooks[part] = hook
+            remove_hook_from_module(part)
         before.append((part.device, [p.requires_grad for p in part.parameters()]))
         part.to(device)
     try:
@@ -132,6 +139,8 @@ def placed(parts: list[nn.Module], device: torch.device) -> Iterator[None]:
             part.to(place)
             for p, flag in zip(part.parameters(), flags, strict=True):
                 p.requires_grad_(flag)
+        for part, hook in hooks.items():
+            add_hook_to_module(part, hook)
 
 
 @contextmanager

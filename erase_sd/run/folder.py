@@ -21,7 +21,7 @@ from erase_sd.run.record import write_run, write_status
 # The tensors of a method's state: the optimiser's, what else it must not recompute, and sums before the first step.
 PARTS = ("optimizer", "kept", "sums")
 CONFIG = "job.json"  # not config.json, by which diffusers and our own loader tell the folder of a model
-TRIED = {CONFIG, "status.json"}  # what a run leaves that failed before it had anything to keep
+TRIED = {CONFIG, "status.json", "logs"}  # what a run leaves that failed before it had anything to keep
 
 
 class Progress(NamedTuple):

@@ -41,14 +41,14 @@ def write_trace(folder: str | Path, rows: list[dict]) -> None:
     """Write folder/trace.csv and trace.png from the records of a method's steps, one row each; nothing without rows.
 
     Every column with a value is plotted over `step`: those named loss* together, each other one in a panel of its own,
-    flags as the share of steps so far in which they were set. None stands for no value. Rows of `step` alone make no
-    plot.
+    flags as the share of steps so far in which they were set. None stands for no value. One row makes no plot,
+    nor do rows of `step` alone.
     """
     if not rows:
         return
     _write_csv(Path(folder) / "trace.csv", rows)
     panels = _panels(rows)
-    if panels:
+    if panels and len(rows) > 1:
         _plot_trace(Path(folder) / "trace.png", rows, panels)
 
 

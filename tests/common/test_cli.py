@@ -160,6 +160,14 @@ def test_help_shows_defaults_docstrings_and_percent_signs(capsys: pytest.Capture
     assert "(default: off)" in text
 
 
+def test_help_shows_the_values_of_a_preset(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        parse(["--help"], prog="erase", description="", preset={"fraction": 0.25, "of_another": 1}, options=Options)
+    text = capsys.readouterr().out
+    assert "(default: 0.25)" in text
+    assert "(default: 0.0005)" not in text
+
+
 def test_a_type_that_cannot_be_typed_in_is_the_programmers_error():
     @dataclass(frozen=True)
     class Odd:
@@ -172,6 +180,12 @@ def test_a_type_that_cannot_be_typed_in_is_the_programmers_error():
 def test_peek_reads_one_option_among_unknown_ones():
     assert peek(["--concept", "cat", "--method", "esd", "--eta", "1"], "method", "scissorhands") == "esd"
     assert peek(["--concept", "cat"], "method", "scissorhands") == "scissorhands"
+
+
+def test_peek_knows_the_other_names_of_an_option():
+    words = ["--concept", "cat", "--pretrained-model-name-or-path", "pocket"]
+    assert peek(words, "model", None, ("pretrained_model_name_or_path",)) == "pocket"
+    assert peek(words, "preset") is None
 
 
 def test_what_was_given_wins_over_the_preset_and_that_over_the_default():

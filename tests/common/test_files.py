@@ -2,14 +2,18 @@
 
 import os
 import re
+import stat
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import erase_sd
 from erase_sd import api
@@ -18,6 +22,36 @@ from erase_sd.common.files import digest, file_digest, new_folder, slug, write_a
 from erase_sd.common.rng import generator
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def test_an_error_of_the_disk_names_the_place(tmp_path: Path):
+    for error in (
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(28, "No space left on device"),
+    ):
+        with pytest.raises(OSError, match="unet") as raised, new_folder(tmp_path / "unet"):
+            raise error
+        assert raised.value.errno == 28
+        assert raised.value.filename == str(tmp_path / "unet")
+    with pytest.raises(SafetensorError, match="header"), new_folder(tmp_path / "unet"):
+        raise SafetensorError("header too large")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def group_readable() -> Iterator[None]:
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("group_readable")
+def test_what_safetensors_writes_follows_the_umask(tmp_path: Path):
+    with new_folder(tmp_path / "unet") as folder:
+        save_file({"x": torch.zeros(2)}, folder / "x.safetensors")
+    write_atomic(tmp_path / "run.json", "{}")
+    for file in (tmp_path / "unet/x.safetensors", tmp_path / "run.json"):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o640, file
 
 
 def test_generators_depend_on_seed_and_key_alone():

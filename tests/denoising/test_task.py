@@ -87,6 +87,8 @@ def test_the_denoising_losses_are_their_formulas(tiny_pipe: StableDiffusionPipel
         concept, anchor = (unet(x_t, b.t_f, **c).sample for c in (b.c_f, b.c_a))
         close(ours.predict(x_t, b.t_f, b.c_f), concept)
         close(ours.forget(b), ((concept - target) ** 2).mean())
+        empty = unet(x_t, b.t_f, **ours.empty_cond(len(x_t))).sample
+        close(ours.guided(b), ((8.5 * concept - 7.5 * empty - target) ** 2).mean())
         close(sum(ours.contrast(b)), ((concept - target) ** 2).mean() - ((anchor - target) ** 2).mean())
         close(ours.redirect(b), ((concept - anchor) ** 2).mean())
         x_t, v = noisy(tiny_pipe, b.z_r, b.noise_r, b.t_r)

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from erase_sd.common.errors import UserError
 from erase_sd.common.rng import generator
-from erase_sd.denoising.samples import Samples, subjects
+from erase_sd.denoising.samples import Samples, check_captions, subjects
 from erase_sd.denoising.task import DenoisingTask
 from erase_sd.methods.concept_ablation import ConceptAblation
 from erase_sd.methods.esd import ESD
 from erase_sd.methods.uce import UCE
+from erase_sd.models.parameters import select
 from erase_sd.plan import make
 from erase_sd.settings import TaskSettings
+from prompts import Example
 from tests.conftest import byte_tokenizer
 
 N, L, D = 4, 77, 32
@@ -167,7 +169,7 @@ def test_uce_with_nothing_to_preserve_gives_the_concept_the_anchors_answers(
 
 def test_uce_needs_cross_attention(tiny_pipe: StableDiffusionPipeline) -> None:
     with pytest.raises(UserError, match="--train_scope"):
-        list(UCE()(task(tiny_pipe, train_scope="selfattn")))
+        UCE().check_network(tiny_pipe.unet, select(tiny_pipe.unet, "selfattn"))
     with pytest.raises(UserError, match="--lam 0 leaves"):
         UCE(lam=0.0)
     with pytest.raises(UserError, match="--erase_scale -1"):
@@ -196,4 +198,5 @@ def test_the_place_where_the_concept_ends(caption: str, anchor: str, at: tuple[i
 
 def test_a_caption_without_a_concept() -> None:
     with pytest.raises(UserError, match="'a dog' says no more than its anchor 'a dog'"):
-        subjects(byte_tokenizer(), ["a dog"], ["a dog"])
+        check_captions(byte_tokenizer(), [Example("a dog", "a dog", "a dog")])
+    assert subjects(byte_tokenizer(), ["a dog"], ["a dog"]) is None

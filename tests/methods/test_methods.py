@@ -157,6 +157,21 @@ def test_the_released_mask_leaks_weight_decay():
     assert torch.allclose(after[~salient(Toy(), 6)], before[~salient(Toy(), 6)] * (1 - 0.1 * 0.1) ** STEPS)
 
 
+class Guided(Toy):
+    """Another loss under guidance than L_f, so that a mask says which one it was measured on."""
+
+    def guided(self, batch: dict[str, Tensor]) -> Tensor:
+        return self._loss(batch["r"], 1)
+
+    def forget(self, batch: dict[str, Tensor]) -> Tensor:
+        raise AssertionError("the released saliency is that of the guided loss")
+
+
+def test_the_released_mask_is_measured_under_guidance():
+    steps = list(SalUn(**COMMON, mask_fraction=0.4, mask_mode="released")(Guided()))
+    assert steps[-1][0]["step"] == COMMON["steps"] - 1
+
+
 @pytest.mark.parametrize("method", [*(m for m, _ in FORMULAS), SalUn(**COMMON, mask_fraction=0.4)], ids=name)
 def test_resumed_equals_uninterrupted(method: Descent):
     method = dataclasses.replace(method, momentum=0.9)

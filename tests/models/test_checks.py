@@ -2,14 +2,20 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from diffusers import UNet2DConditionModel
+import torch
+from accelerate import cpu_offload
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from erase_sd.common.errors import UserError
-from erase_sd.models.pipeline import load
+from erase_sd.models.checks import check_editable
+from erase_sd.models.pipeline import load, load_network
+from erase_sd.run.record import weights_hash
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -95,6 +101,75 @@ def test_partial_weights(model: Path, file: str, name: str) -> None:
     save_file(weights, model / file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"no value for {name}"):
         load(str(model))
+
+
+def as_variant(model: Path, *files: str) -> None:
+    """Give files the names that save_pretrained(variant="fp16") gives them, and their precision."""
+    for file in files:
+        weights = {name: tensor.half() for name, tensor in load_file(model / file).items()}
+        save_file(weights, str(model / file).replace(".safetensors", ".fp16.safetensors"), metadata={"format": "pt"})
+        (model / file).unlink()
+
+
+ENCODER_FILE = "text_encoder/model.safetensors"
+VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("files", [(UNET_FILE, VAE_FILE, ENCODER_FILE), (UNET_FILE,)], ids=["all", "the unet"])
+def test_a_variant_is_found_where_there_is_nothing_else(model: Path, tiny_pipe, files: tuple[str, ...]) -> None:
+    as_variant(model, *files)
+    found = load(str(model)).unet.state_dict()
+    for name, x in tiny_pipe.unet.state_dict().items():
+        assert torch.equal(found[name], x.half().float()), name
+
+
+def test_a_variant_of_a_network_is_found(model: Path, tiny_pipe) -> None:
+    as_variant(model, UNET_FILE)
+    assert load_network(str(model), "unet", torch.float32).dtype == torch.float32
+
+
+def test_a_variant_beside_whole_files_is_left_alone(model: Path, tiny_pipe) -> None:
+    shutil.copy(model / UNET_FILE, model / "unet/diffusion_pytorch_model.fp16.safetensors")
+    (model / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not read")
+    assert weights_hash(load(str(model)).unet) == weights_hash(tiny_pipe.unet)
+
+
+def compiled(pipe: StableDiffusionPipeline) -> None:
+    pipe.unet = torch.compile(pipe.unet)
+
+
+def compiled_in_place(pipe: StableDiffusionPipeline) -> None:
+    pipe.unet.compile()
+
+
+def with_adapter(pipe: StableDiffusionPipeline) -> None:
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+
+
+def offloaded(pipe: StableDiffusionPipeline) -> None:
+    pipe.text_encoder = cpu_offload(pipe.text_encoder, torch.device("cpu"))
+
+
+def of_two_dtypes(pipe: StableDiffusionPipeline) -> None:
+    pipe.text_encoder.to(torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (compiled, "the unet is compiled"),
+        (compiled_in_place, "the unet is compiled"),
+        (with_adapter, r"the unet carries a LoRA \(.*lora_A"),
+        (offloaded, "the text_encoder is offloaded layer by layer"),
+        (of_two_dtypes, "float32 and a text_encoder in float16|a text_encoder in float16 and"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_pipeline_that_cannot_be_edited_is_refused(tiny_pipe, change: Callable, message: str) -> None:
+    check_editable(tiny_pipe)
+    change(tiny_pipe)
+    with pytest.raises(UserError, match=message):
+        check_editable(tiny_pipe)
 
 
 def test_text_encoder_of_an_older_transformers(model: Path) -> None:

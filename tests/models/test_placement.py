@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
@@ -34,6 +35,7 @@ QUICK = {
     "checkpointing_steps": 1,
 }
 QUICK |= {"forget_images": 2, "retain_images": 2, "sample_steps": 2, "picture_steps": 2}
+FINETUNE = {"steps", "lr", "batch_size", "forget_images", "retain_images", "sample_steps", "picture_steps"}
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 CPU = torch.device("cpu")
 
@@ -43,6 +45,28 @@ def _fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_hooks_that_offload_are_off_meanwhile_and_back_afterwards(tiny_pipe: StableDiffusionPipeline) -> None:
+    part = tiny_pipe.unet
+    _, hook = cpu_offload_with_hook(part, CPU)
+    with pytest.raises(KeyboardInterrupt), placed([part, tiny_pipe.vae], CPU):
+        assert not hasattr(part, "_hf_hook")
+        raise KeyboardInterrupt
+    assert part._hf_hook is hook.hook
+
+
+def test_a_pipeline_with_model_offload_is_erased_from_and_keeps_it(
+    tiny_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, hook = cpu_offload_with_hook(tiny_pipe.unet, CPU)
+    tiny_pipe._all_hooks = [hook]
+    monkeypatch.setattr(tiny_pipe, "enable_model_cpu_offload", lambda **_: pytest.fail("hooks came back on the way"))
+    before = weights_hash(tiny_pipe.unet)
+    erase(tiny_pipe, "cat", "finetune", **{name: value for name, value in QUICK.items() if name in FINETUNE})
+    assert weights_hash(tiny_pipe.unet) != before
+    assert tiny_pipe.unet._hf_hook is hook.hook
+    assert tiny_pipe._all_hooks == [hook]
 
 
 def gradients(unet: nn.Module) -> tuple[dict[str, Tensor], int]:

@@ -20,6 +20,13 @@ def test_a_first_try_that_failed_does_not_keep_its_folder(tmp_path: Path) -> Non
         pass
 
 
+def test_what_a_tracker_wrote_does_not_keep_it_either(tmp_path: Path) -> None:
+    failed(tmp_path / "run")
+    (tmp_path / "run" / "logs" / "erase-sd").mkdir(parents=True)
+    with RunFolder(tmp_path / "run", {"lr": 0.1}):
+        pass
+
+
 def test_a_failed_run_with_work_in_it_keeps_its_folder(tmp_path: Path) -> None:
     failed(tmp_path / "run")
     (tmp_path / "run" / "checkpoints").mkdir()

@@ -110,9 +110,15 @@ def test_trace(tmp_path: Path) -> None:
     assert is_picture(tmp_path / "trace.png")
 
 
-def test_trace_of_one_step_without_objective(tmp_path: Path) -> None:
-    write_trace(tmp_path, [TRACE[0] | {"loss_o": None}])
+def test_trace_of_steps_without_objective(tmp_path: Path) -> None:
+    write_trace(tmp_path, [row | {"loss_o": None} for row in TRACE[:2]])
     assert is_picture(tmp_path / "trace.png")
+
+
+def test_one_step_is_a_row_and_no_plot_of_one_dot(tmp_path: Path) -> None:
+    write_trace(tmp_path, [TRACE[0]])
+    assert len((tmp_path / "trace.csv").read_text().splitlines()) == 2
+    assert not (tmp_path / "trace.png").exists()
 
 
 def test_trace_of_any_record(tmp_path: Path) -> None:
