@@ -16,6 +16,8 @@ from classification.metrics.relearn import shown
 TITLES = {"retrain": "Retrain", "ft": "FT", "ga": "GA", "iu": "IU", "be": "BE", "bs": "BS", "salun": "SalUn"}
 TITLES |= {
     "nothing": "nothing done",
+    "badt": "BadT",
+    "lotus": "LoTUS",
     "neggrad+": "NegGrad+",
     "scrub": "SCRUB",
     "ssd": "SSD",

@@ -100,9 +100,9 @@ def network(dataset: Dataset, recipe: ClassifierTraining, seed: int, empty: bool
     )
 
 
-def lasting(method: Any, epochs: float, task: ClassificationTask, name: str) -> Any:
-    """Return the method with as many steps as walk so often through the forget or the retain set, one at least."""
-    return replace(method, steps=max(1, math.ceil(epochs * task.epoch(name))))
+def lasting(method: Any, epochs: float, task: ClassificationTask, name: str, share: float = 1.0) -> Any:
+    """Return the method with as many steps as walk so often through a set, see `task.epoch`; one at least."""
+    return replace(method, steps=max(1, math.ceil(epochs * task.epoch(name, share))))
 
 
 def unlearn(plan: ClassifierPlan, accel: Accelerator) -> dict[str, Any]:
@@ -120,9 +120,10 @@ def unlearn(plan: ClassifierPlan, accel: Accelerator) -> dict[str, Any]:
         model = restore(network(parts.dataset, recipe, job.train_seed, empty=True), original)
         config["raw"] = file_digest(original / WEIGHTS)
     task = ClassificationTask(model, parts.dataset, parts.forget, parts.retain, plan.losses, job.seed, accel)
+    task.unseen = parts.val
     method = plan.method
     if job.epochs is not None:
-        method = lasting(method, job.epochs, task, plan.walked())
+        method = lasting(method, job.epochs, task, plan.walked(), plan.retain_share())
 
     def measure(trace: list[dict]) -> dict[str, Any]:
         return {"scores": scores(task.model, parts, accel.device, plan.scoring), "acted": acted(method, task, trace)}
