@@ -166,6 +166,7 @@ def farthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
         (unlearn, "--preset ours", "unknown preset 'ours': scissorhands has paper"),
         (unlearn, "--dataset svhn --method scrub", "scrub has no values for svhn: search (python -m"),
         (unlearn, "--dataset svhn --method scrub --lr 0.1", "or give --preset fashion, digits"),
+        (unlearn, "--mia_features colour", "--mia_features colour is unknown: choose among confidence"),
         (unlearn, "--mia_cap 0", "--mia_cap 0 is too small"),
         (unlearn, "--dataset imagenet", "'imagenet' is not one of fashion, digits"),
         (unlearn, "--batch_norm sometimes", "'sometimes' is not one of train, eval"),
