@@ -60,7 +60,8 @@ def acts(method: Any, task: ClassificationTask, record: dict) -> bool:
     """Return whether the forget set was part of the update of this step, as its record tells."""
     step = record["step"]
     if isinstance(method, ClassifierScissorhands):
-        return record["c"] > 0 or record.get("joint", False)
+        apart = (method.objective, method.constraint) != ("ascent", "forget")  # then its loss is not in c
+        return record["c"] > 0 or apart or record.get("joint", False)
     if isinstance(method, Scrub):
         return method.is_max(step, task.epoch("forget"), task.epoch("retain"))
     if isinstance(method, ClassifierSalUn) and method.walk == "turns":
