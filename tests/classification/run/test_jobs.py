@@ -150,6 +150,20 @@ def test_a_network_of_another_recipe_is_unlearned(run, tmp_path: Path):
     assert retrained["config"]["model"] == "smallresnet"
 
 
+def test_what_unlearned_already_unlearns_again(run, tmp_path: Path):
+    first = run(method="ga", steps=1, raw=raw(tmp_path, model="smallresnet"))
+    second = run(method="ft", steps=1, lr=0.1, raw=first["folder"])
+    assert second["raw_folder"] == first["folder"]
+    assert load_file(Path(second["folder"]) / "model.safetensors").keys() >= {"layer2.0.bn1.weight"}
+
+
+def test_a_damaged_folder_is_a_user_error(run, tmp_path: Path):
+    folder = Path(raw(tmp_path))
+    (folder / "job.json").write_text("{")
+    with pytest.raises(UserError, match="job.json cannot be read"):
+        run(method="ga", steps=1, raw=str(folder))
+
+
 def test_weights_to_start_from_are_not_asked_for_again(run, tmp_path: Path):
     folder = Path(raw(tmp_path))
     config = json.loads((folder / "job.json").read_text()) | {"weights": "/nowhere/resnet34.pth"}
