@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +25,13 @@ from classification.data.dataset import Images
 from classification.data.partition import partition
 from classification.methods import METHODS
 from classification.metrics.accuracy import logits
+from classification.metrics.distance import distance
 from classification.metrics.lira import attack
 from classification.plan import make
 from classification.reporting import figures
 from classification.reporting.tables import ScoreRecord, TableRow, as_csv, as_markdown, of_paper, row, verdict
 from classification.run.jobs import network, recipe_of, run_all
-from classification.run.measure import RELEARN, measured
+from classification.run.measure import RELEARN, forget_logits, measured
 from erase_sd.common.cli import command, knob, run_main
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import write_atomic
@@ -37,10 +39,11 @@ from erase_sd.common.files import write_atomic
 AGAIN = "retrain again"
 OWN_INIT = {"retrain": 100, AGAIN: 200}  # added to the seed, so that no Retrain starts where the raw network did
 LEGEND = """Percent, mean ± sample standard deviation over {seeds} seeds. Avg. Gap: mean absolute difference of the
-means to Retrain's over the four columns before it; paired gap: the same of each seed to its own Retrain. RTE: wall
-time as a share of Retrain's. Relearn: median epochs of SGD (lr {lr:g}, batches of {batch_size}) on the forget set
-until the original model's accuracy on it is back. Acted in: steps whose update the forget set was part of; projected
-in: steps in which a projection changed the gradient.
+means to Retrain's over the four columns before it; paired gap: the same of each seed to its own Retrain. ToW: product
+of 1 - difference to Retrain's over the accuracies. JS: Jensen-Shannon divergence of the answers on the forget set from
+Retrain's, in nats. RTE: wall time as a share of Retrain's. Relearn: median epochs of SGD (lr {lr:g}, batches of
+{batch_size}) on the forget set until the original model's accuracy on it is back. Acted in: steps whose update the
+forget set was part of; projected in: steps in which a projection changed the gradient.
 """
 PAPER = """Table {table} of arXiv 2401.06187 by its protocol, its numbers in parentheses; from the paper: mean absolute
 difference of a row's four means to the paper's.
@@ -272,8 +275,17 @@ def results(options: ClassifierBenchmark) -> list[TableRow]:
         if shadows and name != "retrain":
             rates = attacked(shadows[forget, name], shadows[forget, "retrain"])
         theirs = of_paper(options.dataset, forget).get(name)
-        rows.append(row(name, forget, runs, runs_of[forget, "retrain"], attack=rates, paper=theirs))
+        retrain = runs_of[forget, "retrain"]
+        rows.append(row(name, forget, runs, retrain, js=divergence(runs, retrain), attack=rates, paper=theirs))
     return rows
+
+
+def divergence(runs: list[ScoreRecord], retrain: list[ScoreRecord]) -> float:
+    """Return the mean Jensen-Shannon divergence, in nats, of the runs' answers on D_f from their Retrains'."""
+    found = []
+    for run, its_retrain in zip(runs, retrain, strict=True):
+        found.append(distance(forget_logits(run), forget_logits(its_retrain)).js)
+    return mean(found)
 
 
 def _records(

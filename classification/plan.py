@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any, Literal, NamedTuple
 
 from classification.methods import FORGET_WALKERS, METHODS
+from classification.methods.badteacher import BadTeacher
+from classification.methods.lotus import Lotus
 from classification.methods.salun import ClassifierSalUn
 from classification.presets import PRESETS, TRAINING, TUNED
 from classification.settings import ClassifierSettings, Data, Scoring
@@ -69,7 +71,13 @@ class ClassifierPlan(NamedTuple):
         """Return what an epoch of the method walks through, as `ClassificationTask.epoch` knows it."""
         if isinstance(self.method, ClassifierSalUn) and self.method.walk != "pairs":
             return self.method.walk
+        if isinstance(self.method, BadTeacher | Lotus):
+            return "joint"
         return "forget" if self.job.method in FORGET_WALKERS else "retain"
+
+    def retain_share(self) -> float:
+        """Return the share of the retain set that an epoch of the method walks through."""
+        return self.method.retain_share if isinstance(self.method, BadTeacher | Lotus) else 1.0
 
 
 def groups(method: str) -> dict[str, type]:
@@ -102,12 +110,13 @@ def make(**given: Any) -> ClassifierPlan:
     if not given.get("preset"):
         kind = given.get("forget", Data.forget).partition(":")[0]
         values |= TUNED.get(dataset, {}).get(kind, {}).get(method, {})
-    if not values:
-        _check_given(method, dataset, given)
     given["preset"] = preset
     if "steps" in given:
         given["epochs"] = None
-    return ClassifierPlan(*assemble(classes.values(), values, given))
+    plan = ClassifierPlan(*assemble(classes.values(), values, given))
+    if not values:
+        _check_given(method, dataset, given)
+    return plan
 
 
 def _check_given(method: str, dataset: str, given: dict[str, Any]) -> None:

@@ -56,6 +56,8 @@ RELEASED = {  # Scissorhands in the released classification code
 FACES = {**SGD, "epochs": 5, "batch_size": 8}
 TEN = {**SGD, "epochs": 10, "batch_size": 256}
 SMALL_SETS = {**SGD, "epochs": 5, "batch_size": 128}  # fashion; what a search found comes on top, see tuned.json
+BADT = {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.0, "epochs": 1, "batch_size": 256}
+LOTUS = {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 5e-4, "epochs": 10, "batch_size": 128}
 SALUN = TEN | {"lr": 5e-3, "mask_mode": "gradient", "relabel": "any"}
 
 
@@ -128,6 +130,18 @@ PRESETS: dict[str, dict[str, dict]] = {
     "ssd": {
         "fashion": {"alpha": 10.0, "lam": 1.0, "batch_size": 128},
         "digits": {"alpha": 10.0, "lam": 1.0, "batch_size": 64},
+    },
+    "badt": {
+        "authors/cifar10": BADT,
+        "authors/cifar100": BADT,
+        "fashion": BADT | {"batch_size": 128},
+        "digits": BADT | {"batch_size": 64},
+    },
+    "lotus": {  # no released value of the batch is known here
+        "authors/cifar10": LOTUS | {"alpha": 8.0},
+        "authors/cifar100": LOTUS,
+        "fashion": LOTUS,
+        "digits": LOTUS | {"batch_size": 64},
     },
     "scissorhands": {
         # Algorithm 1 to the letter: signed Eq. 2 of one batch over all weights, ascent, projection at each step. The

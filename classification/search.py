@@ -46,6 +46,8 @@ SPACES: dict[str, dict[str, Log | tuple]] = {
     "neggrad+": {"lr": Log(1e-3, 1e-1), "alpha": (0.8, 0.9, 0.95, 0.99, 0.999), "epochs": EPOCHS},
     "scrub": {"lr": Log(1e-3, 0.3), "max_epochs": (1, 2, 3), "alpha": (0.05, 0.5, 1.0), "epochs": EPOCHS},
     "ssd": {"alpha": Log(1, 100), "lam": Log(0.1, 1)},
+    "badt": {"lr": Log(1e-5, 1e-2), "retain_share": (0.3, 1.0), "epochs": EPOCHS},
+    "lotus": {"lr": Log(1e-5, 1e-2), "alpha": Log(0.5, 32), "epochs": EPOCHS},
     "scissorhands": {"lr": Log(1e-3, 1e-1), "fraction": Log(1e-3, 1e-1), "lam": Log(3e-3, 0.3), "epochs": EPOCHS}
     | {"release_at": Log(0.02, 10)},
 }

@@ -42,6 +42,9 @@ class ClassifierSettings:
             raise UserError(f"--batch_size {self.batch_size} is too small: give 1 or more")
 
 
+MIA_FEATURES = ("confidence", "correctness", "entropy", "m_entropy", "prob")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
     """How membership inference is measured."""
@@ -49,9 +52,15 @@ class Scoring:
     mia_shadow: Literal["random", "first"] = knob(
         "random", "examples that the SVC attack learns from: drawn, or the first of each set (released code)"
     )
+    mia_features: tuple[str, ...] = knob(
+        ("confidence",), f"what the attack sees of an answer, of {', '.join(MIA_FEATURES)}; the first is the tables'"
+    )
     mia_cap: int | None = knob(5000, "most of them of each kind, none for all (released code); its cost is quadratic")
 
     def __post_init__(self) -> None:
-        """Raise UserError for an attack that learns from nothing."""
+        """Raise UserError for an attack that learns from nothing, or from what nobody measures."""
+        for name in self.mia_features:
+            if name not in MIA_FEATURES:
+                raise UserError(f"--mia_features {name} is unknown: choose among {', '.join(MIA_FEATURES)}")
         if self.mia_cap is not None and self.mia_cap < 1:
             raise UserError(f"--mia_cap {self.mia_cap} is too small: give 1 or more, or none for all")

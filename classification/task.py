@@ -57,6 +57,7 @@ class ClassificationTask:
         self.settings = settings
         self.seed = seed
         self.accelerator = accelerator
+        self.unseen: Images | None = None  # examples that the original model was not trained on, for who compares
         self._original: nn.Module | None = None
         self.samples = {"forward": 0, "backward passes": 0}  # work done, whatever the machine
         self._before = copy.deepcopy(self.model.state_dict())
@@ -105,9 +106,9 @@ class ClassificationTask:
 
         return ClassifierBatch(samples_of)
 
-    def join(self) -> None:
-        """Make the walk through both sets mixed: it holds its own copy of the pixels."""
-        forget, retain = self.walks["forget"].images, self.walks["retain"].images
+    def join(self, share: float = 1.0) -> None:
+        """Make the walk through both sets mixed, of the retain set a share: it holds its own copy of the pixels."""
+        forget, retain = self.walks["forget"].images, self.walks["retain"].part(share).images
         both = Images(
             pixels=torch.cat([forget.pixels, retain.pixels]),
             labels=torch.cat([forget.labels, retain.labels]),
@@ -139,15 +140,17 @@ class ClassificationTask:
 
         return ClassifierBatch(samples_of)
 
-    def epoch(self, name: str) -> int:
+    def epoch(self, name: str, share: float = 1.0) -> int:
         """Return the number of steps in which a set is walked through once.
 
-        `name` is "forget", "retain", "joint" for both mixed or "turns" for one after the other.
+        `name` is "forget", "retain", "turns" for one after the other or "joint" for both mixed, of the retain set a
+        share in (0, 1].
         """
         if name == "turns":
             return self.epoch("forget") + self.epoch("retain")
-        sets = ("forget", "retain") if name == "joint" else (name,)
-        n = sum(len(self.walks[part].images) for part in sets)
+        n = len(self.walks["forget" if name == "joint" else name].images)
+        if name == "joint":
+            n += part_size(len(self.walks["retain"].images), share)
         return -(-n // self.settings.batch_size)
 
     def clean(self, name: str, rows: Tensor) -> LabelledSamples:
@@ -237,6 +240,11 @@ class ClassificationTask:
 DRAWS = 4  # uniform numbers per sample of an epoch: one for its other label, three for its augmentation
 
 
+def part_size(n: int, share: float) -> int:
+    """Return how many of n examples a share in (0, 1] of them is: one at least."""
+    return max(1, round(share * n))
+
+
 class LabelledSamples(NamedTuple):
     """This rank's slice of one set: pixels (n, C, H, W) in [0, 1], labels (n,), other labels (n,) for redirect."""
 
@@ -313,7 +321,7 @@ class EpochSampler:
         if share == 1:
             return self
         n = len(self.images)
-        rows = torch.randperm(n, generator=generator(self.seed, "part", self.name))[: max(1, round(share * n))]
+        rows = torch.randperm(n, generator=generator(self.seed, "part", self.name))[: part_size(n, share)]
         return EpochSampler(self.images.take(rows), self.dataset, self.name, self.seed, any_label=self.least == 0)
 
     def clean(self, rows: Tensor) -> LabelledSamples:

@@ -59,7 +59,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "classification.data": {"erase_sd.common", "classification.settings"},
     "classification.metrics": {"erase_sd.common", "classification.data", "classification.settings"},
     "classification.task": {"erase_sd.common", "erase_sd.core", "classification.settings", "classification.data"},
-    "classification.methods": {"erase_sd.common", "erase_sd.core", "erase_sd.methods", "classification.task"},
+    "classification.methods": {
+        *("erase_sd.common", "erase_sd.core", "erase_sd.methods", "classification.data", "classification.task"),
+    },
     "classification.plan": {
         *("erase_sd.common", "erase_sd.core", "erase_sd.methods"),
         *("classification.settings", "classification.presets", "classification.methods"),

@@ -10,6 +10,8 @@ salun          SalUn, with the walks of its released classification code
 sparse         l1-sparse fine-tuning
 neggrad        NegGrad+: ascent on the forget set, descent on the retain set
 scrub          SCRUB: a student and its teacher
+badteacher     BadT: an untrained teacher on the forget set
+lotus          LoTUS: the teacher's answers on the forget set, made uncertain
 dampening      SSD: selective synaptic dampening
 
 FT and GA are those of `erase_sd.methods`.
@@ -17,9 +19,11 @@ FT and GA are those of `erase_sd.methods`.
 
 from typing import Any
 
+from classification.methods.badteacher import BadTeacher
 from classification.methods.dampening import Dampening
 from classification.methods.expanding import BoundaryExpanding
 from classification.methods.influence import Influence
+from classification.methods.lotus import Lotus
 from classification.methods.neggrad import NegGradPlus
 from classification.methods.nothing import Nothing
 from classification.methods.retrain import Retrain
@@ -45,6 +49,8 @@ METHODS = {
     "neggrad+": NegGradPlus,
     "scrub": Scrub,
     "ssd": Dampening,
+    "badt": BadTeacher,
+    "lotus": Lotus,
     "scissorhands": ClassifierScissorhands,
 }
 FORGET_WALKERS = {"ga", "be", "bs"}  # an epoch of these is a walk through the forget set
@@ -54,7 +60,8 @@ def acts(method: Any, task: ClassificationTask, record: dict) -> bool:
     """Return whether the forget set was part of the update of this step, as its record tells."""
     step = record["step"]
     if isinstance(method, ClassifierScissorhands):
-        return record["c"] > 0 or record.get("joint", False)
+        apart = (method.objective, method.constraint) != ("ascent", "forget")  # then its loss is not in c
+        return record["c"] > 0 or apart or record.get("joint", False)
     if isinstance(method, Scrub):
         return method.is_max(step, task.epoch("forget"), task.epoch("retain"))
     if isinstance(method, ClassifierSalUn) and method.walk == "turns":

@@ -15,7 +15,7 @@ def scores(model: nn.Module, parts: Parts, device: torch.device, scoring: Scorin
     """Return accuracies in [0, 1] on D_f, D_r, D_t and validation, and the share of D_f that is taken for unseen.
 
     `mia` is that share by the SVC attack with test examples for non-members, `mia_val` with validation examples: what
-    a search may look at.
+    a search may look at. Features besides the confidence that are asked for come as `mia_entropy` and so on.
     """
     sets = {"acc_f": parts.forget, "acc_r": parts.retain, "acc_t": parts.test, "acc_val": parts.val}
     outputs = {}
@@ -25,7 +25,13 @@ def scores(model: nn.Module, parts: Parts, device: torch.device, scoring: Scorin
         found[name] = accuracy(outputs[name].logits, images.labels)
     for name, others in (("mia", "acc_t"), ("mia_val", "acc_val")):
         attack = svc_attack(
-            outputs["acc_r"], outputs[others], outputs["acc_f"], shadow=scoring.mia_shadow, cap=scoring.mia_cap
+            outputs["acc_r"],
+            outputs[others],
+            outputs["acc_f"],
+            features=tuple(dict.fromkeys(("confidence", *scoring.mia_features))),
+            shadow=scoring.mia_shadow,
+            cap=scoring.mia_cap,
         )
-        found[name] = attack["confidence"]
+        for feature, share in attack.items():
+            found[name if feature == "confidence" else f"{name}_{feature}"] = share
     return found

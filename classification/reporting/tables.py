@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from statistics import mean, median, stdev
 from typing import Any
 
-from classification.metrics.gap import AXES, avg_gap, paper, rte
+from classification.metrics.gap import AXES, avg_gap, paper, rte, tow
 from classification.metrics.relearn import shown
 
 TITLES = {"retrain": "Retrain", "ft": "FT", "ga": "GA", "iu": "IU", "be": "BE", "bs": "BS", "salun": "SalUn"}
 TITLES |= {
     "nothing": "nothing done",
+    "badt": "BadT",
+    "lotus": "LoTUS",
     "neggrad+": "NegGrad+",
     "scrub": "SCRUB",
     "ssd": "SSD",
@@ -42,6 +44,8 @@ class TableRow:
     relearn: str  # median epochs
     acted: str  # in how many of its steps the forget set was part of the update, "6 of 90"; empty if nobody counted
     projected: str  # in how many a projection bit; empty where there is none
+    tow: float  # tug of war of the means, in [0, 1]
+    js: float | None  # mean Jensen-Shannon divergence of D_f's answers from the same seed's Retrain, in nats
     attack: dict[str, float]  # U-LiRA's auc and tpr in [0, 1]; empty if it was not asked for
     paper: dict[str, float]  # the paper's numbers by the same names, with "_std"; empty where it has none
 
@@ -52,6 +56,7 @@ def row(
     runs: Sequence[ScoreRecord],
     retrain: Sequence[ScoreRecord],
     *,
+    js: float | None = None,
     attack: dict[str, float] | None = None,
     paper: dict[str, float] | None = None,
 ) -> TableRow:
@@ -79,6 +84,8 @@ def row(
         relearn=relearned(runs),
         acted=counted(runs, "forget"),
         projected=counted(runs, "projected") if name == "scissorhands" else "",
+        tow=tow(means, target, full=100),
+        js=js,
         attack=attack or {},
         paper=paper or {},
     )
@@ -143,6 +150,8 @@ def _flat(row: TableRow) -> dict[str, Any]:
     cells["avg_gap"] = _number(row.avg_gap)
     cells["paired_gap"] = _number(mean(row.gaps))
     cells["paired_gap_std"] = _number(spread(row.gaps))
+    cells["tow"] = _number(row.tow)
+    cells["js"] = _number(row.js)
     cells["rte"] = _number(row.rte)
     cells["relearn_epochs"] = row.relearn
     cells["acted"] = row.acted
@@ -195,6 +204,8 @@ def _cells(row: TableRow) -> dict[str, str]:
     if "avg_gap" in row.paper:
         cells["Avg. Gap"] += f" (paper: {row.paper['avg_gap']:.2f})"
     cells["paired gap"] = _pm(mean(row.gaps), spread(row.gaps))
+    cells["ToW"] = f"{row.tow:.3f}"
+    cells["JS"] = "" if row.js is None else f"{row.js:.3f}"
     cells["RTE"] = "" if row.rte is None else f"{row.rte:.3f}"
     cells["from the paper"] = f"{distance(row):.2f}" if row.paper else ""
     cells["relearn"] = row.relearn

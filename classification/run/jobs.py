@@ -67,23 +67,35 @@ def raw_run(data: Data, recipe: ClassifierTraining, seed: int, root: Path) -> tu
 def recipe_of(data: Data, raw: str | None) -> ClassifierTraining:
     """Return how the original model was trained: as its folder tells, by the data set's recipe where it does not.
 
-    Raises UserError for a folder of other data, or of another validation split, whose forget set it never saw.
+    The folder may be that of a run that unlearned already: then its own original model's counts. Raises UserError for
+    a folder of other data, or of another validation split, whose forget set it never saw, and for a damaged one.
     """
     file = Path(raw or "") / CONFIG
     if raw is None or not file.is_file():
         return training(data.dataset)
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if config.get("dataset") != data.dataset or config.get("data_digest") != fingerprint_of(data):
+    config = _read(file)
+    known = config.get("data_digest", fingerprint_of(data))  # older folders do not say
+    if config.get("dataset") != data.dataset or known != fingerprint_of(data):
         raise UserError(f"--raw {raw} was trained on other data ({config.get('dataset')}): give its own --dataset")
     if config["split_seed"] != data.split_seed and not data.authors_split:
         raise UserError(
             f"--raw {raw} never saw some of what is to be forgotten: give its --split_seed {config['split_seed']}"
         )
+    if "method" in config:
+        return recipe_of(data, _read(file.with_name("run.json"))["raw_folder"])
     values = {}
     for name in names(ClassifierTraining):
         value = config[name]
         values[name] = tuple(value) if isinstance(value, list) else value
     return filled(ClassifierTraining, values)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return the dict in a file of a run's folder. Raises UserError for a damaged or missing one."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}): give the folder of a finished run") from error
 
 
 def network(dataset: Dataset, recipe: ClassifierTraining, seed: int, empty: bool = False) -> nn.Module:
@@ -100,9 +112,9 @@ def network(dataset: Dataset, recipe: ClassifierTraining, seed: int, empty: bool
     )
 
 
-def lasting(method: Any, epochs: float, task: ClassificationTask, name: str) -> Any:
-    """Return the method with as many steps as walk so often through the forget or the retain set, one at least."""
-    return replace(method, steps=max(1, math.ceil(epochs * task.epoch(name))))
+def lasting(method: Any, epochs: float, task: ClassificationTask, name: str, share: float = 1.0) -> Any:
+    """Return the method with as many steps as walk so often through a set, see `task.epoch`; one at least."""
+    return replace(method, steps=max(1, math.ceil(epochs * task.epoch(name, share))))
 
 
 def unlearn(plan: ClassifierPlan, accel: Accelerator) -> dict[str, Any]:
@@ -120,9 +132,10 @@ def unlearn(plan: ClassifierPlan, accel: Accelerator) -> dict[str, Any]:
         model = restore(network(parts.dataset, recipe, job.train_seed, empty=True), original)
         config["raw"] = file_digest(original / WEIGHTS)
     task = ClassificationTask(model, parts.dataset, parts.forget, parts.retain, plan.losses, job.seed, accel)
+    task.unseen = parts.val
     method = plan.method
     if job.epochs is not None:
-        method = lasting(method, job.epochs, task, plan.walked())
+        method = lasting(method, job.epochs, task, plan.walked(), plan.retain_share())
 
     def measure(trace: list[dict]) -> dict[str, Any]:
         return {"scores": scores(task.model, parts, accel.device, plan.scoring), "acted": acted(method, task, trace)}

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from classification import ablation, benchmark, speed, train, unlearn
+from classification.methods import METHODS
 from classification.models.networks import build
 from classification.plan import make
 from erase_sd.common.cli import run_main
@@ -108,6 +109,10 @@ BY_METHOD: dict[str, dict] = {
 }
 BY_METHOD |= {
     "salun": {**FOUR, "method": "salun", "sensitivity_batches": 2},
+    "joint": {**FOUR, "method": "salun", "walk": "joint"},
+    "turns": {**FOUR, "method": "salun", "walk": "turns"},
+    "badt": {**FOUR, "method": "badt", "optimizer": "sgd", "lr": 0.01},
+    "lotus": {**FOUR, "method": "lotus", "optimizer": "sgd", "lr": 0.01},
     "scrub": {"steps": 4, "batch_size": 64, "method": "scrub"},  # two max steps, two min steps
     "iu": {"method": "iu", "samples": 6},
     "ssd": {"method": "ssd", "batch_size": 128},
@@ -163,6 +168,7 @@ def farthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
         (unlearn, "--preset ours", "unknown preset 'ours': scissorhands has paper"),
         (unlearn, "--dataset svhn --method scrub", "scrub has no values for svhn: search (python -m"),
         (unlearn, "--dataset svhn --method scrub --lr 0.1", "or give --preset fashion, digits"),
+        (unlearn, "--mia_features colour", "--mia_features colour is unknown: choose among confidence"),
         (unlearn, "--mia_cap 0", "--mia_cap 0 is too small"),
         (unlearn, "--dataset imagenet", "'imagenet' is not one of fashion, digits"),
         (unlearn, "--batch_norm sometimes", "'sometimes' is not one of train, eval"),
@@ -262,7 +268,7 @@ def test_every_job_of_the_tables_is_a_plan():
     """No run of a long table may find out that its options do not exist."""
     options = benchmark.ClassifierBenchmark()
     jobs = benchmark.jobs(options, options.runs())
-    assert len(jobs) == 2 * 14 * 5
+    assert len(jobs) == 2 * (len(METHODS) + 1) * 5  # a second Retrain
     for (forget, name, s), values in jobs.items():
         plan = make(**values)
         assert (plan.data.forget, plan.data.forget_seed, plan.job.train_seed) == (forget, s, s)

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.methods import METHODS
+from classification.data.dataset import Images
+from classification.methods import METHODS, badteacher, lotus
 from classification.methods.expanding import Widened
 from classification.plan import make
 from classification.task import ClassificationTask
@@ -233,6 +234,83 @@ def test_scrub_takes_max_and_min_steps_by_turns(tiny_task: MakeTask):
     same(play(method, task), plain.model, atol=1e-5)
 
 
+ADAM = {"optimizer": "adamw", "lr": 1e-2, "weight_decay": 0.1}
+
+
+def test_badt_follows_an_untrained_teacher_on_the_forget_set(tiny_task: MakeTask):
+    task, plain = tiny_task(augment="crop-flip"), tiny_task(augment="crop-flip")
+    knows = copy.deepcopy(plain.model).eval()
+    knows_nothing = badteacher.untrained(knows, 0)
+    assert not torch.isclose(knows.fc.weight, knows_nothing.fc.weight).any()
+    forget_pixels = plain.walks["forget"].images.pixels
+    plain.join(0.3)
+    optimizer = torch.optim.AdamW(plain.model.parameters(), lr=1e-2, weight_decay=0.1)
+    sizes = []
+    for epoch in range(2):
+        for x, y, other in one_pass(plain, "joint", "repair", epoch):
+            student = (plain.model(x) / 2).softmax(1)
+            loss = 0
+            for i in range(len(x)):
+                teacher = knows if other[i] == y[i] else knows_nothing
+                p = (teacher(x[i : i + 1]).detach()[0] / 2).softmax(0)
+                loss = loss + (p * (p.log() - student[i].log())).sum() / len(x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            sizes.append((len(x), int((other != y).sum())))
+    assert [n for n, _ in sizes] == [8, 8, 2] * 2  # 12 to forget, 6 of 21 to retain
+    assert sum(n for _, n in sizes[:3]) == len(forget_pixels)
+    method = METHODS["badt"](steps=6, retain_share=0.3, temperature=2.0, **ADAM)
+    same(play(method, task), plain.model, atol=1e-5)
+
+
+def hits(model: nn.Module, images: Images) -> float:
+    frozen = copy.deepcopy(model).eval()
+    return float((frozen(images.pixels / 255).argmax(1) == images.labels).double().mean())
+
+
+def test_lotus_teaches_draws_at_the_temperature_of_each_epoch(tiny_task: MakeTask):
+    task, plain = tiny_task(), tiny_task()
+    teacher = copy.deepcopy(plain.model).eval()
+    task.unseen = plain.walks["retain"].part(0.2).images
+    task.unseen = replace(task.unseen, labels=(teacher(task.unseen.pixels / 255).argmax(1) + 1) % 4)  # all wrong
+    aim = hits(teacher, task.unseen)
+    assert aim == 0
+    plain.join(0.3)
+    optimizer = torch.optim.AdamW(plain.model.parameters(), lr=1e-2, weight_decay=0.1)
+    step, taus = 0, []
+    for epoch in range(2):
+        tau = math.exp(2 * (hits(plain.model, plain.walks["forget"].images) - aim))
+        taus.append(tau)
+        for x, y, other in one_pass(plain, "joint", "repair", epoch):
+            noisy = teacher(x).detach() + lotus.gumbel(plain, step, len(x), 4)
+            wanted = F.one_hot(noisy.argmax(1), 4).float()
+            for i in (other != y).nonzero()[:, 0].tolist():
+                wanted[i] = (noisy[i] / tau).softmax(0)
+            loss = F.cross_entropy(plain.model(x), wanted)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+    assert len(set(taus)) == 2
+    same(play(METHODS["lotus"](steps=6, alpha=2.0, **ADAM), task), plain.model, atol=1e-5)
+
+
+def test_lotus_stops_where_the_forget_set_is_known_less_than_unseen_data(tiny_task: MakeTask):
+    task = tiny_task()
+    unseen = task.walks["retain"].images
+    task.unseen = replace(unseen, labels=copy.deepcopy(task.model).eval()(unseen.pixels / 255).argmax(1))
+    assert list(METHODS["lotus"](steps=6, **ADAM)(task)) == []
+
+
+def test_gumbel_noise_makes_draws_of_the_softmax(tiny_task: MakeTask):
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
+    n = 20_000
+    drawn = (logits + lotus.gumbel(tiny_task(), 3, n, 4)).argmax(1).bincount(minlength=4) / n
+    p = logits.softmax(0)
+    assert ((drawn - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()
+
+
 def flat_gradient(model: nn.Module, loss: Tensor) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
@@ -402,7 +480,7 @@ def test_saliency_on_a_share_of_the_forget_set_sees_no_other_example(tiny_task: 
         METHODS["scissorhands"](trim_share=0.0)
 
 
-RESUMED = {name: {"steps": STEPS, **SGD} for name in METHODS if name not in ("iu", "ssd")}
+RESUMED = {name: {"steps": STEPS, **SGD} for name in METHODS if name not in ("iu", "ssd", "nothing")}
 RESUMED |= {"iu": {"samples": 5}, "ssd": {"alpha": 1.0}}
 
 

@@ -42,10 +42,34 @@ def test_rte_is_paired_and_leaves_interrupted_runs_out():
     assert row("ft", "", RUNS, [r | {"resumed": True} for r in RETRAIN]).rte is None
 
 
+def test_tow_is_a_product_over_the_accuracies():
+    assert row("ft", "", RUNS, RETRAIN).tow == pytest.approx(0.99**3)  # 93-92, 93-94, 99-100
+
+
+def test_steps_that_acted_are_means_over_the_seeds():
+    first = RUNS[0] | {"acted": {"steps": 90, "forget": 6, "projected": 2}}
+    second = RUNS[1] | {"acted": {"steps": 90, "forget": 0, "projected": 0}}
+    found = row("scissorhands", "", [first, second], RETRAIN)
+    assert (found.acted, found.projected) == ("3 of 90", "1 of 90")
+    assert "| 3 of 90 | 1 of 90 |" in as_markdown([found])
+    assert row("ft", "", [first, second], RETRAIN).projected == ""  # it has none
+    assert row("ft", "", [first, RUNS[1]], RETRAIN).acted == ""  # an older run did not count
+
+
+def test_the_distance_to_the_paper_is_over_the_four_numbers():
+    theirs = of_paper("cifar10", "random:0.1")["scissorhands"]  # 95.40, 92.92, 98.93, 9.56
+    found = row("scissorhands", "random:0.1", RUNS, RETRAIN, paper=theirs)  # 93, 93, 99, 11
+    assert "| 1.00 |" in as_markdown([found])
+    (line,) = csv.DictReader(io.StringIO(as_csv([found])))
+    assert float(line["paper_distance"]) == pytest.approx((2.40 + 0.08 + 0.07 + 1.44) / 4)
+    (line,) = csv.DictReader(io.StringIO(as_csv([row("ft", "", RUNS, RETRAIN)])))
+    assert line["paper_distance"] == ""
+
+
 def test_one_seed_has_no_deviation():
     found = row("ft", "random:0.1", RUNS[:1], RETRAIN[:1])
     assert set(found.std.values()) == {None}
-    assert "| FT | 94.00 | 95.00 | 100.00 | 6.00 | 2.00 | 2.00 | 0.200 |" in as_markdown([found])
+    assert "| FT | 94.00 | 95.00 | 100.00 | 6.00 | 2.00 | 2.00 | 0.960 | 0.200 |" in as_markdown([found])
     (line,) = csv.DictReader(io.StringIO(as_csv([found])))
     assert line["acc_f"] == "94.0000"
     for column in ("acc_f_std", "relearn_epochs", "lira_auc"):

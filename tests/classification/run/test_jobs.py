@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from classification.data import partition
 from classification.data.dataset import Dataset, Images
 from classification.data.sources import load
+from classification.metrics.mia import FEATURES
 from classification.plan import make, training
 from classification.run import jobs
-from classification.settings import Data
+from classification.settings import MIA_FEATURES, Data
 from erase_sd.common.errors import UserError
 from erase_sd.common.processes import accelerator
 from erase_sd.methods.base import Method
@@ -149,6 +150,20 @@ def test_a_network_of_another_recipe_is_unlearned(run, tmp_path: Path):
     assert retrained["config"]["model"] == "smallresnet"
 
 
+def test_what_unlearned_already_unlearns_again(run, tmp_path: Path):
+    first = run(method="ga", steps=1, raw=raw(tmp_path, model="smallresnet"))
+    second = run(method="ft", steps=1, lr=0.1, raw=first["folder"])
+    assert second["raw_folder"] == first["folder"]
+    assert load_file(Path(second["folder"]) / "model.safetensors").keys() >= {"layer2.0.bn1.weight"}
+
+
+def test_a_damaged_folder_is_a_user_error(run, tmp_path: Path):
+    folder = Path(raw(tmp_path))
+    (folder / "job.json").write_text("{")
+    with pytest.raises(UserError, match="job.json cannot be read"):
+        run(method="ga", steps=1, raw=str(folder))
+
+
 def test_weights_to_start_from_are_not_asked_for_again(run, tmp_path: Path):
     folder = Path(raw(tmp_path))
     config = json.loads((folder / "job.json").read_text()) | {"weights": "/nowhere/resnet34.pth"}
@@ -175,6 +190,14 @@ def test_nothing_done_is_the_original_model(run, tmp_path: Path):
     for name, x in load_file(Path(record["folder"]) / "model.safetensors").items():
         assert torch.equal(x, before[name])
     assert record["acted"] == {"steps": 1, "forget": 0, "projected": 0}
+
+
+def test_every_feature_of_the_attack_is_scored_where_it_is_asked_for(run):
+    found = run(method="nothing", mia_features=MIA_FEATURES)["scores"]
+    for name in MIA_FEATURES[1:]:
+        assert 0 <= found[f"mia_{name}"] <= 1
+    assert set(FEATURES) == set(MIA_FEATURES)
+    assert "mia_entropy" not in run(method="nothing")["scores"]
 
 
 SCISSORHANDS = {"method": "scissorhands", "steps": 3, "lam": 0.1, "sensitivity_batches": 1}
