@@ -192,7 +192,7 @@ class Erasure:
             scores=self.target.scores(self.before, after),
         )
         if self.folder and self.folder.writes:
-            result = RunResult(record, progress, self.before, after, self.target.hidden)
+            result = RunResult(record, progress, self.before, after, self.target.hidden, self.target.sources)
             write_results(self.pipe, self.plan, self.folder, result)
         return record
 

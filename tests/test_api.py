@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,8 +123,21 @@ def test_everything_is_in_the_folder(finished: Path) -> None:
     assert "Not validated on SD v1.4" in card
     assert "accelerate launch erase_sd/train.py --concept nudity" in card
     assert "--preset sd" in card
+    assert "| forgotten | instead |" in card
     for name in ("trace.png", "saliency.png", "before_after.png"):
         Image.open(finished / name).verify()
+
+
+def test_the_cards_code_loads_the_erased_model(
+    finished: Path, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in (finished, tiny_sd):  # the card names no path of this machine, only the folders
+        (tmp_path / folder.name).symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall(r"```python\n(.*?)```", (finished / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert weights_hash(names["pipe"].unet) == weights_hash(load(str(tiny_sd), unet=str(finished)).unet)
 
 
 def test_images_of_nudity_are_pixelated(finished: Path, tiny_sd: Path, tmp_path: Path) -> None:

@@ -76,7 +76,18 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 LATE = {  # slow or optional libraries, which a function may import: --help and other commands do without them
     *("diffusers", "transformers", "nudenet", "sklearn", "matplotlib", "onnxruntime", "datasets", "peft", "scipy"),
-    *("pandas", "jinja2", "markupsafe", "huggingface_hub", "bitsandbytes", "cv2", "resvg_py", "gradio", "quadprog"),
+    *(
+        "pandas",
+        "jinja2",
+        "markupsafe",
+        "huggingface_hub",
+        "bitsandbytes",
+        "cv2",
+        "resvg_py",
+        "gradio",
+        "starlette",
+        "quadprog",
+    ),
     *("tokenizers", "tensorboard", "torchmetrics", "numpy.lib.format"),
 }
 NEVER = {"torchvision", "timm"}  # cannot be imported beside the CPU build of torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from huggingface_hub import ModelCardData
 
+LISTED = 8  # captions that the card shows
+UNKNOWN_LICENSE = ": it was not found on the machine that made this, look where that model comes from"
 TEMPLATE = """---
 {{ card_data }}
 ---
@@ -29,6 +32,20 @@ are the base model's own.
 
 {{ finding }}
 
+## What was erased
+
+{% if understood %}What the captions on the left mean was to be forgotten; what the method may show instead stands on the right.
+
+| forgotten | instead |
+|---|---|
+{% for caption, anchor in understood %}| {{ caption }} | {{ anchor }} |
+{% endfor %}{% if more %}
+and {{ more }} more captions of the same kind.
+{% endif %}{% endif %}
+{% if shown %}`before_after.png` of the run shows these prompts, from the same noise before and after:
+
+{% for prompt in shown %}* {{ prompt }}
+{% endfor %}{% endif %}
 ## How it was made
 
 Method `{{ method }}`, preset `{{ preset }}`.
@@ -43,11 +60,12 @@ The command; on a CPU the same seed gives the same weights again, on a GPU nearl
 
 ## Scores
 
-{% if scores %}| | before | after |
-|---|---|---|
-{% for name, before, after in scores %}| {{ name }} | {{ before }} | {{ after }} |
+{% if scores %}| | before | after | pictures |
+|---|---|---|---|
+{% for name, before, after, n in scores %}| {{ name }} | {{ before }} | {{ after }} | {{ n }} |
 {% endfor %}
-Rates in percent of all images; for the erased concept lower is better, for what is retained higher is better.
+Rates in percent of all images, with their 95 % intervals; for the erased concept lower is better, for what is
+retained higher is better. Protocol: {{ protocol }}.
 {% else %}Not measured. These commands measure it; judge before relying on this model:
 
 <pre><code>{{ measuring }}</code></pre>
@@ -71,55 +89,91 @@ Rates in percent of all images; for the erased concept lower is better, for what
   be a stereotype.
 * **Misuse**: who can erase a concept can also erase people, groups or art from a model's reach. Say what was
   erased wherever this model is used.
-* **Licence**: the base model's licence and its use restrictions still hold{{ unknown_license }}.
+* **Licence**: the base model's licence{{ license }} and its use restrictions still hold{{ unknown_license }}.
 """
 
 
-def write_card(
-    folder: str | Path,
-    *,
-    model: str,
-    concepts: list[str],
-    method: str,
-    preset: str,
-    knobs: dict[str, object],
-    command: str,
-    snippet: str,
-    license: dict[str, str],
-    measuring: str,
-    scores: dict | None = None,
-) -> None:
-    """Write folder/README.md, a Hugging Face model card. Everything a user typed is escaped: cards render as HTML.
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a card tells of one run. Everything a user typed is escaped when it is written: cards render as HTML."""
 
-    `model` is the base as the user named it ("pocket", a Hub id or a folder), of which a path's last name is shown;
-    `license` comes from `license_of`, `measuring` from `measuring_commands`, `snippet` from `swap_in_snippet`, and
-    `scores` is the content of scores.json.
-    """
+    model: str  # the base as the user named it: "pocket", a Hub id or a folder, of which the last name is shown
+    concepts: list[str]
+    method: str
+    preset: str
+    knobs: dict[str, object]
+    command: str
+    snippet: str  # from `swap_in_snippet`
+    license: dict[str, str]  # from `license_of`
+    measuring: str  # from `measuring_commands`
+    scores: dict | None = None  # the content of scores.json
+    understood: list[tuple[str, str]] = field(default_factory=list)  # different captions, each with its anchor
+    shown: list[str] = field(default_factory=list)  # prompts of before_after.png
+
+
+def write_card(folder: str | Path, facts: CardFacts) -> None:
+    """Write folder/README.md, a Hugging Face model card."""
     from huggingface_hub import ModelCard
 
-    options = [(inert(name), inert(portable(value))) for name, value in knobs.items()]
-    measured = []
-    for name, before, after in rates(scores):
-        measured.append((inert(name), f"{100 * before:.1f}", f"{100 * after:.1f}"))
-    named = inert(", ".join(concepts))
-    unknown = ": it was not found on the machine that made this, look where that model comes from"
+    named = inert(", ".join(facts.concepts))
+    options = [(inert(name), inert(portable(value))) for name, value in facts.knobs.items()]
+    pairs = [(inert(caption), inert(anchor)) for caption, anchor in facts.understood[:LISTED]]
+    license_name = facts.license.get("license_name", facts.license["license"])
+    known = facts.license["license"] != "other"
     card = ModelCard.from_template(
-        _metadata(model, license),
+        _metadata(facts.model, facts.license),
         template_str=TEMPLATE,
         concepts=named,
-        model=inert(portable(model)),
-        finding=finding(named, scores),
-        measuring=html.escape(measuring, quote=False),
-        unknown_license=unknown if license["license"] == "other" else "",
-        method=inert(method),
-        preset=inert(preset),
+        model=inert(portable(facts.model)),
+        finding=finding(named, facts.scores),
+        measuring=html.escape(facts.measuring, quote=False),
+        license=f" ({inert(license_name)})" if known else "",
+        unknown_license="" if known else UNKNOWN_LICENSE,
+        method=inert(facts.method),
+        preset=inert(facts.preset),
         knobs=options,
-        command=html.escape(" ".join(command.split()), quote=False),
-        snippet=snippet,
-        scores=measured,
-        unvalidated=model != "pocket",
+        command=html.escape(" ".join(facts.command.split()), quote=False),
+        snippet=facts.snippet,
+        scores=_score_rows(facts.scores),
+        protocol=_protocol(facts.scores),
+        understood=pairs,
+        more=max(0, len(facts.understood) - LISTED),
+        shown=list(map(inert, facts.shown)),
+        unvalidated=facts.model != "pocket",
     )
     write_atomic(Path(folder) / "README.md", f"{card}\n")
+
+
+def _score_rows(scores: dict | None) -> list[tuple[str, str, str, object]]:
+    """Return (name, before, after, pictures) of each rate, in percent with its interval where there is one."""
+    rows = []
+    for name, before, after in rates(scores):
+        group, _, kind = name.partition(" ")
+        interval = scores.get("ci95", {}).get(group, {})
+        interval = interval.get(kind, {}) if kind else interval
+        n = scores.get("n", {}).get("retain" if group == "retain" else "forget", "")
+        rows.append((inert(name), _percent(before, interval.get("before")), _percent(after, interval.get("after")), n))
+    return rows
+
+
+def _percent(rate: float, interval: list[float] | None) -> str:
+    """Return "1.2 (0.0 to 3.0)" for a rate in [0, 1] and its interval."""
+    if interval is None:
+        return f"{100 * rate:.1f}"
+    return f"{100 * rate:.1f} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+
+
+def _protocol(scores: dict | None) -> str:
+    """Return in one line by which rules the scores were counted."""
+    protocol = (scores or {}).get("protocol", {})
+    if not isinstance(protocol, dict):
+        return inert(protocol)
+    parts = []
+    for name, value in protocol.items():
+        if isinstance(value, list):  # the concepts, each a kind and a word
+            value = ", ".join(" ".join(part) for part in value)
+        parts.append(f"{name.replace('_', ' ')} {value}")
+    return inert("; ".join(parts))
 
 
 def finding(concepts: str, scores: dict | None) -> str:

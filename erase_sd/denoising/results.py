@@ -12,9 +12,10 @@ from PIL import Image
 
 from erase_sd.common.files import write_atomic
 from erase_sd.common.imaging import pixelate, sheet
-from erase_sd.denoising.card import measuring_commands, portable, swap_in_snippet, write_card
+from erase_sd.denoising.card import CardFacts, measuring_commands, portable, swap_in_snippet, write_card
 from erase_sd.denoising.concept import Preview
 from erase_sd.denoising.license import license_of
+from erase_sd.denoising.samples import Sources
 from erase_sd.models import guidance
 from erase_sd.models.families import family, network
 from erase_sd.models.pipeline import save_network
@@ -39,6 +40,7 @@ class RunResult(NamedTuple):
     before: Preview
     after: Preview
     hidden: tuple[bool, ...]  # which of the prompts' images are shown pixelated
+    sources: Sources  # what was asked of the model: the concept's captions with their anchors
 
 
 def write_results(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, result: RunResult) -> None:
@@ -58,18 +60,18 @@ def write_results(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, result
     picture = io.BytesIO()
     before_after(result.before, result.after, result.hidden).save(picture, "png")
     write_atomic(folder.path / "before_after.png", picture.getvalue())
-    _card(pipe, plan, folder, scores)
+    _card(pipe, plan, folder, result)
 
 
-def _card(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, scores: dict | None) -> None:
+def _card(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, result: RunResult) -> None:
     """Write the model card, in which no path is this machine's own."""
     base = "pocket" if plan.job.model == "pocket" else str(portable(plan.job.model))
     layout = plan.job.model_config and str(portable(plan.job.model_config))
     shown = str(portable(folder.path))
     given = [str(portable(text)) for text in plan.job.concept]
     options = {name: value for name, value in folder.config.items() if name not in NAMED}
-    write_card(
-        folder.path,
+    different = dict.fromkeys((example.caption, example.anchor) for example in result.sources.forget)
+    facts = CardFacts(
         model=plan.job.model,
         concepts=list(map(called, plan.job.concept)),
         method=plan.job.method,
@@ -79,8 +81,11 @@ def _card(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, scores: dict |
         snippet=swap_in_snippet(pipe, base, folder.path, layout, shown=shown),
         license=license_of(plan.job.model),
         measuring=measuring_commands(given, base, family(pipe).part, shown),
-        scores=scores,
+        scores=result.run["scores"],
+        understood=list(different),
+        shown=result.before.prompts,
     )
+    write_card(folder.path, facts)
 
 
 def before_after(before: Preview, after: Preview, hidden: tuple[bool, ...]) -> Image.Image:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from erase_sd.common.cli import parse
-from erase_sd.denoising.card import inert, measuring_commands, portable, swap_in_snippet, write_card
+from erase_sd.denoising.card import CardFacts, inert, measuring_commands, portable, swap_in_snippet, write_card
 from erase_sd.denoising.license import license_of
 from erase_sd.pocket import FOLDER
 from erase_sd.run.plots import write_saliency, write_trace
@@ -57,7 +57,7 @@ def a_card(folder: Path, **changes: object) -> str:
         "license": {"license": "creativeml-openrail-m"},
         "measuring": "python -m eval.generate --model 'a<b'",
     }
-    write_card(folder, **card | changes)
+    write_card(folder, CardFacts(**card | changes))
     return (folder / "README.md").read_text()
 
 
@@ -166,9 +166,10 @@ def test_card_tells_what_matters(tmp_path: Path) -> None:
     text = a_card(tmp_path, scores=SCORES)
     for part in ("## Limits", "incomplete", "Bias", "Misuse", "Not validated on SD v1.4", "| fraction | 0.0005 |"):
         assert part in text
-    assert "| concept | 100.0 | 1.2 |" in text
-    assert "| retain object | 97.0 | 96.0 |" in text
-    assert "ci95" not in text
+    assert "| concept | 100.0 (98.0 to 100.0) | 1.2 (0.0 to 3.0) | 200 |" in text
+    assert "| retain object | 97.0 | 96.0 | 1000 |" in text
+    assert "Protocol: 20 steps." in text
+    assert "(creativeml-openrail-m) and its use restrictions" in text
     assert "no longer draws" not in text
     assert "in 100.0 % before and in 1.2 % after, of 200 pictures" in text
     assert "right in 92.5 % before and in 91.5 % after" in text
@@ -180,6 +181,21 @@ def test_a_card_tells_of_each_concept(tmp_path: Path) -> None:
     assert "Asked for cat, a judge found it in 100.0 % before and in 0.0 % after, of 150 pictures; asked for" in text
     assert "asked for neon style, a judge found it in 98.0 % before and in 96.0 % after, of 50 pictures; what" in text
     assert "| concepts neon style | 98.0 | 96.0 |" in text
+
+
+def test_card_tells_what_the_concept_was_taken_for(tmp_path: Path) -> None:
+    understood = [(f"a cat {i}", f"a dog | {i}") for i in range(10)]
+    text = a_card(tmp_path, understood=understood, shown=["a cat on grass"])
+    assert "\n|---|---|\n| a cat 0 | a dog &#124; 0 |\n" in text
+    assert "a cat 8" not in text
+    assert "and 2 more captions" in text
+    assert "* a cat on grass\n" in text
+
+
+def test_card_names_the_rules_of_its_scores(tmp_path: Path) -> None:
+    protocol = {"judge_sha256": "abc", "steps": 20, "concepts": [["object", "cat"], ["style", "neon"]]}
+    text = a_card(tmp_path, scores=SCORES | {"protocol": protocol})
+    assert "Protocol: judge sha256 abc; steps 20; concepts object cat, style neon." in text
 
 
 def test_a_card_without_scores_claims_nothing_and_says_how_to_measure(tmp_path: Path) -> None:
