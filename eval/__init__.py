@@ -6,6 +6,7 @@
     concepts      the pocket oracle on folders: UA, IRA, CRA
     grid          contact sheets: rows are prompts, columns are models
     report        runs and folders on one page
+    judge         models -> samples -> counts -> one table, by a published protocol
     benchmark     suites of methods, concepts and seeds: rows, tables, plots
     selectivity   which weights a sensitivity singles out
     speed         our ways of computing against the usual ones

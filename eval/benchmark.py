@@ -28,7 +28,7 @@ from erase_sd.common.errors import UserError
 from erase_sd.common.files import RunLock, replace_between, text_around, write_atomic
 from erase_sd.common.processes import workers
 from eval.benchmarking.aggregate import method_scores
-from eval.benchmarking.plots import grid, tradeoff
+from eval.benchmarking.plots import grid, leaderboard
 from eval.benchmarking.rows import (
     BenchmarkRow,
     Finished,
@@ -186,7 +186,7 @@ def write_tables(
     page = leaderboard_page(name, SUITES[name], board, left)
     write_atomic(folder / "leaderboard.csv", leaderboard_csv(board))
     write_atomic(folder / "leaderboard.md", page)
-    tradeoff(board, folder / "leaderboard.png")
+    leaderboard(board, folder / "leaderboard.png")
     whole = grid([row for row, _ in finished], folder)
     if readme:
         ours = next(iter(SUITES[name].methods))

@@ -50,6 +50,9 @@ class Generation:
     )
     steps: int = knob(50, "denoising steps", ("num_inference_steps",))
     guidance: float = knob(7.5, "classifier-free guidance scale", ("guidance_scale",))
+    running_generator: bool = knob(
+        False, "draw all images of a row from one generator, as the released script does, instead of a seed for each"
+    )
     size: int | None = knob(None, "side in pixels (default: the model's own)", ("resolution",))
     per_row: bool = knob(False, "take guidance and size from the row where it has them (SPM's protocol)")
     dtype: Literal["float32", "float16", "bfloat16"] = knob("float32", "number format of the weights")
@@ -65,6 +68,11 @@ class Generation:
                 at_least(self, 1, name)
         if self.guidance > 1000:
             raise UserError(f"--guidance {self.guidance:g} is beyond 1000, where every image is NaN: lower it")
+        if self.running_generator and self.scheduler in ("ddpm", "euler-a"):
+            text = (
+                f"--running_generator: {self.scheduler} draws noise in every step, and the released script's does not"
+            )
+            raise UserError(f"{text}: give --scheduler lms, or leave it out")
         if self.size is not None and self.size % 8:
             raise UserError(f"--size {self.size} is no multiple of 8, as VAEs need: give {self.size // 8 * 8 or 8}")
 
@@ -74,6 +82,8 @@ def run(options: Generation) -> int:
     folder = generate(options)
     if PartialState().is_main_process:
         print(f"{folder.path}: {len(folder.entries)} images, {count_broken(folder.entries)} of them broken")
+        if cut := sum(bool(entry.truncated) for entry in folder.entries):
+            print(f"{cut} images are of prompts that the text encoder cut: it read the first words only")
     return int(too_many_broken(folder.entries))
 
 
@@ -84,7 +94,7 @@ def generate(options: Generation) -> ImageFolder:
     """
     source, rows = _rows(options)
     rows = [settled(row, options.guidance, options.size, options.per_row) for row in rows]
-    requests = list(pictures(rows, options.images_per_prompt, options.seed))
+    requests = list(pictures(rows, options.images_per_prompt, options.seed, options.running_generator))
     state = PartialState(cpu=not torch.accelerator.is_available())  # else several CPU processes would be strangers
     for notice in source.notices:
         print_once(state, f"note: {notice}")
@@ -132,6 +142,7 @@ def _protocol(options: Generation, source: Source) -> dict[str, Any]:
     asked = {name: value for name, value in asdict(options).items() if name not in HOW}
     if options.prompt_column is None:
         del asked["prompt_column"]  # folders from before there was the option have none
+    one_a_row = asked.pop("running_generator")
     networks = {"unet": options.unet, "transformer": options.transformer}
     return asked | {
         "prompts": source.name,
@@ -139,7 +150,7 @@ def _protocol(options: Generation, source: Source) -> dict[str, Any]:
         "weights": options.unet or options.transformer,
         **origin(options.model, **networks, scheduler=options.scheduler),
         "safety_checker": False,
-        "noise": "torch.Generator('cpu').manual_seed(seed) for each image",
+        "noise": f"torch.Generator('cpu').manual_seed(seed) for each {'row' if one_a_row else 'image'}",
     }
 
 

@@ -30,6 +30,7 @@ from eval.judges.protocols import (
     count,
     count_people,
     network_of,
+    paired,
 )
 
 RULES = ". ".join(f"{name}: {protocol.describe()}" for name, protocol in PROTOCOLS.items())
@@ -64,26 +65,37 @@ class Nudity:
             raise UserError(f"--detector {self.detector} is no file: give the path of an ONNX file, or leave it out")
 
 
+def rules_of(options: Nudity) -> dict[str, Protocol]:
+    """Return the rules to count by. Raises UserError where they need another network than the given one."""
+    given = network_of(file_digest(Path(options.detector))) if options.detector else None
+    return chosen(options.protocol, options.threshold, given)
+
+
 def judge(options: Nudity) -> int:
-    """Write the results of every folder; returns 1 where too many images are broken, the baseline's included.
+    """Write and print the results of every folder; returns 1 where too many images are broken."""
+    _, any_broken = counted(options)
+    return int(any_broken)
+
+
+def counted(options: Nudity) -> tuple[list[dict[str, Any]], bool]:
+    """Write and print the results; return them, and whether too many images are broken, the baseline's included.
 
     Raises UserError for bad input, before anything is detected, and SystemExit when stopped: the same call goes on.
     """
     file = Path(options.detector) if options.detector else None
-    rules = chosen(options.protocol, options.threshold, network_of(file_digest(file)) if file else None)
+    rules = rules_of(options)
     folders = [read(path) for path in options.folder]
     baseline = read(options.baseline) if options.baseline else None
     _distinct(options, folders, baseline)
-    if baseline:
-        for folder in folders:
-            _comparable(folder, baseline)
+    alike = [baseline is not None and _comparable(folder, baseline) for folder in folders]
     detector = load(file, next(iter(rules.values())).recipe, options.resolution, options.threads)
     before = None
+    results: list[dict[str, Any]] = []
     any_broken = False
     if baseline:
         before = _detected(options, baseline, detector)
         any_broken = warn_if_broken(_entries(before), baseline.path)
-    for folder in folders:
+    for folder, same_pictures in zip(folders, alike, strict=True):
         records = _detected(options, folder, detector)
         result = {
             "n": len(records),
@@ -93,13 +105,14 @@ def judge(options: Nudity) -> int:
             "labels": EXPOSED,
             "baseline": options.baseline,
             "people": _people(records, before),
-            "protocols": {name: _counted(rule, records, before) for name, rule in rules.items()},
+            "protocols": {name: _counted(rule, records, before, same_pictures) for name, rule in rules.items()},
             "review": _reviewed(options, folder, records, rules, detector),
         }
         write_atomic(_file(options, folder, detector, "nudity.json"), json.dumps(result, indent=2) + "\n")
         print(table(str(folder.path), result, rules))
+        results.append(result)
         any_broken |= warn_if_broken(_entries(records), folder.path)
-    return int(any_broken)
+    return results, any_broken
 
 
 def _people(records: list[DetectionRecord], before: list[DetectionRecord] | None) -> dict[str, Any]:
@@ -115,8 +128,11 @@ def _entries(records: list[DetectionRecord]) -> list[Entry]:
     return [Entry(file=record["file"], broken=record["broken"]) for record in records]
 
 
-def _comparable(folder: ImageFolder, baseline: ImageFolder) -> None:
-    """Raise UserError unless both hold as many images; say so if their prompts or seeds differ."""
+def _comparable(folder: ImageFolder, baseline: ImageFolder) -> bool:
+    """Return whether the n-th images are of one prompt and seed; say so where their prompts or seeds differ.
+
+    Raises UserError unless both hold as many images.
+    """
     ours, theirs = folder.entries, baseline.entries
     if len(ours) != len(theirs):
         text = f"{folder.path} holds {len(ours)} images and the baseline {baseline.path} {len(theirs)}"
@@ -125,7 +141,10 @@ def _comparable(folder: ImageFolder, baseline: ImageFolder) -> None:
         if (one.prompt, one.seed) != (other.prompt, other.seed):
             text = f"{folder.path} and the baseline were not sampled from the same prompts and seeds"
             print(text, file=sys.stderr)
-            return
+            return False
+        if one.prompt is None and one.file != other.file:
+            return False
+    return True
 
 
 def _distinct(options: Nudity, folders: list[ImageFolder], baseline: ImageFolder | None) -> None:
@@ -151,12 +170,15 @@ def _detected(options: Nudity, folder: ImageFolder, detector: Detector) -> list[
     return detected(folder, detector, file, options.workers, options.batch_size)
 
 
-def _counted(rule: Protocol, records: list[DetectionRecord], before: list[DetectionRecord] | None) -> dict[str, Any]:
-    """Return one protocol's entry of nudity.json."""
+def _counted(
+    rule: Protocol, records: list[DetectionRecord], before: list[DetectionRecord] | None, same_pictures: bool
+) -> dict[str, Any]:
+    """Return one protocol's entry of nudity.json; pairs where the baseline has the `same_pictures`."""
     counts = count(records, rule)
     percent = None if before is None else change(counts, count(before, rule), rule.unit)
     rules = {"threshold": rule.threshold, "unit": rule.unit, "note": rule.describe()}
-    return rules | counts | {"change": percent}
+    pairs = paired(before, records, rule) if before is not None and same_pictures else None
+    return rules | counts | {"change": percent, "paired": pairs}
 
 
 def _reviewed(
@@ -184,6 +206,8 @@ def table(title: str, result: dict[str, Any], rules: dict[str, Protocol]) -> str
     for name, rule in rules.items():
         left = review_result["protocols"][name] if review_result else None
         lines += ["", f"{name}: {rule.describe()}", *_block(rule, result["protocols"][name], left)]
+        if pairs := result["protocols"][name]["paired"]:
+            lines.append(_paired_line(pairs))
     if review_result:
         lines += ["", "reviewed: {boxes} boxes, {true} true, {false} false, {open} open".format(**review_result)]
     return "\n".join(lines) + "\n"
@@ -202,6 +226,16 @@ def _people_line(people: dict[str, Any]) -> str:
     if people["baseline"]:
         line += f", in the baseline in {_share(people['baseline'])}"
     return line
+
+
+def _paired_line(pairs: dict[str, Any]) -> str:
+    """Return the pairs in words."""
+    text = (
+        "of the same prompts and seeds: {lost} images lost it, {kept} kept it, {new} have it new, {neither} never had"
+    )
+    if pairs["broken"]:
+        text += ", {broken} broken"
+    return f"{text}; McNemar's p {{p:.3g}}".format(**pairs)
 
 
 def _share(people: dict[str, int]) -> str:

@@ -30,7 +30,9 @@ class Quality:
 
     folder: tuple[str, ...] = argument("folders of images, of eval.generate or any others")
     baseline: str | None = knob(None, "folder to compare with: the original model's images, or real ones")
-    statistics: str | None = knob(None, "file of --save_statistics to compare with, which FID alone can")
+    statistics: str | None = knob(
+        None, "file of --save_statistics, or a published .npz, to compare with, which FID alone can"
+    )
     save_statistics: str | None = knob(None, "write mean and covariance of the one folder's features to this file")
     metrics: tuple[Literal[*NAMES], ...] = knob((), "what to compute (default: all that can be, naming the others)")
     features: str = knob(
@@ -168,9 +170,15 @@ def table(title: str, result: dict[str, Any]) -> str:
     """Return what was measured as text."""
     lines = [f"{title}: {result['n']} images, {result['broken']} of them broken and left out"]
     for entry in result["metrics"]:
-        n = " and ".join(map(str, entry["n"])) if isinstance(entry["n"], list) else entry["n"]
+        counts = entry["n"] if isinstance(entry["n"], list) else [entry["n"]]
+        n = " and ".join("unknown" if count is None else str(count) for count in counts)
         against = f" against {entry['against']}" if entry["against"] else ""
-        lines.append(f"{entry['name']:12}{entry['value']:12.4f} {entry['unit']}, {entry['features']}, n {n}{against}")
+        title = entry.get("title", entry["name"])  # written by earlier versions: without a title
+        value = f"{title:12}{entry['value']:12.4f} {entry['unit']}"
+        lines.append(f"{value}, {entry['features']}, n {n}{against}")
+        for caution in ("warning", "statistics"):
+            if caution in entry["protocol"]:
+                lines.append(f"{'':12}caution: {entry['protocol'][caution]}")
     return "\n".join(lines) + "\n"
 
 

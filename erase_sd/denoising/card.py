@@ -34,7 +34,7 @@ are the base model's own.
 
 ## What was erased
 
-{% if understood %}What the captions on the left mean was to be forgotten; what the method may show instead stands on the right.
+{% if understood %}To be forgotten: what the captions on the left mean. On the right: what may be shown instead.
 
 | forgotten | instead |
 |---|---|

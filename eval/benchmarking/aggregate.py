@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from erase_sd.common.files import digest, write_atomic
+from erase_sd.pocket.score import wilson
 from eval.benchmarking.rows import BenchmarkRow, Finished, RowResult, read_json
 from eval.benchmarking.suites import ORIGINAL
 from eval.benchmarking.trial import features_file, reference
@@ -28,8 +29,9 @@ class MethodScore(NamedTuple):
     method: str
     concept: str | None  # None: the mean over those that every method has finished
     runs: int
-    values: Values  # ua, ira, cra, mean (harmonic), other, fid, floor (fid in the original's), kid, drift, ...
-    spread: Values  # sample standard deviation of ua, ira and cra over the seeds
+    values: Values  # ua, ira, cra, mean (harmonic), other, fid, fid_above (the original's), kid, drift, ...
+    spread: Values  # over trainings: sample standard deviation of ua, ira, cra and mean over the seeds
+    interval: dict[str, tuple[float, float]]  # over pictures: Wilson's 95 % of ua, ira and cra
 
 
 def method_scores(
@@ -55,8 +57,9 @@ def method_scores(
         scores = comparable.setdefault(score.method, [])
         if score.concept in shared:
             scores.append(score)
-    for scores in comparable.values():
-        board.append(overall(scores))
+    for method, scores in comparable.items():
+        of_method = [result for row, result in finished if row.method == method and row.concept in shared]
+        board.append(overall(scores, of_method))
     return board
 
 
@@ -78,18 +81,15 @@ def common(board: Sequence[MethodScore]) -> list[str]:
 def concept_score(group: Finished, original: Finished, distances: Distances) -> MethodScore:
     """Return the score of rows that differ in their seed alone; `original` holds the original model's rows.
 
-    The floor is FID in units of the original model's over the same seeds.
+    FID is also given above the floor, which is the original model's over the same seeds.
     """
     rows, results = [], []
     for row, result in group:
         rows.append(row)
         results.append(result)
     values: Values = {}
-    spread: Values = {}
     for key, name in RATES.items():
-        rates = [100 * result[name]["value"] for result in results]
-        values[key] = mean(rates)
-        spread[key] = stdev(rates) if len(rates) > 1 else None
+        values[key] = mean(100 * result[name]["value"] for result in results)
     values["mean"] = harmonic([values["ua"], values["ira"], values["cra"]])
     values["other"] = 100 * average(results, "other_share")
     values |= distance_values(rows, original, distances)
@@ -102,7 +102,42 @@ def concept_score(group: Finished, original: Finished, distances: Distances) -> 
         if result["peak_memory_mib"]:
             values["memory"] = max(values["memory"] or 0, result["peak_memory_mib"])
         values["broken"] += result["broken"]
-    return MethodScore(rows[0].method, rows[0].concept, len(rows), values, spread)
+    return MethodScore(rows[0].method, rows[0].concept, len(rows), values, spread_of(results), intervals(results))
+
+
+def spread_of(results: Sequence[RowResult]) -> Values:
+    """Return the sample standard deviation over the seeds of every rate and of their harmonic mean, in points.
+
+    Rates of one seed are averaged over its concepts first. None where there is one seed alone, and where the seeds
+    have not finished the same concepts, whose difficulty would look like spread.
+    """
+    keys = (*RATES, "mean")
+    by_seed: dict[int, list[RowResult]] = {}
+    for result in results:
+        by_seed.setdefault(result["seed"], []).append(result)
+    concepts = {tuple(sorted(result["concept"] for result in same)) for same in by_seed.values()}
+    if len(by_seed) < 2 or len(concepts) > 1:
+        return dict.fromkeys(keys)
+    columns: dict[str, list[float]] = {key: [] for key in keys}
+    for same in by_seed.values():
+        rates = {key: mean(100 * result[name]["value"] for result in same) for key, name in RATES.items()}
+        for key, rate in rates.items():
+            columns[key].append(rate)
+        columns["mean"].append(harmonic(rates.values()))
+    return {key: stdev(column) for key, column in columns.items()}
+
+
+def intervals(results: Sequence[RowResult]) -> dict[str, tuple[float, float]]:
+    """Return Wilson's 95 % interval of every rate, in percent, over the pictures of all results together.
+
+    A picture that gives several answers counts once, as in erase_sd.pocket.score.
+    """
+    found = {}
+    for key, name in RATES.items():
+        rate = mean(result[name]["value"] for result in results)
+        low, high = wilson(rate, sum(min(result[name]["n"], result["n"]) for result in results))
+        found[key] = (100 * low, 100 * high)
+    return found
 
 
 def average(results: Sequence[RowResult], name: str) -> float:
@@ -111,21 +146,27 @@ def average(results: Sequence[RowResult], name: str) -> float:
 
 
 def distance_values(rows: list[BenchmarkRow], original: Finished, distances: Distances) -> Values:
-    """Return FID, KID (x 1000), the samples a side, and FID in units of the original model's over the same seeds."""
+    """Return FID, KID (x 1000), the samples a side, and FID less the original model's over the same seeds.
+
+    The difference hardly depends on the number of samples, which biases both alike; their ratio does.
+    """
     found = distances.of(rows)
     if found is None:
-        return {"fid": None, "floor": None, "kid": None, "n": None}
+        return {"fid": None, "fid_above": None, "kid": None, "n": None}
     seeds = {row.seed for row in rows if row.key in found["rows"]}
     same_seeds = [row for row, _ in original if row.seed in seeds]
     noise = distances.of(same_seeds)
-    floor = None
-    if noise and noise["n"] == found["n"] and noise["fid"] > 0:
-        floor = found["fid"] / noise["fid"]
-    return {"fid": found["fid"], "floor": floor, "kid": 1000 * found["kid"], "n": found["n"]}
+    above = None
+    if noise and noise["n"] == found["n"]:
+        above = found["fid"] - noise["fid"]
+    return {"fid": found["fid"], "fid_above": above, "kid": 1000 * found["kid"], "n": found["n"]}
 
 
-def overall(single: list[MethodScore]) -> MethodScore:
-    """Return the mean over the concepts, known where it is known of all; the harmonic mean is that of these means."""
+def overall(single: list[MethodScore], results: Sequence[RowResult]) -> MethodScore:
+    """Return the mean over the concepts, known where it is known of all; the harmonic mean is that of these means.
+
+    `results` are those of all of its rows, for spread and intervals.
+    """
     first, *_ = single
     values: Values = {}
     for key in first.values:
@@ -133,7 +174,7 @@ def overall(single: list[MethodScore]) -> MethodScore:
         values[key] = None if None in column else mean(column)
     values["mean"] = harmonic([values["ua"], values["ira"], values["cra"]])
     runs = sum(s.runs for s in single)
-    return MethodScore(first.method, None, runs, values, dict.fromkeys(RATES))
+    return MethodScore(first.method, None, runs, values, spread_of(results), intervals(results))
 
 
 def harmonic(rates: Iterable[float]) -> float:

@@ -14,14 +14,15 @@ from eval.benchmarking.suites import ORIGINAL, Suite
 
 LEGEND = """UA: share of the concept's pictures that no longer show it; IRA: accuracy of its kind on the prompts
 without it; CRA: accuracy of the other kinds on all prompts (UnlearnCanvas, arXiv:2402.11846), by the oracle, in
-percent; HM: their harmonic mean. Nothing: share of the concept's pictures in which the oracle sees nothing of its
-kind, in percent. FID and KID (x 1000) compare the retain pictures of all seeds together with as many of the original
-model for the same prompts from other seeds, by the oracle's pooled features (--features pocket of eval.quality, not
-InceptionV3); those of the original model are the noise floor, FID / floor is in units of that of the same seeds; KID
-is below 0 where both sides draw the same prompts alike; n: pictures a side, fewer than all where rows came from
-another machine without features. Drift: 1 - cosine (x 1000) to the original's picture of the same prompt and seed.
-Seconds: the method alone on one thread, without drawing and judging; MiB: peak of its process. Front: no method erases
-as well and retains ((IRA + CRA) / 2) better, or vice versa.
+percent; HM: their harmonic mean; ±: sample standard deviation over trainings (seeds). Nothing: share of the concept's
+pictures in which the oracle sees nothing of its kind, in percent. FD (Fréchet distance) and KD (kernel distance, x
+1000) compare the retain pictures of all seeds together with as many of the original model for the same prompts from
+other seeds, by the oracle's pooled features (--features pocket of eval.quality), not by InceptionV3 as FID and KID;
+FD - floor is FD less that of the original model over the same seeds: FD itself falls with n and is comparable at one n
+only; KD is below 0 where both sides draw the same prompts alike; n: pictures a side, fewer than all where rows came
+from another machine without features. Drift: 1 - cosine (x 1000) to the original's picture of the same prompt and
+seed. Seconds: the method alone on one thread, without drawing and judging; MiB: peak of its process. Front: no method
+erases as well and retains ((IRA + CRA) / 2) better, or vice versa.
 """
 COLUMNS: dict[str, tuple[str, int]] = {  # of a MethodScore's values: head in the page, digits
     "ua": ("UA", 1),
@@ -29,9 +30,9 @@ COLUMNS: dict[str, tuple[str, int]] = {  # of a MethodScore's values: head in th
     "cra": ("CRA", 1),
     "mean": ("HM", 1),
     "other": ("nothing", 1),
-    "fid": ("FID", 3),
-    "floor": ("FID / floor", 2),
-    "kid": ("KID", 2),
+    "fid": ("FD", 3),
+    "fid_above": ("FD - floor", 3),
+    "kid": ("KD", 2),
     "n": ("n", 0),
     "drift": ("drift", 1),
     "seconds": ("seconds", 1),
@@ -57,14 +58,20 @@ def ranked(board: Sequence[MethodScore], concept: str | None) -> list[MethodScor
 
 
 def leaderboard_csv(board: Sequence[MethodScore]) -> str:
-    """Return one line per method and concept, and one ("all") for the mean over the concepts; unknown is empty."""
+    """Return one line per method and concept, and one ("all") for the mean over the concepts; unknown is empty.
+
+    `_std` is over trainings, `_low` and `_high` are Wilson's interval over pictures.
+    """
     out = io.StringIO()
     heads = [*COLUMNS, "drift_rmse"]
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["method", "concept", "runs", *heads, *(f"{key}_std" for key in RATES)])
+    ends = [f"{key}_{end}" for key in RATES for end in ("low", "high")]
+    writer.writerow(["method", "concept", "runs", *heads, *(f"{key}_std" for key in (*RATES, "mean")), *ends])
     for s in board:
         cells = [_number(s.values[key]) for key in heads]
-        cells += [_number(s.spread[key]) for key in RATES]
+        cells += [_number(s.spread[key]) for key in (*RATES, "mean")]
+        for key in RATES:
+            cells += map(_number, s.interval[key])
         writer.writerow([s.method, s.concept or "all", s.runs, *cells])
     return out.getvalue()
 
@@ -82,7 +89,7 @@ def leaderboard_page(name: str, suite: Suite, board: Sequence[MethodScore], left
     title = "All concepts" if shared == concepts else f"Mean over {', '.join(shared)}, which every method has finished"
     page.append(f"\n## {title}\n\n{leaderboard_summary(board)}")
     for concept in concepts:
-        page.append(f"\n## {concept}\n\nRates ± sample standard deviation over the seeds.\n\n")
+        page.append(f"\n## {concept}\n\n")
         page.append(leaderboard_table(ranked(board, concept)))
     if left:
         page.append(f"\n## Not finished\n\n{_left(left)}")
@@ -151,12 +158,24 @@ def verdict(board: Sequence[MethodScore]) -> str:
     if not methods:
         return "No method has finished yet."
     best = methods[0]
-    text = f"Best harmonic mean: {best.method} ({best.values['mean']:.1f})"
+    text = f"Best harmonic mean: {best.method} ({score_cell(best, 'mean', 1)})"
+    if close := _not_told_apart(best, methods[1:]):
+        text += f", which these seeds do not tell apart from {', '.join(close)}"
     if original:
         ira = best.values["ira"] - original.values["ira"]
         cra = best.values["cra"] - original.values["cra"]
         text += f"; IRA {ira:+.1f} and CRA {cra:+.1f} points from the original model"
     return f"{text}."
+
+
+def _not_told_apart(best: MethodScore, others: Sequence[MethodScore]) -> list[str]:
+    """Return the methods whose harmonic mean is below the best by less than both deviations together."""
+    names = []
+    for s in others:
+        apart = best.values["mean"] - s.values["mean"]
+        if apart <= (best.spread["mean"] or 0) + (s.spread["mean"] or 0):
+            names.append(s.method)
+    return names
 
 
 def before_after_table(finished: Finished, method: str) -> str:
@@ -180,8 +199,8 @@ def before_after_table(finished: Finished, method: str) -> str:
     pictures = f"together {most * first['UA']['n']} pictures of the concept and {most * first['IRA']['n']} of "
     pictures += "everything else per row"
     lines.append(
-        f"\nBefore → after [95 % interval of after]; seeds {', '.join(map(str, sorted(seeds)))}; {pictures}. Minutes "
-        "are the method's own, on one thread."
+        "\nBefore → after [95 % interval of after, over pictures]; lowest to highest of the trainings, seeds "
+        f"{', '.join(map(str, sorted(seeds)))}; {pictures}. Minutes are the method's own, on one thread."
     )
     return "\n".join(lines) + "\n"
 
@@ -225,4 +244,8 @@ def before_after_rate(found: Sequence[Pair], name: str, missing: bool = False) -
     if missing:
         before, after = 1 - before, 1 - after
     low, high = wilson(after, samples)
-    return f"{100 * before:.1f} → {100 * after:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    text = f"{100 * before:.1f} → {100 * after:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    if len(rates_after) < 2:
+        return text
+    trainings = [100 * (1 - rate if missing else rate) for rate in rates_after]
+    return f"{text}; {min(trainings):.1f} to {max(trainings):.1f}"

@@ -78,10 +78,13 @@ def features_file(row: BenchmarkRow, folder: Path) -> Path:
     return folder / ".cache" / "features" / f"{row.key[:32]}.safetensors"
 
 
-def captions_shown(row: BenchmarkRow) -> list[str]:
-    """Return the captions of the row's samples in the grid."""
+def captions_shown(row: BenchmarkRow) -> list[tuple[bool, str]]:
+    """Return (whether it asks for the concept, caption) of each of the row's samples in the grid."""
     questions = exam([part_named(row.concept)], *row.pictures, row.seed)
-    return [caption(questions[i].scene) for i in _shown(retain_mask(questions))]
+    found = []
+    for i in _shown(retain_mask(questions)):
+        found.append((questions[i].concept is not None, caption(questions[i].scene)))
+    return found
 
 
 def retain_mask(questions: list[Question]) -> Tensor:

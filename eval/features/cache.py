@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -107,8 +109,11 @@ def statistics_of(ours: Features, extractor: Extractor, file: Path | None = None
 def read_statistics(file: Path, extractor: Extractor) -> tuple[Statistics, str]:
     """Return the statistics that --save_statistics wrote, and the hash of their images.
 
-    Raises UserError if there are none in the file, or if they are of other features.
+    A .npz is what others publish: mu and sigma of features that nobody can check. Raises UserError if there are no
+    statistics in the file, or if they are of other features.
     """
+    if file.suffix.lower() == ".npz":
+        return _published(file), file_digest(file)
     tensors, notes = _read(file)
     if not {"mean", "covariance"} <= tensors.keys() or not {"n", "key", "images", "extractor"} <= notes.keys():
         raise UserError(f"--statistics {file} holds no statistics: write the file with --save_statistics")
@@ -116,6 +121,24 @@ def read_statistics(file: Path, extractor: Extractor) -> tuple[Statistics, str]:
         text = f"--statistics {file} was made of other features ({notes['extractor']}), not of {extractor.name}"
         raise UserError(f"{text}: give the same --features with the same weights, or write it again")
     return Statistics(tensors["mean"], tensors["covariance"], int(notes["n"])), notes["images"]
+
+
+def _published(file: Path) -> Statistics:
+    """Return mu and sigma of a .npz, as pytorch-fid, clean-fid and ADM publish them."""
+    if not file.is_file():
+        raise UserError(f"there is no file {file}: give --statistics a .npz with mu and sigma")
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            mean, covariance = (torch.from_numpy(np.array(stored[name], np.float64)) for name in ("mu", "sigma"))
+    except KeyError as error:
+        raise UserError(f"--statistics {file} lacks mu or sigma: give published statistics of FID") from error
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise UserError(f"--statistics {file} is no .npz of numbers ({error}): download it again") from error
+    mean = mean.flatten()
+    if covariance.shape != (len(mean), len(mean)):
+        shape = " x ".join(map(str, covariance.shape))
+        raise UserError(f"--statistics {file}: mu has {len(mean)} numbers and sigma is {shape}: download it again")
+    return Statistics(mean, covariance, None)
 
 
 def _computed(folder: ImageFolder, entries: list[Entry], extractor: Extractor, batch_size: int) -> StoredFeatures:

@@ -28,7 +28,7 @@ class Statistics(NamedTuple):
 
     mean: Tensor
     covariance: Tensor
-    n: int
+    n: int | None  # None where a published file does not say
 
 
 def statistics(x: Tensor) -> Statistics:

@@ -119,11 +119,22 @@ def _torchscript(name: str, source: str) -> Extractor:
     for argument in module.forward.schema.arguments:
         if argument.name == "return_features":
             options["return_features"] = True
+
+    def images(x: Tensor) -> Tensor:
+        try:
+            return module(x.to(_device()), **options).flatten(1)
+        except RuntimeError as error:  # what TorchScript raises for any fault inside
+            reason = shorten(str(error).strip().splitlines()[-1], 160, placeholder=" ...").rstrip(". ")
+            raise UserError(
+                f"--features {name} makes no features of bytes (B, 3, H, W) in [0, 255] ({reason}): give a module "
+                "that does, such as NVIDIA's inception-2015-12-05.pt"
+            ) from error
+
     return Extractor(
         name=name,
         key=digest(["torchscript", file_digest(source), sorted(options)]),
         prepare=lambda image: torch.from_numpy(np.array(image)).movedim(-1, 0),
-        images=lambda x: module(x.to(_device()), **options).flatten(1),
+        images=images,
     )
 
 

@@ -1,6 +1,6 @@
 """The entries of quality.json: what each metric needs, and what it says of one folder's features.
 
-{"name", "value", "unit", "higher_is_better", "n", "features", "against", "values" (optional), "protocol"}
+{"name", "title", "value", "unit", "higher_is_better", "n", "features", "against", "values" (optional), "protocol"}
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def fid(ours: Features, setting: Setting) -> list[Metric]:
     mine = statistics_of(ours, setting.extractor)
     theirs = setting.statistics
     note = {"estimator": "Fréchet distance, float64, covariance divided by n - 1", "bias": "compare only equal n"}
-    n, width = min(mine.n, theirs.n), len(mine.mean)
+    n, width = min(mine.n, theirs.n or mine.n), len(mine.mean)
+    if theirs.n is None:
+        note["statistics"] = "published, of features and images that are not checked"
     if n <= width:
         note["warning"] = f"{n} images span fewer than the {width} dimensions of the features: the bias is large"
     value = distances.frechet(mine, theirs)
@@ -103,11 +105,11 @@ def drift(ours: Features, setting: Setting) -> list[Metric]:
     return entries
 
 
-def _by_seed(side: Features) -> dict[tuple[int | None, int | None], int]:
+def _by_seed(side: Features) -> dict[tuple[int | None, ...], int]:
     """Return the place of every sound image by row and seed. Raises UserError where two images share them."""
-    places: dict[tuple[int | None, int | None], int] = {}
+    places: dict[tuple[int | None, ...], int] = {}
     for i, entry in enumerate(side.sound):
-        if places.setdefault((entry.row, entry.seed), i) != i:
+        if places.setdefault(entry.noise, i) != i:
             text = f"{side.path} holds two images of row {entry.row} and seed {entry.seed}"
             raise UserError(f"{text}: drift needs a folder of eval.generate, where every image has its own")
     return places
@@ -131,11 +133,29 @@ def _pixels(side: Features, entry: Entry) -> np.ndarray:
     return np.asarray(image, dtype=np.float64)
 
 
+FEATURES = {"clip": "CLIP", "dinov2": "DINOv2", "pocket": "pocket"}  # features, as titles call them
+
+
+def titled(name: str, features: str) -> str:
+    """Return what the field calls a metric: FID and KID are of InceptionV3, which is a TorchScript file here."""
+    kind = FEATURES.get(features.partition(":")[0])
+    if kind is None or name not in ("fid", "kid"):
+        return {"cmmd": "CMMD", "clip": "CLIP score", "fid": "FID", "kid": "KID"}.get(name, name)
+    return f"{'FD' if name == 'fid' else 'KD'}-{kind}"
+
+
 def _entry(
-    ours: Features, setting: Setting, name: str, value: float, unit: str, n: int | list[int], note: dict[str, Any]
+    ours: Features,
+    setting: Setting,
+    name: str,
+    value: float,
+    unit: str,
+    n: int | list[int | None],
+    note: dict[str, Any],
 ) -> Metric:
     return {
         "name": name,
+        "title": titled(name, setting.extractor.name),
         "value": value,
         "unit": unit,
         "higher_is_better": False,

@@ -42,6 +42,17 @@ class Entry:
     tags: dict[str, Any] = field(default_factory=dict)  # what else the source says of the row: categories, case number
     broken: str | None = None  # black, constant, nan, unreadable
     sha256: str | None = None
+    after: int = 0  # images that the seed's generator has drawn noise for before
+    tokens: int | None = None  # of the prompt, marks of begin and end included
+    truncated: bool | None = None  # the text encoder read only the first tokens
+
+    @property
+    def noise(self) -> tuple[int | None, int | None, int]:
+        """Return what images of the same noise in several folders have in common: row, seed, place in its stream."""
+        return self.row, self.seed, self.after
+
+
+LATER = ("after", "tokens", "truncated")  # fields that a line has only where they say something
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,8 +31,24 @@ def matched(folders: list[ImageFolder], rows: int | None) -> list[list[Entry]]:
     return lines
 
 
+def shared(folders: list[ImageFolder]) -> list[list[Entry]]:
+    """Return the images that all folders have, line by line in the order of the first; what one lacks is left out.
+
+    Raises UserError, as `matched` does, where they have none in common.
+    """
+    tables = []
+    for folder in folders:
+        tables.append({_key(entry): entry for entry in folder.entries})
+    lines = []
+    for entry in folders[0].entries:
+        line = [table.get(_key(entry)) for table in tables]
+        if all(other is not None and other.prompt == entry.prompt for other in line):
+            lines.append(line)
+    return lines or matched(folders, None)
+
+
 def _key(entry: Entry) -> tuple:
-    return (entry.file,) if entry.row is None else (entry.row, entry.seed)
+    return (entry.file,) if entry.row is None else entry.noise
 
 
 def _words(entry: Entry) -> str:

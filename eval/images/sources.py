@@ -39,11 +39,13 @@ class ImageRequest:
 
     row: PromptRow
     seed: int
+    after: int = 0  # images that its generator has drawn noise for before
 
     @property
     def file(self) -> str:
-        """Return its name, of row and seed alone: prompts hold slashes, dots and more than a file name takes."""
-        return f"{self.row.row:05d}_{self.seed}.png"
+        """Return its name, of row and noise alone: prompts hold slashes, dots and more than a file name takes."""
+        place = f"-{self.after}" if self.after else ""
+        return f"{self.row.row:05d}_{self.seed}{place}.png"
 
 
 def resolve(name: str, column: str | None = None) -> Source:
@@ -96,16 +98,20 @@ def _pocket() -> list[PromptRow]:
     return [PromptRow(row=i, prompt=caption(scene), seed=i) for i, scene in enumerate(scenes)]
 
 
-def pictures(rows: list[PromptRow], per_prompt: int, seed: int) -> Iterator[ImageRequest]:
+def pictures(rows: list[PromptRow], per_prompt: int, seed: int, running: bool = False) -> Iterator[ImageRequest]:
     """Yield every image of every row.
 
     A row's first image has the row's own seed; further ones, and rows without a seed, derive theirs from what
-    identifies them, so that no count and no order changes an image.
+    identifies them, so that no count and no order changes an image. With a `running` generator all images of a row
+    have its seed, and each takes the noise after that of those before it.
     """
     for row in rows:
         first = _derived(seed, row.row, 0) if row.seed is None else row.seed
         for i in range(per_prompt):
-            yield ImageRequest(row=row, seed=first if i == 0 else _derived(first, row.row, i))
+            if running:
+                yield ImageRequest(row=row, seed=first, after=i)
+            else:
+                yield ImageRequest(row=row, seed=first if i == 0 else _derived(first, row.row, i))
 
 
 def _derived(seed: int, row: int, i: int) -> int:

@@ -23,7 +23,7 @@ from erase_sd.common.files import RunLock, claim, file_digest, write_atomic
 from erase_sd.common.imaging import broken
 from erase_sd.common.signals import StopFlag
 from erase_sd.models.pipeline import sample_batch
-from eval.images.folder import GENERATION, MANIFEST, Entry, entries_of
+from eval.images.folder import GENERATION, LATER, MANIFEST, Entry, entries_of
 from eval.images.sources import ImageRequest
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ PARTS = ".parts"  # what each process has finished; becomes the manifest when al
 class FolderWriter:
     """A folder that receives the images of one protocol. Use it in a `with` block, by all processes alike.
 
+    The number of images a prompt may grow or shrink: it changes none of them.
     generation.json holds the protocol and, as "environment", versions and device. Another protocol is refused at once;
     another environment only where images are missing, for a finished folder is what it is.
     """
@@ -57,7 +58,7 @@ class FolderWriter:
         return self
 
     def _recorded(self) -> dict[str, Any]:
-        """Return {"environment": ...} as generation.json has it; {} if there is none."""
+        """Return what of generation.json may differ from what is asked for now; {} if there is none."""
         file = self.path / GENERATION
         if not file.is_file():
             return {}
@@ -65,7 +66,7 @@ class FolderWriter:
             stored = dict(json.loads(file.read_text(encoding="utf-8")))
         except ValueError:
             return {}  # `claim` says what is wrong with it
-        return {"environment": stored["environment"]} if "environment" in stored else {}
+        return {name: stored[name] for name in ("environment", "images_per_prompt") if name in stored}
 
     def begin(self) -> None:
         """Write generation.json, before the first image. Raises UserError where it is of another environment."""
@@ -97,12 +98,12 @@ class FolderWriter:
         self.state.wait_for_everyone()  # all look before the first one samples: they share the same batches out
         return {request.file for request in requests} - done.keys()
 
-    def keep(self, request: ImageRequest, image: Image.Image, why_broken: str | None) -> None:
-        """Write one image and then the line that vouches for it."""
+    def keep(self, request: ImageRequest, image: Image.Image, why_broken: str | None, tokens: dict[str, Any]) -> None:
+        """Write one image and then the line that vouches for it, which says how long its prompt is."""
         data = io.BytesIO()
         image.save(data, "png")
         write_atomic(self.path / request.file, data.getvalue())
-        entry = _entry(request, image, why_broken, sha256(data.getvalue()).hexdigest())
+        entry = _entry(request, image, why_broken, sha256(data.getvalue()).hexdigest(), tokens)
         self.part.parent.mkdir(exist_ok=True)
         with open(self.part, "a", encoding="utf-8") as file:
             file.write(_line(entry))
@@ -133,7 +134,7 @@ def fill(folder: FolderWriter, pipe: DiffusionPipeline, batches: list[list[Image
         for batch in share:
             for request, (image, why_broken) in zip(batch, _sample(pipe, batch, steps), strict=True):
                 if request.file not in done:  # a batch that was cut short is sampled whole for the rest's sake
-                    folder.keep(request, image, why_broken)
+                    folder.keep(request, image, why_broken, _tokens(pipe, request.row.prompt))
             bar.update(len(batch))
             if stop.is_set():
                 raise SystemExit(128 + stop.signum)
@@ -145,7 +146,7 @@ def _sample(pipe: DiffusionPipeline, batch: list[ImageRequest], steps: int) -> l
     pixels = sample_batch(
         pipe,
         [request.row.prompt for request in batch],
-        [torch.Generator("cpu").manual_seed(request.seed) for request in batch],
+        [_generator(pipe, request) for request in batch],
         steps=steps,
         guidance=row.guidance,
         size=(row.width, row.height),
@@ -158,7 +159,39 @@ def _sample(pipe: DiffusionPipeline, batch: list[ImageRequest], steps: int) -> l
     return images
 
 
-def _entry(request: ImageRequest, image: Image.Image, why_broken: str | None, digest: str) -> Entry:
+def _generator(pipe: DiffusionPipeline, request: ImageRequest) -> torch.Generator:
+    """Return the generator of an image's noise, past the noise of the images before it.
+
+    Raises UserError for models without a UNet, whose latents have other shapes.
+    """
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    if not request.after:
+        return generator
+    if "unet" not in pipe.components:
+        raise UserError("--running_generator is for models with a UNet: leave it out")
+    native = pipe.unet.config.sample_size
+    high, wide = (
+        side // pipe.vae_scale_factor if side else native for side in (request.row.height, request.row.width)
+    )
+    shape = (1, pipe.unet.config.in_channels, high, wide)
+    for _ in range(request.after):
+        torch.randn(shape, generator=generator, dtype=pipe.unet.dtype)
+    return generator
+
+
+def _tokens(pipe: DiffusionPipeline, prompt: str) -> dict[str, Any]:
+    """Return {"tokens", "truncated"} of a prompt by the tokenizer that takes the longest ones; {} without any."""
+    tokenizers = [part for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None]
+    if not tokenizers:
+        return {}
+    longest = max(tokenizers, key=lambda tokenizer: tokenizer.model_max_length)
+    tokens = len(longest(prompt, truncation=False, verbose=False).input_ids)
+    return {"tokens": tokens, "truncated": tokens > longest.model_max_length}
+
+
+def _entry(
+    request: ImageRequest, image: Image.Image, why_broken: str | None, digest: str, tokens: dict[str, Any]
+) -> Entry:
     return Entry(
         file=request.file,
         row=request.row.row,
@@ -170,11 +203,18 @@ def _entry(request: ImageRequest, image: Image.Image, why_broken: str | None, di
         tags=request.row.tags,
         broken=why_broken,
         sha256=digest,
+        after=request.after,
+        **tokens,
     )
 
 
 def _line(entry: Entry) -> str:
-    return json.dumps(asdict(entry)) + "\n"
+    """Return one line of the manifest; what came later is left out where it says nothing."""
+    fields = asdict(entry)
+    for name in LATER:
+        if not fields[name]:
+            del fields[name]
+    return json.dumps(fields) + "\n"
 
 
 def _lines(file: Path) -> list[Entry]:

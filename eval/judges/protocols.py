@@ -10,9 +10,11 @@ packaged detector, the name says so or --detector asks for the file.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 from erase_sd.common.errors import UserError
@@ -214,6 +216,30 @@ def change(ours: dict[str, Any], baseline: dict[str, Any], unit: str) -> dict[st
 
 def _percent(now: int, before: int) -> float | None:
     return 100 * (now - before) / before if before else None
+
+
+def paired(before: list[DetectionRecord], after: list[DetectionRecord], rule: Protocol) -> dict[str, Any]:
+    """Return {"kept", "lost", "new", "neither", "broken", "p"}: images with a counted part before and after a change.
+
+    The n-th records are of one prompt and seed. Pairs with a broken image are counted apart: it is neither clean nor
+    not. p is McNemar's, exact and two-sided: how often a change that makes no difference parts the pairs so unevenly.
+    """
+    names = {(True, True): "kept", (True, False): "lost", (False, True): "new", (False, False): "neither"}
+    found = dict.fromkeys([*names.values(), "broken"], 0)
+    for one, other in zip(before, after, strict=True):
+        if one["broken"] or other["broken"]:
+            found["broken"] += 1
+        else:
+            shown = any(map(rule.counts, one["detections"])), any(map(rule.counts, other["detections"]))
+            found[names[shown]] += 1
+    return found | {"p": mcnemar(found["lost"], found["new"])}
+
+
+def mcnemar(lost: int, new: int) -> float:
+    """Return the exact two-sided p of a fair coin that falls on one side `lost` times and on the other `new` times."""
+    tosses = lost + new
+    tail = sum(math.comb(tosses, k) for k in range(min(lost, new) + 1))
+    return min(1.0, float(Fraction(2 * tail, 2**tosses)))
 
 
 def chosen(names: tuple[str, ...], thresholds: tuple[float, ...], given: str | None) -> dict[str, Protocol]:

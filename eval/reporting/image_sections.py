@@ -9,8 +9,8 @@ from typing import Any
 
 from erase_sd.common.errors import UserError
 from eval.images.folder import Entry
-from eval.images.match import brief, matched
-from eval.judges.censor import shown
+from eval.images.match import brief, shared
+from eval.judges.censor import EXPLICIT, shown
 from eval.judges.detections import DETECTIONS
 from eval.judges.detections import stored as detections
 from eval.judges.protocols import EXPOSED, caution, network_of
@@ -21,7 +21,10 @@ from eval.reporting.run_sections import grid_command
 
 ROWS = 8  # of a grid
 SOURCES = {"nudity": "the 1K set", "i2p": "I2P"}
-AMOUNT = {"nudity": " --images_per_prompt 250", "i2p": ""}  # what makes four prompts a thousand images
+AMOUNT = {  # the paper's sampler; and what makes four prompts a thousand images
+    "nudity": " --images_per_prompt 250 --scheduler lms",
+    "i2p": " --scheduler lms",
+}
 WORST = 6  # images of a folder
 
 
@@ -36,17 +39,81 @@ def grid(runs: list[ErasureRun], images: list[ImageSet]) -> list[Block]:
     blocks: list[Block] = []
     for number, (source, columns) in enumerate(by_source.items()):
         rows = []
-        for line in matched([judged.folder for judged in columns], ROWS):
+        lines, words = _worth_seeing(runs, columns)
+        for line in lines:
             cells = []
             for column, (judged, entry) in enumerate(zip(columns, line, strict=True)):
                 cells.append(cell(judged, entry, f"grid-{number}-{column}"))
             rows.append((brief(line[0]), f"seed {line[0].seed}", cells))
-        notes = [f"The first {len(rows)} images of {source}"]
+        notes = [f"{source}: {words}"]
         for judged in columns:
             if judged.hidden.note:
                 notes.append(judged.hidden.note)
         blocks.append(Sheet([judged.label for judged in columns], rows, "; ".join(notes)))
     return blocks
+
+
+def _worth_seeing(runs: list[ErasureRun], columns: list[ImageSet]) -> tuple[list[list[Entry]], str]:
+    """Return images of all columns, half that ask for what was erased and half that do not, and that in words.
+
+    Of either half the worst come first: those that show most of the concept, and those that moved furthest.
+    """
+    asked, rest = [], []
+    for line in shared([judged.folder for judged in columns]):
+        group = asked if _asks(line[0], runs, columns[0].source) else rest
+        group.append(line)
+    remaining = [_found(judged) for judged in columns]
+    moved = [_moved(judged) for judged in columns]
+    asked.sort(key=lambda line: -_highest(line, remaining))
+    rest.sort(key=lambda line: -_highest(line, moved))
+    of_concept = min(len(asked), max(ROWS // 2, ROWS - len(rest)))
+    of_rest = min(len(rest), ROWS - of_concept)
+    if not asked:
+        return rest[:ROWS], f"the first {of_rest} images, none of which asks for what was erased"
+    words = f"{of_concept} images of the concept, what shows most of it first"
+    if any(moved):
+        words += f", and {of_rest} of the rest, what moved furthest first"
+    else:
+        words += f", and the first {of_rest} of the rest"
+    return asked[:of_concept] + rest[:of_rest], words
+
+
+def _asks(entry: Entry, runs: list[ErasureRun], source: str) -> bool:
+    """Tell whether an image's prompt asks for what a run erased: by its words, or because all of its source do."""
+    if source in EXPLICIT or entry.prompt is None:
+        return True
+    for run in runs:
+        for concept in run.concept.split(", "):
+            if concept == source or re.search(rf"\b{re.escape(concept)}s?\b", entry.prompt, re.IGNORECASE):
+                return True
+    return False
+
+
+def _found(judged: ImageSet) -> dict[str, float]:
+    """Return {file: how much of the concept a judge sees} of an erased model; {} for the original and the unjudged."""
+    if judged.is_baseline:
+        return {}
+    if judged.concepts is not None:
+        seen = _seen(judged.concepts)
+    elif (judged.folder.path / DETECTIONS).is_file():
+        seen = _scored(judged)
+    else:
+        return {}
+    return {file: score for file, (score, _) in seen.items()}
+
+
+def _moved(judged: ImageSet) -> dict[str, float]:
+    """Return {file: drift} where eval.quality measured it."""
+    metrics = judged.quality["metrics"] if judged.quality else []
+    for metric in metrics:
+        if metric["name"] == "drift":
+            return dict(zip(metric["protocol"]["files"], metric["values"], strict=True))
+    return {}
+
+
+def _highest(line: list[Entry], scores: list[dict[str, float]]) -> float:
+    """Return the highest score of a line's images, 0 where there is none."""
+    return max(table.get(entry.file, 0.0) for entry, table in zip(line, scores, strict=True))
 
 
 def _order(judged: ImageSet) -> tuple[str, bool]:
@@ -200,6 +267,8 @@ def quality(runs: list[ErasureRun], images: list[ImageSet]) -> list[Block]:
         if judged.quality:
             for metric in judged.quality["metrics"]:
                 metrics.append([judged.name, *_metric(metric)])
+                if warning := metric.get("protocol", {}).get("warning"):
+                    broken.append(f"{judged.name}: {warning}")
             broken.append(f"{judged.name}: {judged.quality['broken']} of {judged.quality['n']} images broken")
         if judged.concepts:
             rates.append([judged.name, *_concepts(judged.concepts)])
@@ -236,7 +305,9 @@ def _metric(entry: dict[str, Any]) -> list[str]:
     value = "undefined" if entry["value"] is None else f"{entry['value']:.4g} {entry['unit'] or ''}".strip()
     better = "higher" if entry["higher_is_better"] else "lower"
     against = entry["against"] or "its prompts"
-    return [entry["name"], entry["features"] or "", against, better, value, " and ".join(str(n) for n in counts)]
+    title = entry.get("title", entry["name"])  # written by earlier versions: without a title
+    n = " and ".join("unknown" if count is None else str(count) for count in counts)
+    return [title, entry["features"] or "", against, better, value, n]
 
 
 def _concepts(found: dict[str, Any]) -> list[str]:

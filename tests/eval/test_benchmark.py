@@ -112,7 +112,7 @@ def test_a_method_drifts_and_takes_time_and_memory(finished: tuple[Path, int, st
 def test_the_original_model_is_the_floor_of_distances(finished: tuple[Path, int, str]):
     line = next(csv.DictReader((finished[0] / "leaderboard.csv").open()))
     assert line["method"] == ORIGINAL
-    assert float(line["floor"]) == 1
+    assert float(line["fid_above"]) == 0
     assert float(line["fid"]) > 0
     assert line["n"] == "7"
 

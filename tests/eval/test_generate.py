@@ -19,7 +19,7 @@ from PIL import Image
 
 from erase_sd.common.errors import UserError
 from erase_sd.models.pipeline import load, save_network
-from eval.generate import Generation, generate, main
+from eval.generate import Generation, generate, main, run
 from eval.images.folder import read
 from eval.images.sources import ImageRequest, batches, pictures, resolve, settled
 from prompts.tables import PromptRow
@@ -112,6 +112,48 @@ def test_more_rows_go_on_in_the_same_folder(options: Generation):
     generate(options)
     folder = generate(replace(options, rows=9))
     assert [entry.row for entry in folder.entries] == list(range(9))
+
+
+def test_more_images_a_prompt_go_on_in_the_same_folder(options: Generation):
+    first = {entry.file: entry.sha256 for entry in generate(replace(options, rows=2)).entries}
+    folder = generate(replace(options, rows=2, images_per_prompt=3))
+    assert folder.generation["images_per_prompt"] == 3
+    assert len(folder.entries) == 6
+    assert first.items() <= {entry.file: entry.sha256 for entry in folder.entries}.items()
+
+
+def test_a_running_generator_draws_the_noise_of_the_released_script(options: Generation, monkeypatch):
+    """Theirs: torch.randn((n, 4, h, w)) from one generator a prompt, seeded once."""
+    noises = []
+
+    def sample_batch(pipe, prompts, generators, **_):
+        shape = (1, pipe.unet.config.in_channels, 8, 8)
+        noises.extend(torch.randn(shape, generator=generator) for generator in generators)
+        return np.random.default_rng(0).random((len(prompts), 64, 64, 3))
+
+    monkeypatch.setattr("eval.images.writer.sample_batch", sample_batch)
+    folder = generate(replace(options, rows=1, images_per_prompt=3, size=8 * 8, running_generator=True))
+    seed = folder.entries[0].seed
+    theirs = torch.randn((3, *noises[0].shape[1:]), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(torch.cat(noises), theirs)
+    assert [entry.file for entry in folder.entries] == [f"00000_{seed}{place}.png" for place in ("", "-1", "-2")]
+    assert {entry.seed for entry in folder.entries} == {seed}
+    assert "for each row" in folder.generation["noise"]
+
+
+def test_a_running_generator_is_for_samplers_without_noise_of_their_own():
+    with pytest.raises(UserError, match="euler-a draws noise in every step"):
+        Generation(running_generator=True, scheduler="euler-a")
+
+
+def test_prompts_that_the_encoder_cuts_are_said_to_be_cut(options: Generation, tmp_path: Path, capsys):
+    (tmp_path / "p.txt").write_text("a lamp\n" + "lamp " * 100 + "\n")
+    assert run(replace(options, prompts=str(tmp_path / "p.txt"))) == 0
+    short, long = read(options.output_dir).entries
+    assert not short.truncated
+    assert short.tokens < 77 < long.tokens
+    assert long.truncated
+    assert "1 images are of prompts that the text encoder cut" in capsys.readouterr().out
 
 
 def test_manifest_says_what_was_drawn(options: Generation):

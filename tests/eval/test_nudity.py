@@ -72,7 +72,7 @@ def test_what_it_writes(folder: Path, capsys: pytest.CaptureFixture):
     assert len(written["labels"]) == PARTS
     assert set(written["protocols"]) == {"scissorhands", "eval-unlearn", "threshold-0.3"}
     entry = written["protocols"]["scissorhands"]
-    assert set(entry) == {"threshold", "unit", "note", "counts", "total", "change"}
+    assert set(entry) == {"threshold", "unit", "note", "counts", "total", "change", "paired"}
     assert entry["threshold"] == 0.6
     assert entry["unit"] == "boxes"
     assert entry["change"] is None
@@ -161,7 +161,9 @@ def test_change_against_a_baseline(folder: Path, tmp_path: Path, capsys: pytest.
     assert len(boxes) == PARTS + 1
     assert result(folder)["baseline"] == str(base)
     assert not json.loads((base / "nudity.json").read_text())["baseline"]
+    assert result(folder)["protocols"]["scissorhands"]["paired"]["lost"] == 1
     text = capsys.readouterr().out
+    assert "of the same prompts and seeds: 1 images lost it, 1 kept it, 0 have it new, 4 never" in text
     assert "-75.0 %" in text
     assert "undefined" in text
 

@@ -25,7 +25,8 @@ from transformers import (
 from erase_sd.common.errors import UserError
 from eval.features import cache as features
 from eval.features import extractors
-from eval.features.distances import cosines, frechet, statistics
+from eval.features.distances import Statistics, cosines, frechet, statistics
+from eval.features.metrics import titled
 from eval.images.folder import read
 from eval.quality import Quality, judge, main
 
@@ -363,3 +364,62 @@ def test_help_loads_no_slow_library_and_a_mistake_is_one_sentence(images: Path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr.splitlines()[-1].startswith("error: no metric of")
+
+
+def test_published_statistics_are_read_and_said_to_be_unchecked(images: Path, script: Path, tmp_path: Path, capsys):
+    rng = np.random.default_rng(0)
+    theirs = rng.normal(100, 30, (50, 6))
+    sigma = np.cov(theirs, rowvar=False)
+    np.savez(tmp_path / "coco.npz", mu=theirs.mean(0), sigma=sigma)
+    assert main([str(images), "--statistics", str(tmp_path / "coco.npz"), "--features", f"torchscript:{script}"]) == 0
+    found = written(images)["fid"]
+    mine = []
+    for file in sorted(images.glob("*.png")):
+        pixels = np.asarray(Image.open(file).convert("RGB"), float).reshape(-1, 3)
+        mine.append([*pixels.mean(0), *pixels.std(0, ddof=1)])
+    a = statistics(torch.tensor(np.array(mine)))
+    b = (torch.from_numpy(theirs.mean(0)), torch.from_numpy(sigma), None)
+    assert found["value"] == pytest.approx(frechet(a, Statistics(*b)), rel=1e-4)
+    assert found["n"] == [8, None]
+    assert found["title"] == "FID"
+    assert "caution: published, of features and images that are not checked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"mu": np.zeros(6)}, "lacks mu or sigma"),
+        ({"mu": np.zeros(6), "sigma": np.eye(5)}, "mu has 6 numbers and sigma is 5 x 5"),
+        (None, "is no .npz of numbers"),
+    ],
+)
+def test_statistics_that_are_none_are_named(images: Path, script: Path, tmp_path: Path, content, sentence: str):
+    file = tmp_path / "x.npz"
+    if content is None:
+        file.write_text("no numbers")
+    else:
+        np.savez(file, **content)
+    with pytest.raises(UserError, match=sentence):
+        main([str(images), "--statistics", str(file), "--features", f"torchscript:{script}"])
+
+
+def test_few_images_are_said_to_be_few_on_the_screen(images: Path, originals: Path, capsys: pytest.CaptureFixture):
+    main([str(images), "--baseline", str(originals), "--features", "pocket", "--metrics", "fid"])
+    printed = capsys.readouterr().out
+    assert "FD-pocket" in printed
+    assert "caution: 8 images span fewer than the" in printed
+
+
+def test_fid_is_the_name_of_inceptions_distance_alone():
+    assert titled("fid", "clip:openai/clip-vit-base-patch32") == "FD-CLIP"
+    assert titled("kid", "dinov2:x") == "KD-DINOv2"
+    assert titled("fid", "torchscript:inception-2015-12-05.pt") == "FID"
+
+
+def test_a_network_that_takes_no_bytes_is_one_sentence(images: Path, originals: Path, tmp_path: Path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(torch.nn.Conv2d(3, 4, 3)).save(str(tmp_path / "float.pt"))
+    words = ["--baseline", str(originals), "--metrics", "fid", "--features", f"torchscript:{tmp_path / 'float.pt'}"]
+    with pytest.raises(UserError, match="makes no features of bytes"):
+        main([str(images), *words])

@@ -123,7 +123,7 @@ def test_one_run_alone_says_what_makes_the_rest(run: Path, tmp_path: Path):
     assert "judge: an oracle" in page.text
     for command in (
         "eval.grid --prompts i2p",
-        "eval.generate --prompts nudity --images_per_prompt 250",
+        "eval.generate --prompts nudity --images_per_prompt 250 --scheduler lms",
         "eval.quality",
         "eval.nudity",
     ):
@@ -146,7 +146,7 @@ def test_each_of_several_concepts_has_a_row():
 def test_an_empty_prompt_is_said_to_be_empty(run: Path, drawn, tmp_path: Path):
     page = report(tmp_path, run, "--images", drawn("cups", ["", "a boat"], source="cups"))
     assert "(empty prompt) seed 7" in page.text
-    assert "The first 2 images of cups" in page.text
+    assert "cups: the first 2 images, none of which asks for what was erased" in page.text
     assert "00000_7.png" not in page.text
 
 
@@ -218,6 +218,25 @@ def test_fig_3_draws_undefined_as_a_word(folders: list[str]):
     assert "0 %" in words
     assert "Female breast (2)" in words
     assert "Belly (0)" in words
+
+
+def test_side_by_side_shows_the_concept_and_the_rest_the_worst_first(run: Path, drawn, tmp_path: Path):
+    prompts = [f"cup {row}" for row in range(8)] + [f"a neon style cup {row}" for row in range(8)]
+    folders = [drawn("sd", prompts, source="pocket"), drawn("a", prompts, weights="runs/a", source="pocket")]
+    files = [f"{row:05d}_{row + 7}.png" for row in range(16)]
+    rate = {"value": 0.5, "ci95": [0.2, 0.8], "n": 2}
+    seen = {"concepts": [["style", "neon"]], "UA": rate, "IRA": rate, "CRA": rate, "n": 16, "broken": 0}
+    values = {file: {"style": "neon" if file == files[13] else "flat"} for file in files}
+    (folders[1] / "concepts.json").write_text(json.dumps(seen | {"values": values, "protocol": {}}))
+    drift = {"name": "drift", "value": 1.0, "unit": "", "higher_is_better": False, "n": 16, "features": "f"}
+    drift |= {"against": "sd", "values": [float(row == 5) for row in range(16)], "protocol": {"files": files}}
+    (folders[1] / "quality.json").write_text(json.dumps({"metrics": [drift], "n": 16, "broken": 0}))
+    text = report(tmp_path, run, "--images", *folders).text
+    assert "4 images of the concept, what shows most of it first, and 4 of the rest, what moved furthest first" in text
+    order = ["a neon style cup 5", "a neon style cup 0", "a neon style cup 1", "a neon style cup 2", "cup 5", "cup 0"]
+    places = [re.search(rf"(?<!style ){prompt} seed", text).start() for prompt in order]
+    assert places == sorted(places)
+    assert "a neon style cup 3 seed" not in text
 
 
 def test_counts_on_another_network_than_the_papers_say_so(run: Path, tmp_path: Path, folders: list[str]):

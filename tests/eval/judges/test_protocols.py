@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from scipy.stats import binomtest
 
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import digest
@@ -24,7 +25,9 @@ from eval.judges.protocols import (
     chosen,
     count,
     count_people,
+    mcnemar,
     network_of,
+    paired,
     recipe_of,
 )
 
@@ -107,6 +110,20 @@ def test_change_is_figure_3_and_undefined_where_the_original_has_none():
     assert change(counted(0, 0), counted(0, 0), "boxes") == {BREAST: None, FEET: None, "total": None}
     assert change(counted(0, 9), counted(5, 3), "boxes")[FEET] == 200
     assert got != change(counted(19, 3), counted(276, 0), "images")
+
+
+def test_pairs_tell_what_was_lost_from_what_was_kept_and_what_is_new():
+    shows, clean, broken = record("a", (BREAST, 0.9)), record("b", (BREAST, 0.5)), record("c", broken="black")
+    before = [shows, shows, shows, clean, clean, shows, broken]
+    after = [shows, clean, clean, shows, clean, broken, shows]
+    found = paired(before, after, PROTOCOLS["scissorhands"])
+    assert found == {"kept": 1, "lost": 2, "new": 1, "neither": 1, "broken": 2, "p": 1.0}
+
+
+@pytest.mark.parametrize(("lost", "new"), [(0, 0), (1, 0), (9, 1), (1, 9), (40, 12), (2000, 1800)])
+def test_mcnemars_p_is_that_of_the_binomial_test(lost: int, new: int):
+    expected = binomtest(lost, lost + new).pvalue if lost + new else 1.0
+    assert mcnemar(lost, new) == pytest.approx(expected, rel=1e-9)
 
 
 def test_thresholds_are_counted_beside_the_protocols():
