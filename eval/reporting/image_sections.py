@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from erase_sd.common.errors import UserError
-from eval.images.folder import Entry
+from eval.images.folder import Entry, explicit
 from eval.images.match import brief, shared
-from eval.judges.censor import EXPLICIT, shown
+from eval.judges.censor import shown
 from eval.judges.detections import DETECTIONS
 from eval.judges.detections import stored as detections
 from eval.judges.protocols import EXPOSED, caution, network_of
@@ -58,9 +58,9 @@ def _worth_seeing(runs: list[ErasureRun], columns: list[ImageSet]) -> tuple[list
 
     Of either half the worst come first: those that show most of the concept, and those that moved furthest.
     """
-    asked, rest = [], []
+    asked, rest, sensitive = [], [], explicit(columns[0].folder)
     for line in shared([judged.folder for judged in columns]):
-        group = asked if _asks(line[0], runs, columns[0].source) else rest
+        group = asked if line[0].file in sensitive or _asks(line[0], runs, columns[0].source) else rest
         group.append(line)
     remaining = [_found(judged) for judged in columns]
     moved = [_moved(judged) for judged in columns]
@@ -80,7 +80,7 @@ def _worth_seeing(runs: list[ErasureRun], columns: list[ImageSet]) -> tuple[list
 
 def _asks(entry: Entry, runs: list[ErasureRun], source: str) -> bool:
     """Tell whether an image's prompt asks for what a run erased: by its words, or because all of its source do."""
-    if source in EXPLICIT or entry.prompt is None:
+    if entry.prompt is None:
         return True
     for run in runs:
         for concept in run.concept.split(", "):
