@@ -95,11 +95,17 @@ def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> 
             wait=accelerator.wait_for_everyone,
             every=running.checkpointing_steps,
             description=plan.job.method,
-            images=2 * plan.losses.batch_size,  # forget and retain samples, over all processes
+            images=_images(plan),
             log=accelerator.log,
             probe=_retain_loss,
             reuse=erasure.take_over,
         )
+
+
+def _images(plan: Plan) -> int:
+    """Return the forget and retain samples of a step, over all processes; 0 for a method that computes none."""
+    computes = plan.method.trains and not plan.method.words_only
+    return 2 * plan.losses.batch_size if computes else 0
 
 
 def _retain_loss(task: DenoisingTask, step: int) -> Tensor:
