@@ -129,7 +129,7 @@ WRONG = [
     ({"batch_size": 0}, "batch_size 0"),
     ({"redirect_draws": 0}, "redirect_draws 0"),
     ({"sensitivity_batches": 0}, "sensitivity_batches 0"),
-    ({"saliency": "abss"}, "--saliency 'abss' is none of abs, signed, summed, contrast"),
+    ({"saliency": "abss"}, "--saliency 'abss' is none of abs, signed, summed, guided, contrast"),
     ({"objective": "redirekt"}, "--objective 'redirekt'"),
     ({"anchor_model": "old"}, "--anchor_model 'old'"),
     ({"anchor_model": "current"}, "scissorhands learns from the original network: give --anchor_model original"),
