@@ -102,12 +102,6 @@ def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> 
         )
 
 
-def _images(plan: Plan) -> int:
-    """Return the forget and retain samples of a step, over all processes; 0 for a method that computes none."""
-    computes = plan.method.trains and not plan.method.words_only
-    return 2 * plan.losses.batch_size if computes else 0
-
-
 def _retain_loss(task: DenoisingTask, step: int) -> Tensor:
     return task.retain(task.batch("repair", step))
 
@@ -188,6 +182,12 @@ class Erasure:
         erased = load_network(str(folder.path), family(self.pipe).part, model.dtype)
         model.load_state_dict(erased.state_dict())
         guidance.copy(erased, model)
+
+
+def _images(plan: Plan) -> int:
+    """Return the forget and retain samples of a step, over all processes; 0 for a method that computes none."""
+    computes = plan.method.trains and not plan.method.words_only
+    return 2 * plan.losses.batch_size if computes else 0
 
 
 def _check(pipe: DiffusionPipeline, plan: Plan, examples: Iterable[Example], accelerator: Accelerator) -> None:

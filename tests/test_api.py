@@ -28,7 +28,6 @@ from erase_sd.common.errors import UserError
 from erase_sd.common.files import file_digest
 from erase_sd.denoising import concept
 from erase_sd.models.pipeline import load
-from erase_sd.plan import make
 from erase_sd.pocket import FOLDER as POCKET
 from erase_sd.run import loop
 from erase_sd.run.record import weights_hash
@@ -366,8 +365,3 @@ def test_the_saved_unet_samples_in_every_pipeline(finished: Path, tiny_sd: Path,
     start = {"image": Image.new("RGB", (64, 64), "teal"), "strength": 0.5} if "Img2Img" in family.__name__ else {}
     image = pipe("a dog", num_inference_steps=4, generator=torch.Generator().manual_seed(0), **start).images[0]
     assert image.size == (64, 64) and np.asarray(image).std() > 1
-
-
-@pytest.mark.parametrize(("method", "samples"), [("uce", 0), ("sld", 0), ("finetune", 32)])
-def test_a_method_that_computes_no_samples_shows_no_rate_of_them(method: str, samples: int) -> None:
-    assert api._images(make(concept="cat", method=method)) == samples
