@@ -95,7 +95,7 @@ def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> 
             wait=accelerator.wait_for_everyone,
             every=running.checkpointing_steps,
             description=plan.job.method,
-            images=_images(plan),
+            images=plan.step_samples(),
             log=accelerator.log,
             probe=_retain_loss,
             reuse=erasure.take_over,
@@ -182,12 +182,6 @@ class Erasure:
         erased = load_network(str(folder.path), family(self.pipe).part, model.dtype)
         model.load_state_dict(erased.state_dict())
         guidance.copy(erased, model)
-
-
-def _images(plan: Plan) -> int:
-    """Return the forget and retain samples of a step, over all processes; 0 for a method that computes none."""
-    computes = plan.method.trains and not plan.method.words_only
-    return 2 * plan.losses.batch_size if computes else 0
 
 
 def _check(pipe: DiffusionPipeline, plan: Plan, examples: Iterable[Example], accelerator: Accelerator) -> None:

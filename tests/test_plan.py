@@ -5,7 +5,6 @@ from dataclasses import fields
 
 import pytest
 
-from erase_sd import api
 from erase_sd.common.cli import names, parse
 from erase_sd.common.errors import UserError
 from erase_sd.methods import METHODS, PRESETS
@@ -182,7 +181,7 @@ def test_two_methods_have_two_folders_for_one_concept() -> None:
 
 @pytest.mark.parametrize(("method", "samples"), [("uce", 0), ("sld", 0), ("finetune", 32)])
 def test_a_method_that_computes_no_samples_shows_no_rate_of_them(method: str, samples: int) -> None:
-    assert api._images(make(concept="cat", method=method)) == samples
+    assert make(concept="cat", method=method).step_samples() == samples
 
 
 def test_without_a_trim_no_batch_is_needed() -> None:
