@@ -107,7 +107,7 @@ def carry_out(
             wait=accelerator.wait_for_everyone,
             every=running.checkpointing_steps,
             description=plan.job.method,
-            images=2 * plan.losses.batch_size,  # forget and retain samples, over all processes
+            images=plan.step_samples(),
             log=accelerator.log,
             probe=_retain_loss,
             reuse=erasure.take_over,

@@ -58,6 +58,11 @@ class Plan(NamedTuple):
             losses = dataclasses.replace(losses, anchor_model="current")
         return losses
 
+    def step_samples(self) -> int:
+        """Return the forget and retain samples of a step, over all processes; 0 for a method that computes none."""
+        computes = self.method.trains and not self.method.words_only
+        return 2 * self.losses.batch_size if computes else 0
+
     def chose_trim_scope(self) -> bool:
         """Return whether the trim scope was asked for: it is not the one that the preset brings."""
         preset = PRESETS[self.job.method][self.job.preset]

@@ -129,7 +129,7 @@ WRONG = [
     ({"batch_size": 0}, "batch_size 0"),
     ({"redirect_draws": 0}, "redirect_draws 0"),
     ({"sensitivity_batches": 0}, "sensitivity_batches 0"),
-    ({"saliency": "abss"}, "--saliency 'abss' is none of abs, signed, summed,"),
+    ({"saliency": "abss"}, "--saliency 'abss' is none of abs, signed, summed, guided, contrast"),
     ({"objective": "redirekt"}, "--objective 'redirekt'"),
     ({"anchor_model": "old"}, "--anchor_model 'old'"),
     ({"anchor_model": "current"}, "scissorhands learns from the original network: give --anchor_model original"),
@@ -190,6 +190,11 @@ def test_what_is_left_to_the_family_is_what_it_always_was_for_stable_diffusion()
     flux = {"sample_guidance": 3.5, "sample_steps": 28, "picture_steps": 28}
     assert make(concept="cat").config(flux) == config | flux
     assert make(concept="cat", sample_steps=9).config(flux) == config | flux | {"sample_steps": 9}
+
+
+@pytest.mark.parametrize(("method", "samples"), [("uce", 0), ("sld", 0), ("finetune", 32)])
+def test_a_method_that_computes_no_samples_shows_no_rate_of_them(method: str, samples: int) -> None:
+    assert make(concept="cat", method=method).step_samples() == samples
 
 
 def test_without_a_trim_no_batch_is_needed() -> None:

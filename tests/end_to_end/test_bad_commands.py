@@ -24,7 +24,7 @@ LINES = [
     ("eval.generate --prompts {here}/cat.txt --prompt_column text", "has no columns: leave it out"),
     ("eval.generate --prompts {here}/cat.txt --category sexual", "only I2P can be filtered"),
     ("eval.generate --prompts {here}/seed.csv", "188.5"),
-    ("eval.generate --prompts {here}/commas.csv", "quotes"),
+    ("eval.generate --prompts {here}/commas.csv", "quote the prompt"),
     ("eval.generate --prompts {here}/columns.csv", "--prompt_column"),
     ("eval.generate --prompts nudity --steps 0", "--steps 0 is too small"),
     ("eval.generate --prompts nudity --guidance inf", "no finite number"),
