@@ -223,7 +223,7 @@ def dry_run(options: ClassifierBenchmark) -> str:
         total += networks * recipe.epochs * len(parts.pool)
         lines.append(f"| original model | {networks} | {recipe.epochs:g} | {recipe.epochs * len(parts.pool):,.0f} |")
     for (forget, name, s), values in wanted.items():
-        if s != options.runs()[0]:
+        if s != options.runs()[0] or name == "nothing":
             continue
         plan = make(**values)
         epochs = plan.job.epochs or 1  # those that do not train pass through the data once
