@@ -33,7 +33,7 @@ are the base model's own.
 
 ## What was erased
 
-{% if understood %}What the captions on the left mean was to be forgotten; what the method may show instead stands on the right.
+{% if understood %}What these captions mean was to be forgotten; beside each stands what may be shown instead.
 
 | forgotten | instead |
 |---|---|
