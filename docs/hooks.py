@@ -39,10 +39,12 @@ def on_page_markdown(markdown: str, page: object, **_: object) -> str:
     if page.file.src_uri not in BORROWED.values():
         markdown = LINK.sub(inside, markdown)
     if page.meta.get("formulas"):
-        markdown = re.sub(r"\$\$(.+?)\$\$", lambda x: convert(_line(x[1]), display="block"), markdown, flags=re.DOTALL)
-        markdown = re.sub(r"\$(.+?)\$", lambda x: convert(_line(x[1])), markdown)
+        markdown = re.sub(r"\$\$(.+?)\$\$", _displayed, markdown, flags=re.DOTALL)
+        markdown = re.sub(r"\$(.+?)\$", lambda formula: convert(formula[1]), markdown)
     return markdown
 
 
-def _line(formula: str) -> str:
-    return " ".join(formula.split())
+def _displayed(formula: re.Match) -> str:
+    """Return a formula on a line of its own, which scrolls by itself where the page is narrow."""
+    line = " ".join(formula[1].split())
+    return f'<div style="overflow-x: auto">{convert(line, display="block")}</div>'
