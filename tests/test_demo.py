@@ -135,6 +135,13 @@ def test_a_folder_that_is_no_run_is_one_sentence(tmp_path: Path) -> None:
         compare(PageSettings(run=str(tmp_path)))
 
 
+def test_a_record_without_its_base_is_one_sentence(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="does not say what its base was: give --model"):
+        compare(PageSettings(run=str(tmp_path / "run")))
+
+
 def test_a_mistake_exits_with_2(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "erase_sd.demo", str(tmp_path / "gone")]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
