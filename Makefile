@@ -4,6 +4,7 @@
 # make kill    kill a tiny run twenty times, anywhere, and compare what the resumed ones find, minutes
 # make pocket  fetch the artwork (npm) and train the pocket model again, hours on a CPU
 # make retrain the same on data without the held-out concepts: what a model does that never saw them
+# make docs    the documentation as pages, in site/
 # make clean   remove the environment and the caches, never the results in runs/
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ EMPTY :=
 RUN = runs/$(subst $(EMPTY) $(EMPTY),-,$(CONCEPT))-scissorhands
 
 .DELETE_ON_ERROR:
-.PHONY: demo test slow kill lint pocket retrain clean
+.PHONY: demo docs test slow kill lint pocket retrain clean
 
 demo: $(VENV)/installed
 	$(LAUNCH) erase_sd/train.py --concept "$(CONCEPT)" --model pocket
@@ -51,6 +52,9 @@ $(ARTWORK):
 	mkdir -p $@
 	cd $@ && npm pack --silent @iconify-json/fluent-emoji-flat@1.2.6 @iconify-json/noto@1.2.9 \
 		@iconify-json/twemoji@1.2.5 @iconify-json/fxemoji@1.2.2
+
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

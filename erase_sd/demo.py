@@ -117,7 +117,9 @@ def compare(settings: PageSettings) -> Comparison:
     record = read_record(folder, settings.model)
     part = erased_part(folder)
     config = record.get("config", {})
-    model = settings.model or config["model"]
+    model = settings.model or config.get("model")
+    if model is None:
+        raise UserError(f"the record of {folder} does not say what its base was: give --model")
     quiet()
     pipe = load(place(model), config=settings.model_config or config.get("model_config"))
     if family(pipe).part != part:

@@ -1,5 +1,6 @@
 """The page that shows what a run changed: what it samples, what it hides, and how it looks in a browser."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -7,16 +8,17 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 from erase_sd.common.errors import UserError
-from erase_sd.demo import Comparison, PageSettings, SideBySide, compare, main, serve, shown
+from erase_sd.demo import POLICY, Comparison, OwnFilesOnly, PageSettings, SideBySide, compare, main, serve, shown
 from erase_sd.models.pipeline import load, sample
 from erase_sd.pocket import FOLDER
 from tests.browser import Browser, found
@@ -133,12 +135,35 @@ def test_a_folder_that_is_no_run_is_one_sentence(tmp_path: Path) -> None:
         compare(PageSettings(run=str(tmp_path)))
 
 
+def test_a_record_without_its_base_is_one_sentence(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="does not say what its base was: give --model"):
+        compare(PageSettings(run=str(tmp_path / "run")))
+
+
 def test_a_mistake_exits_with_2(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "erase_sd.demo", str(tmp_path / "gone")]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_every_answer_forbids_the_browser_other_machines() -> None:
+    sent: list[dict] = []
+
+    async def answer(scope: dict, receive: object, send: Callable) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
+        await send({"type": "http.response.body", "body": b"page"})
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    asyncio.run(OwnFilesOnly(answer)({}, None, send))
+    assert sent[0]["headers"] == [(b"a", b"b"), (b"content-security-policy", POLICY.encode())]
+    assert sent[1] == {"type": "http.response.body", "body": b"page"}
+    assert "http" not in POLICY
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +209,16 @@ def test_the_page_in_a_browser(address: str, width: int, tmp_path: Path) -> None
             if not asked.startswith((address, "data:", "blob:")):
                 away.append(asked)
         assert away == []
+
+
+@pytest.mark.slow
+def test_the_page_is_served_to_this_machine_only(address: str) -> None:
+    port = int(address.rpartition(":")[2])
+    places = set()
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+            places.add(connection.laddr.ip)
+    assert places == {"127.0.0.1"}
 
 
 @pytest.mark.slow

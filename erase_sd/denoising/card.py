@@ -34,7 +34,7 @@ are the base model's own.
 
 ## What was erased
 
-{% if understood %}To be forgotten: what the captions on the left mean. On the right: what may be shown instead.
+{% if understood %}What these captions mean was to be forgotten; beside each stands what may be shown instead.
 
 | forgotten | instead |
 |---|---|

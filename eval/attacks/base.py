@@ -234,7 +234,7 @@ def images_of_one(images: list[Image.Image], shown: list[bool]) -> Image.Image |
 
 
 def findings(labels: list[str], images: list[list[Image.Image]], shown: list[list[bool]]) -> list[Finding]:
-    """Return one finding per target of pictures [try][target] and of what the judge says of them."""
+    """Return one finding per target of pictures, by try and then by target, and of what the judge says of them."""
     found = []
     for i in range(len(images[0])):
         column = [row[i] for row in images]
