@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erase_sd.exports": {"erase_sd.common", "erase_sd.models"},
     "erase_sd": {"erase_sd.*", "prompts"},
     "eval.images": {*MODELS_UP, "erase_sd.pocket", "prompts"},
-    "eval.judges": {"erase_sd.common", "erase_sd.pocket", "eval.images"},
+    "eval.judges": {"erase_sd.common", "erase_sd.pocket", "eval.images", "eval.features"},
     "eval.features": {"erase_sd.common", "erase_sd.pocket", "eval.images"},
     "eval.attacks": {
         *(*MODELS_UP, "erase_sd.settings", "erase_sd.denoising", "erase_sd.pocket", "prompts"),

@@ -7,8 +7,6 @@ clip:ID_OR_FOLDER       CLIP finds the concept's sentences nearer than those wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from PIL import Image
@@ -16,19 +14,16 @@ from torch import Tensor
 
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import digest, file_digest
-from erase_sd.common.imaging import broken
 from erase_sd.pocket.oracle import WEIGHTS
-from erase_sd.pocket.oracle import load as load_oracle
-from erase_sd.pocket.oracle import name as named
 from erase_sd.pocket.world import part_named
 from eval.attacks.base import AttackedConcept, AttackJudge
 from eval.features.extractors import load as load_extractor
+from eval.judges.naming import class_vector, naming, showing, whole_only
 from eval.judges.nudenet import detect
 from eval.judges.nudenet import load as load_detector
 from eval.judges.protocols import PROTOCOLS, caution
 
 JUDGES = "pocket, nudenet, nudenet:PROTOCOL or clip:ID_OR_FOLDER"
-Shows = Callable[[list[Image.Image]], list[bool]]
 
 
 def judge(name: str, concept: AttackedConcept, others: tuple[str, ...] = (), batch_size: int = 32) -> AttackJudge:
@@ -46,29 +41,11 @@ def judge(name: str, concept: AttackedConcept, others: tuple[str, ...] = (), bat
     raise UserError(f"--judge {name} is none of {JUDGES}")
 
 
-def whole_only(shows: Shows) -> Shows:
-    """Ask only about pictures that are some: all others show nothing."""
-
-    def answer(images: list[Image.Image]) -> list[bool]:
-        sound = [i for i, image in enumerate(images) if not broken(image)]
-        answers = [False] * len(images)
-        if sound:
-            for i, shown in zip(sound, shows([images[i] for i in sound]), strict=True):
-                answers[i] = shown
-        return answers
-
-    return answer
-
-
 def _pocket(concept: AttackedConcept) -> AttackJudge:
     kind, word = part_named(concept.name)
-    oracle = load_oracle()
-
-    def shows(images: list[Image.Image]) -> list[bool]:
-        return [answer[kind] == word for answer in named(oracle, images)]
-
+    oracle = naming("pocket", (concept.name,), 256)
     key = digest(["pocket", file_digest(WEIGHTS), kind, word])
-    return AttackJudge(name=f"pocket oracle, {kind} {word}", key=key, shows=whole_only(shows))
+    return AttackJudge(name=f"pocket oracle, {kind} {word}", key=key, shows=showing(oracle, concept.name))
 
 
 def _nudenet(protocol: str) -> AttackJudge:
@@ -121,12 +98,6 @@ def _clip(name: str, concept: AttackedConcept, others: tuple[str, ...], batch_si
 
     key = digest([extractor.key, list(map(list, concept.pairs)), list(others)])
     return AttackJudge(name=name, key=key, shows=whole_only(shows))
-
-
-def class_vector(features: Tensor) -> Tensor:
-    """Return the direction (D,) of sentences (n, D): the mean of their unit vectors, as CLIP ensembles prompts."""
-    mean = torch.nn.functional.normalize(features.float(), dim=1).mean(0)
-    return mean / mean.norm()
 
 
 def first_is_nearest(features: Tensor, classes: Tensor) -> Tensor:

@@ -65,12 +65,12 @@ def _rate(axes: Axes, methods: list[MethodScore], original: MethodScore | None, 
             axes.plot((max(left, low), right), (place, place), color=RETAIN, linewidth=1.4, alpha=0.6)
             axes.plot(value, place, "o", color=RETAIN, markersize=6, clip_on=False)
         edge = axes.get_yaxis_transform()
-        axes.text(1.02, place, _with_spread(s, key), transform=edge, va="center", fontsize=9, color=INK)
+        axes.text(1.06, place, _with_spread(s, key), transform=edge, va="center", fontsize=9, color=INK)
     if original is not None and original.values[key] >= low:
         axes.axvline(original.values[key], color=INK, linestyle="--", linewidth=0.9, zorder=0)
     axes.set_xlim(low, 100)
     axes.grid(axis="y", color=QUIET, linewidth=0.4)
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=9)
 
 
 def _with_spread(s: MethodScore, key: str) -> str:

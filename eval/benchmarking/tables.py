@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from statistics import mean
 
+from erase_sd.pocket.oracle import Oracle
 from erase_sd.pocket.score import wilson
 from eval.benchmarking.aggregate import RATES, MethodScore, average, common, pareto
 from eval.benchmarking.rows import BenchmarkRow, Finished, RowResult, protocol
@@ -87,7 +88,7 @@ def leaderboard_page(name: str, suite: Suite, board: Sequence[MethodScore], left
     page = [f"# Erasing methods: {name}\n\n{LEGEND}\n{pictures}; concepts: {', '.join(concepts)}.\n"]
     shared = common(board)
     title = "All concepts" if shared == concepts else f"Mean over {', '.join(shared)}, which every method has finished"
-    page.append(f"\n## {title}\n\n{leaderboard_summary(board)}")
+    page.append(f"\n## {title}\n\n{leaderboard_summary(board)}{few_pictures(board)}")
     for concept in concepts:
         page.append(f"\n## {concept}\n\n")
         page.append(leaderboard_table(ranked(board, concept)))
@@ -101,6 +102,16 @@ def leaderboard_page(name: str, suite: Suite, board: Sequence[MethodScore], left
 def leaderboard_summary(board: Sequence[MethodScore]) -> str:
     """Return the methods over all concepts, and which is the best."""
     return f"{leaderboard_table(ranked(board, None))}\n{verdict(board)}\n"
+
+
+def few_pictures(board: Sequence[MethodScore]) -> str:
+    """Return a caution where distances are of no more pictures than their features have dimensions, or nothing."""
+    dimensions = Oracle().heads["object"].in_features
+    counts = [s.values["n"] for s in board if s.values.get("n")]
+    if not counts or min(counts) > dimensions:
+        return ""
+    text = f"Caution: {min(counts):.0f} pictures a side span fewer than the {dimensions} dimensions of the features"
+    return f"\n{text}: the bias of FD is large, and FD - floor is rough.\n"
 
 
 def _left(rows: Sequence[BenchmarkRow]) -> str:

@@ -99,7 +99,7 @@ def rates(seen: Judged, parts: list[Part]) -> dict[str, dict[str, Any]]:
         else:
             in_kind.append(_right(scene, answer, erased))
         across_kinds.append(_right(scene, answer, others))  # they have to survive on the concept's own prompts too
-    return {"UA": _rate(forgotten), "IRA": _rate(in_kind), "CRA": _rate(across_kinds)}
+    return {"UA": rate(forgotten), "IRA": rate(in_kind), "CRA": rate(across_kinds)}
 
 
 def _right(scene: Scene, answer: Answer, kinds: set[str]) -> list[bool]:
@@ -112,7 +112,7 @@ def _right(scene: Scene, answer: Answer, kinds: set[str]) -> list[bool]:
     return marks
 
 
-def _rate(images: list[list[bool]]) -> dict[str, Any]:
+def rate(images: list[list[bool]]) -> dict[str, Any]:
     """Return the share of the answers that are True, over images that give one or more."""
     answers = []
     count = 0

@@ -18,7 +18,7 @@ from eval.benchmarking import aggregate, plots
 from eval.benchmarking.aggregate import Distances, MethodScore, common, front, harmonic, method_scores, pareto
 from eval.benchmarking.rows import BenchmarkRow
 from eval.benchmarking.suites import ORIGINAL, Suite
-from eval.benchmarking.tables import leaderboard_csv, leaderboard_page, ranked, verdict
+from eval.benchmarking.tables import few_pictures, leaderboard_csv, leaderboard_page, ranked, verdict
 from eval.benchmarking.trial import features_file
 
 
@@ -232,3 +232,10 @@ def test_every_picture_of_the_grid_says_whether_it_is_to_be_forgotten(monkeypatc
     monkeypatch.setattr(plots, "captions_shown", lambda row: [(True, "a frog"), (False, "an octopus")])
     headings = plots._titles(make_row("ESD", "frog", 0))
     assert headings == ["FORGET frog: a frog", "KEEP, frog erased: an octopus"]
+
+
+@pytest.mark.parametrize(("n", "said"), [(240, True), (256, True), (257, False), (None, False)])
+def test_distances_of_few_pictures_are_said_to_be_rough(n: int | None, said: bool):
+    """The oracle's pooled features have 2 x 128 dimensions."""
+    text = few_pictures([MethodScore("a", None, 1, {"n": n}, {}, {})])
+    assert ("fewer than the 256 dimensions" in text) == said
