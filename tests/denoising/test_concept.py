@@ -137,19 +137,21 @@ def test_people_who_are_to_stay_are_shown() -> None:
 
 
 UNDERSTOOD = [
-    ("cat", "x", ("object", 8, None)),
-    ("Van Gogh", "x", ("style", 8, None)),
-    ("Tom Cruise", "x", ("person", 8, None)),
-    ("nude", "x", ("attribute", 40, "nudity.json")),
-    ("cat", "pocket", ("object", 32, None)),
-    ("neon style", "pocket", ("style", 160, None)),
+    ("cat", "x", ("object", None)),
+    ("Van Gogh", "x", ("style", None)),
+    ("Tom Cruise", "x", ("person", None)),
+    ("nude", "x", ("attribute", "nudity.json")),
+    ("cat", "pocket", ("object", None)),
+    ("neon style", "pocket", ("style", None)),
 ]
 
 
 @pytest.mark.parametrize(("concept", "model", "wanted"), UNDERSTOOD)
 def test_how_a_concept_is_understood_is_said_and_recorded(concept: str, model: str, wanted: tuple) -> None:
-    (found,) = of(concept, model=model).understood
-    assert (found.kind, found.prompts, found.file) == wanted
+    target = of(concept, model=model)
+    (found,) = target.understood
+    assert (found.kind, found.file) == wanted
+    assert found.prompts == len({example.prompt for example in target.sources.forget}) >= 8
     assert any(english.mentions(found.prompt, word) for word in (*found.words, *prompts.load("nudity").words))
     assert found.anchor != found.prompt
     for part in (repr(concept), found.kind, str(found.prompts), repr(found.prompt), repr(found.anchor)):
