@@ -70,7 +70,7 @@ class PageSettings:
             raise UserError(f"--port {self.port} is no port: give a number from 1 to 65535")
 
 
-class Pair(NamedTuple):
+class SideBySide(NamedTuple):
     """One prompt and seed, sampled by both models."""
 
     before: Image.Image
@@ -90,7 +90,7 @@ class Comparison:
     guidance: float
     size: int | None = None  # pixels a side
 
-    def pair(self, prompt: str, seed: float | None) -> Pair:
+    def pair(self, prompt: str, seed: float | None) -> SideBySide:
         """Sample the prompt by both models from the same noise. Raises UserError for no prompt and for no seed."""
         prompt = " ".join(prompt.split())
         if not prompt:
@@ -100,7 +100,7 @@ class Comparison:
         pictures = []
         for pipe in (self.original, self.erased):
             pictures += sample(pipe, [prompt], [int(seed)], steps=self.steps, guidance=self.guidance, size=self.size)
-        return Pair(*pictures, self.sensitive(prompt))
+        return SideBySide(*pictures, self.sensitive(prompt))
 
     def sensitive(self, prompt: str) -> str:
         """Return why the pictures of a prompt may be sensitive, "" if neither the run nor the prompt says so."""
@@ -160,7 +160,7 @@ def page(comparison: Comparison) -> Blocks:
 
     concepts = ", ".join(comparison.concepts)
 
-    def ask(prompt: str, seed: float | None, hide: bool) -> tuple[Pair, Image.Image, Image.Image, str]:
+    def ask(prompt: str, seed: float | None, hide: bool) -> tuple[SideBySide, Image.Image, Image.Image, str]:
         try:
             pair = comparison.pair(prompt, seed)
         except UserError as error:
@@ -192,7 +192,7 @@ def page(comparison: Comparison) -> Blocks:
     return blocks
 
 
-def shown(pair: Pair | None, hide: bool) -> tuple[Image.Image | None, Image.Image | None, str]:
+def shown(pair: SideBySide | None, hide: bool) -> tuple[Image.Image | None, Image.Image | None, str]:
     """Return both pictures as the page shows them, and the line above them."""
     if pair is None:
         return None, None, ""

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from erase_sd.common.errors import UserError
-from erase_sd.demo import POLICY, Comparison, OwnFilesOnly, PageSettings, Pair, compare, main, serve, shown
+from erase_sd.demo import POLICY, Comparison, OwnFilesOnly, PageSettings, SideBySide, compare, main, serve, shown
 from erase_sd.models.pipeline import load, sample
 from erase_sd.pocket import FOLDER
 from tests.browser import Browser, found
@@ -95,7 +95,7 @@ def colours(image: Image.Image) -> int:
 
 
 def test_sensitive_pictures_are_hidden_until_the_switch_is_moved() -> None:
-    pair = Pair(noise(), noise(), "the prompt is about nudity")
+    pair = SideBySide(noise(), noise(), "the prompt is about nudity")
     before, after, note = shown(pair, hide=True)
     assert colours(before) <= 64
     assert colours(after) <= 64
@@ -106,7 +106,7 @@ def test_sensitive_pictures_are_hidden_until_the_switch_is_moved() -> None:
 
 
 def test_other_pictures_are_shown_as_they_are() -> None:
-    before, _, note = shown(Pair(noise(), noise(), ""), hide=True)
+    before, _, note = shown(SideBySide(noise(), noise(), ""), hide=True)
     assert colours(before) > 1000
     assert note == ""
 
