@@ -74,7 +74,7 @@ LINES = [
     (f"{CLASSIFY} --forget random:2", "is no share between 0 and 1"),
     (f"{CLASSIFY} --forget indices:{{here}}/nowhere", "cannot be read"),
     (f"{CLASSIFY} --raw {{here}}/nowhere", "nowhere"),
-    ("classification.train --dataset mars", "'mars' is not one of digits"),
+    ("classification.train --dataset mars", "'mars' is not one of fashion"),
     ("classification.train --dataset digits --epochs nan", "'nan' is not a number"),
     ("classification.benchmark --dataset mars", "mars"),
 ]
