@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from erase_sd.denoising.sharded import wanted
 from erase_sd.denoising.task import DenoisingTask, trimmed
 from erase_sd.models import guidance
 from erase_sd.models.families import family, modules, network
+from erase_sd.models.foreign import Artefacts, put
 from erase_sd.models.noise import check_scheduler
 from erase_sd.models.parameters import select, without_norms
 from erase_sd.models.pipeline import load_network
@@ -33,6 +35,7 @@ from erase_sd.pocket import FOLDER as POCKET
 from erase_sd.run.folder import Progress, RunFolder
 from erase_sd.run.loop import execute
 from erase_sd.run.record import run_record, weights_hash
+from erase_sd.settings import Job
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -68,6 +71,7 @@ def erase(
 
 def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> dict:
     """Carry out the job of `erase`, planned. Exits with 128 + signal when stopped, after a checkpoint."""
+    _start_from(pipe, plan.job, accelerator)
     erasure = Erasure(pipe, plan, accelerator)
     running = plan.running
     folder = None
@@ -94,6 +98,19 @@ def carry_out(pipe: DiffusionPipeline, plan: Plan, accelerator: Accelerator) -> 
             probe=_retain_loss,
             reuse=erasure.take_over,
         )
+
+
+def _start_from(pipe: DiffusionPipeline, job: Job, accelerator: Accelerator) -> None:
+    """Put what the job starts from into the pipeline and say what it is. Raises UserError where it does not fit."""
+    stored = {family(pipe).part} | ({"text_encoder"} if job.text_encoder else set())
+    for applied in put(pipe, Artefacts(job.unet, job.text_encoder, job.adapter)):
+        if beside := applied.parts - stored:
+            raise UserError(
+                f"{applied.line}: a run does not store the {min(beside)} that this changes: merge the adapter into it "
+                "and give that as --text_encoder"
+            )
+        if accelerator.is_main_process:
+            print(applied.line, file=sys.stderr)
 
 
 def _retain_loss(task: DenoisingTask, step: int) -> Tensor:

@@ -13,6 +13,7 @@ from erase_sd.settings import Job, Running, Sampling, TaskSettings
 
 # How and where a job runs, not what it computes.
 HOW = {"mixed_precision", "fsdp", "gradient_checkpointing", "output_dir", "score", *names(Running)}
+OWN = {"unet", "text_encoder", "adapter"}  # part of a job that has them, and of no other
 ONCE = {"resume_from_checkpoint", "dry_run"}  # said of one call, not of the job
 
 
@@ -29,8 +30,9 @@ class Plan(NamedTuple):
         """Return all values that decide the result, as JSON holds them: runs with equal ones are the same run."""
         config: dict[str, Any] = {}
         for name, value in _values(self).items():
-            if name not in HOW:
-                config[name] = list(value) if isinstance(value, tuple) else value
+            if name in HOW or (name in OWN and not value):
+                continue
+            config[name] = list(value) if isinstance(value, tuple) else value
         return config | {"mixed_precision": self.job.mixed_precision}
 
     def used_losses(self) -> TaskSettings:
