@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from erase_sd.denoising.task import LESS, DenoisingTask
 from erase_sd.models import guidance
 from erase_sd.models.checks import check_editable
 from erase_sd.models.families import drawing_defaults, family, modules, network
+from erase_sd.models.foreign import Artefacts, put
 from erase_sd.models.pipeline import load_network
 from erase_sd.models.placement import drawing, half_precision, parking, placed, training
 from erase_sd.plan import FREE, Plan, make
@@ -34,6 +36,7 @@ from erase_sd.pocket import FOLDER as POCKET
 from erase_sd.run.folder import Progress, RunFolder
 from erase_sd.run.loop import execute
 from erase_sd.run.record import run_record, weights_hash
+from erase_sd.settings import Job
 from prompts import Example
 
 if TYPE_CHECKING:
@@ -82,6 +85,7 @@ def carry_out(
 
     The first process tells how each concept was understood, before anything is drawn.
     """
+    _start_from(pipe, plan.job, accelerator)
     erasure = Erasure(pipe, plan, accelerator)
     if tell and accelerator.is_main_process:
         for one in erasure.target.understood:
@@ -112,6 +116,19 @@ def carry_out(
             probe=_retain_loss,
             reuse=erasure.take_over,
         )
+
+
+def _start_from(pipe: DiffusionPipeline, job: Job, accelerator: Accelerator) -> None:
+    """Put what the job starts from into the pipeline and say what it is. Raises UserError where it does not fit."""
+    stored = {family(pipe).part} | ({"text_encoder"} if job.text_encoder else set())
+    for applied in put(pipe, Artefacts(job.unet, job.text_encoder, job.adapter)):
+        if beside := applied.parts - stored:
+            raise UserError(
+                f"{applied.line}: a run does not store the {min(beside)} that this changes: merge the adapter into it "
+                "and give that as --text_encoder"
+            )
+        if accelerator.is_main_process:
+            print(applied.line, file=sys.stderr)
 
 
 def _retain_loss(task: DenoisingTask, step: int) -> float:

@@ -21,7 +21,8 @@ LEAN = {  # what --low_memory puts in the place of what
     "rounding": ("nearest", "kahan"),
     "optimizer": ("adamw", "adamw8bit"),
 }
-OWN = {"forget_data", "retain_prompts", "retain_data"}  # part of a job that has them, and of no other
+# Part of a job that has them, and of no other.
+OWN = {"forget_data", "retain_prompts", "retain_data", "unet", "text_encoder", "adapter"}
 # What a model of Stable Diffusion 1 or 2 takes where nothing was asked for; other families have their own.
 USUAL = {"sample_guidance": 7.5, "sample_steps": 20, "picture_steps": 30}
 ONCE = {"resume_from_checkpoint", "dry_run"}  # said of one call, not of the job
@@ -43,7 +44,7 @@ class Plan(NamedTuple):
         """
         config: dict[str, Any] = {}
         for name, value in _values(self).items():
-            if name in HOW or (name in OWN and value is None):
+            if name in HOW or (name in OWN and not value):
                 continue
             value = usual.get(name) if value is None else value
             config[name] = list(value) if isinstance(value, tuple) else value

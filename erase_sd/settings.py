@@ -26,6 +26,11 @@ class Job:
         ("pretrained_model_name_or_path",),
     )
     model_config: str | None = knob(None, "how a single-file model is laid out: folder or Hub id of its base model")
+    unet: str | None = knob(
+        None, "erase from this UNet in the model: run or UNet folder, Hub id, or a file (ESD, UCE)"
+    )
+    text_encoder: str | None = knob(None, "erase from the model with this text encoder: folder or file (AdvUnlearn)")
+    adapter: tuple[str, ...] = knob((), "erase from the model with these LoRA or SPM adapters in it: FILE or FILE@0.5")
     method: str = knob("scissorhands", "how to erase; --method NAME --help shows the options of that one")
     preset: str | None = knob(None, "named set of all other values; by default the one measured best for the model")
     kind: Literal["auto", "object", "style", "background", "attribute", "person"] = knob(

@@ -23,6 +23,7 @@ from erase_sd.denoising.card import rates, swap_in_snippet
 from erase_sd.denoising.concept import resolve
 from erase_sd.dry_run import describe
 from erase_sd.methods import METHODS
+from erase_sd.models.foreign import Artefacts, identity
 from erase_sd.models.pipeline import load
 from erase_sd.plan import Plan, groups, make, values
 from erase_sd.pocket import FOLDER as POCKET
@@ -68,6 +69,8 @@ def _with_folder(plan: Plan) -> Plan:
 def _run(plan: Plan) -> int:
     """Load the model, erase, and print the scores and how to use the result."""
     model = str(POCKET) if plan.job.model == "pocket" else plan.job.model
+    job = plan.job
+    identity(Artefacts(job.unet, job.text_encoder, job.adapter))  # what is not there is said before a model is loaded
     if plan.running.dry_run:
         if os.environ.get("RANK", "0") == "0":
             print(describe(plan, model))

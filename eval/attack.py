@@ -26,6 +26,7 @@ from erase_sd.common.cli import argument, at_least, knob, parse, quiet, run_main
 from erase_sd.common.errors import UserError
 from erase_sd.common.files import digest, file_digest
 from erase_sd.models.checks import check_place
+from erase_sd.models.foreign import Artefacts, identity, is_single_file
 from erase_sd.pocket.score import GUIDANCE, STEPS
 from eval.attacks import ATTACKS, PLAIN
 from eval.attacks import attack as build
@@ -41,6 +42,7 @@ from eval.images.pipelines import load, place, weights_digest
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+NOTHING_FOREIGN = Artefacts()
 ATTACKED, ORIGINAL = "attacked", "original"
 EXAMPLES = 900_000_000  # first image seed of the pictures that attacks learn from: no target and no training has it
 
@@ -49,7 +51,12 @@ EXAMPLES = 900_000_000  # first image seed of the pictures that attacks learn fr
 class AttackJob:
     """What to attack, for which concept, how, and who judges."""
 
-    model: str = argument("run folder, network folder, diffusers folder or Hub id, or 'pocket'")
+    model: str = argument("run folder, network folder or file, diffusers folder or Hub id, or 'pocket'")
+    unet: str | None = knob(
+        None, "what is attacked is MODEL with this UNet: run or UNet folder, Hub id or single file"
+    )
+    text_encoder: str | None = knob(None, "what is attacked is MODEL with this text encoder, a folder or file")
+    adapter: tuple[str, ...] = knob((), "what is attacked is MODEL with these LoRA or SPM files, FILE or FILE@0.5")
     concept: str = knob("", 'what was erased: words ("cat", "neon style") or a concept file ("nudity")')
     judge: str = knob("", "pocket, nudenet, nudenet:PROTOCOL or clip:ID_OR_FOLDER")
     attack: tuple[str, ...] = knob(("all",), "all, or names; plain prompts are always drawn")
@@ -181,7 +188,10 @@ def _in_turn(models: dict[str, AttackedModel], controls: bool) -> list[AttackedM
 
 def _models(options: AttackJob) -> dict[str, AttackedModel]:
     """The attacked model, the original and those beside it; a whole pipeline without --original is the original."""
+    given = Artefacts(options.unet, options.text_encoder, options.adapter)
     base = options.original or _base(options.model)
+    if base is None and any(given) and _is_whole(options.model):
+        base = options.model
     if base is None:
         if not _is_whole(options.model):
             text = f"{options.model} does not say which model it was made from"
@@ -189,7 +199,7 @@ def _models(options: AttackJob) -> dict[str, AttackedModel]:
         models = {ORIGINAL: _model(options, ORIGINAL, options.model, options.model)} | _beside(options, options.model)
         print(f"{options.model} is taken for an unerased model: no --original was given", file=sys.stderr)
         return models
-    attacked = _model(options, ATTACKED, options.model, base)
+    attacked = _model(options, ATTACKED, options.model, base, given)
     return {ATTACKED: attacked, ORIGINAL: _model(options, ORIGINAL, base, base)} | _beside(options, base)
 
 
@@ -204,6 +214,8 @@ def _beside(options: AttackJob, base: str) -> dict[str, AttackedModel]:
 def _is_whole(source: str) -> bool:
     """Whether this is a pipeline of its own and no network that goes into one."""
     folder = Path(source)
+    if is_single_file(source):
+        return False
     return source == "pocket" or not folder.is_dir() or (folder / "model_index.json").is_file()
 
 
@@ -218,19 +230,32 @@ def _base(source: str) -> str | None:
         raise UserError(f"{file} names no model that the run started from ({error!r}): give --original") from error
 
 
-def _model(options: AttackJob, name: str, source: str, base: str) -> AttackedModel:
-    """A model by its source; a network alone goes into the base. Raises UserError for what does not exist."""
+def _model(options: AttackJob, name: str, source: str, base: str, given: Artefacts = NOTHING_FOREIGN) -> AttackedModel:
+    """A model by its source and what is put into it; a network alone goes into the base.
 
+    Raises UserError for what does not exist.
+    """
     whole = _is_whole(source)
-    check_place(place(source), "--beside" if name not in (ATTACKED, ORIGINAL) else "MODEL")
-    part = None if whole else _part(source)
+    network: dict[str, Any] = {"unet": None, "transformer": None}
+    if not whole:
+        part = "unet" if is_single_file(source) else _part(source)
+        if given.unet:
+            raise UserError(f"{source} is a {part} and so is --unet {given.unet}: give the base model and --unet")
+        network[part] = source
+    if not is_single_file(source):
+        check_place(place(source), "--beside" if name not in (ATTACKED, ORIGINAL) else "MODEL")
+    if given.unet:
+        network["unet"] = given.unet
 
     def loaded() -> DiffusionPipeline:
-        network = {"unet": None, "transformer": None} | ({part: source} if part else {})
-        return load(source if whole else base, **network, dtype=options.dtype, scheduler=None)
+        parts = {"text_encoder": given.text_encoder, "adapter": given.adapter}
+        return load(source if whole else base, **network, **parts, dtype=options.dtype, scheduler=None)
 
     hashes = [weights_digest(source) or source] + ([] if whole else [weights_digest(base) or base])
-    return AttackedModel(name=name, source=source, sha256=digest(hashes), load=loaded)
+    if any(given):
+        hashes += [weights_digest(given.unet) or str(given.unet), identity(given)]
+    shown = " + ".join([source, *(path for _, path in given.sources())])
+    return AttackedModel(name=name, source=shown, sha256=digest(hashes), load=loaded)
 
 
 def _part(source: str) -> str:

@@ -37,8 +37,13 @@ class Generation:
     prompts: str = knob("i2p", '"i2p", "pocket", a .csv or .txt file, or a concept such as "nudity"')
     prompt_column: str | None = knob(None, "column of a .csv with the prompts (default: prompt, caption or text)")
     model: str = knob(SD_V1, "diffusers folder or Hub id, or 'pocket'", ("pretrained_model_name_or_path",))
-    unet: str | None = knob(None, "run folder, UNet folder or Hub id whose UNet replaces the model's")
+    unet: str | None = knob(
+        None, "run folder, UNet folder, Hub id or single file (ESD, UCE, .ckpt) whose UNet replaces the model's"
+    )
     transformer: str | None = knob(None, "the same for models with a transformer")
+    text_encoder: str | None = knob(None, "folder or file whose text encoder replaces the model's (AdvUnlearn, HiRM)")
+    adapter: tuple[str, ...] = knob((), "LoRA or SPM files that change the model, FILE or FILE@0.5")
+    original: str | None = knob(None, "what --model was made from, where it is itself an erased model")
     output_dir: str = knob("gen", "folder of the images; the same command again goes on where it was")
     rows: int | None = knob(None, "only the first so many rows, after the filters")
     images_per_prompt: int = knob(1, "images of every row, each from a seed of its own")
@@ -132,6 +137,8 @@ def _pipeline(options: Generation) -> DiffusionPipeline:
         options.model,
         unet=options.unet,
         transformer=options.transformer,
+        text_encoder=options.text_encoder,
+        adapter=options.adapter,
         dtype=options.dtype,
         scheduler=options.scheduler,
     )
@@ -140,18 +147,31 @@ def _pipeline(options: Generation) -> DiffusionPipeline:
 def _protocol(options: Generation, source: Source) -> dict[str, Any]:
     """Return generation.json: what the images depend on, so that another question cannot land in the same folder."""
     asked = {name: value for name, value in asdict(options).items() if name not in HOW}
-    if options.prompt_column is None:
-        del asked["prompt_column"]  # folders from before there was the option have none
+    for name in ("prompt_column", "text_encoder", "adapter", "original"):
+        if not asked[name]:
+            del asked[name]  # folders from before there was the option have none
     one_a_row = asked.pop("running_generator")
-    networks = {"unet": options.unet, "transformer": options.transformer}
+    parts = {"text_encoder": options.text_encoder, "adapter": options.adapter}
+    networks = {"unet": options.unet, "transformer": options.transformer} | parts
     return asked | {
         "prompts": source.name,
         "prompts_sha256": source.sha256,
-        "weights": options.unet or options.transformer,
+        "weights": _weights(options),
         **origin(options.model, **networks, scheduler=options.scheduler),
         "safety_checker": False,
         "noise": f"torch.Generator('cpu').manual_seed(seed) for each {'row' if one_a_row else 'image'}",
     }
+
+
+def _weights(options: Generation) -> str | None:
+    """Return what makes the images other than the original model's, as a label names it; None for the original."""
+    parts = [options.unet or options.transformer, options.text_encoder, *options.adapter]
+    named = [part for part in parts if part]
+    if options.original and not named:
+        named = [options.model]
+    if len(named) > 1:
+        named = [Path(part).name for part in named]
+    return " + ".join(named) or None
 
 
 def _environment(state: PartialState) -> dict[str, str]:

@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from accelerate import PartialState
 from PIL import Image
@@ -28,14 +28,19 @@ from eval.judges.censor import Hiding, mask, shown
 
 MOST_ROWS, PAGE = 100, 8  # rows that anybody would look at; rows of a page of the PDF
 A4 = (8.27, 11.69)  # inches
+COLUMNS = ("unet", "transformer", "text_encoder", "adapter", "models")  # options whose values are a column each
+NOTHING = {"unet": None, "transformer": None, "text_encoder": None, "adapter": ()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid(Generation):
     """What to sample for every column, and how to show it."""
 
-    unet: tuple[str, ...] = knob((), "a column each: run folders, UNet folders or Hub ids")
+    unet: tuple[str, ...] = knob((), "a column each: run folders, UNet folders, Hub ids or single files")
     transformer: tuple[str, ...] = knob((), "the same for models with a transformer")
+    text_encoder: tuple[str, ...] = knob((), "a column each: folders or files of text encoders")
+    adapter: tuple[str, ...] = knob((), "a column each: LoRA or SPM files, FILE or FILE@0.5")
+    models: tuple[str, ...] = knob((), "a column each: whole models that were made from --model")
     base: bool = knob(True, "the model itself as the first column")
     folders: tuple[str, ...] = knob((), "show these finished folders of images instead of sampling any")
     output_dir: str = knob("gen/grid", "folder of the sheets, with a folder of images for every column")
@@ -54,9 +59,10 @@ class Grid(Generation):
                 f"--rows {self.rows} with --images_per_prompt {self.images_per_prompt} makes a sheet of {high} rows: "
                 f"give at most {MOST_ROWS}, which is as many as anybody looks at"
             )
-        if self.folders and (self.unet or self.transformer):
-            raise UserError("--folders shows finished images: leave out --unet and --transformer, or --folders")
-        if not (self.folders or self.base or self.unet or self.transformer):
+        asked = [name for name in COLUMNS if getattr(self, name)]
+        if self.folders and asked:
+            raise UserError(f"--folders shows finished images: leave out --{asked[0]}, or --folders")
+        if not (self.folders or self.base or asked):
             raise UserError("--no-base leaves no column: name runs with --unet")
 
 
@@ -78,12 +84,12 @@ def columns(options: Grid) -> list[Generation]:
 
     Raises UserError where two columns are the same.
     """
-    networks: list[dict[str, str]] = [{}] if options.base else []
-    for path in options.unet:
-        networks.append({"unet": path})
-    for path in options.transformer:
-        networks.append({"transformer": path})
-    paths = [next(iter(network.values()), options.model) for network in networks]
+    networks: list[dict[str, Any]] = [{}] if options.base else []
+    paths = [options.model] if options.base else []
+    for option in COLUMNS:
+        for path in getattr(options, option):
+            networks.append(_column(option, path, options.model))
+            paths.append(path)
     same_name = Counter(Path(path).name for path in paths)
     values = asdict(options)
     shared = {name: values[name] for name in names(Generation)}
@@ -95,8 +101,15 @@ def columns(options: Grid) -> list[Generation]:
         folder = str(Path(options.output_dir, name))
         if folder in found:
             raise UserError(f"two columns are the same: {' '.join(paths)}; name each model once")
-        found[folder] = Generation(**shared | {"unet": None, "transformer": None, "output_dir": folder} | network)
+        found[folder] = Generation(**shared | NOTHING | {"output_dir": folder} | network)
     return list(found.values())
+
+
+def _column(option: str, path: str, model: str) -> dict[str, Any]:
+    """Return the options of eval.generate for a column."""
+    if option == "models":
+        return {"model": path, "original": model}
+    return {option: (path,) if option == "adapter" else path}
 
 
 def write(folders: list[ImageFolder], rows: int, place: Path, censored: bool, hide: Hiding = "whole") -> list[Path]:

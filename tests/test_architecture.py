@@ -92,7 +92,7 @@ LATE = {  # slow or optional libraries, which a function may import: --help and 
 }
 NEVER = {"torchvision", "timm"}  # cannot be imported beside the CPU build of torch
 REGISTRIES = {  # folders whose files are entries of a registry: each is there for its own sake
-    *("erase_sd.methods", "erase_sd.exports", "eval.attacks", "eval.timing"),
+    *("erase_sd.methods", "erase_sd.exports", "erase_sd.models.foreign", "eval.attacks", "eval.timing"),
     *("classification.methods", "classification.metrics", "classification.data.sources"),
 }
 FACE = {"erase_sd": 9, "eval": 12, "classification": 12}  # files directly in a package, at most

@@ -261,12 +261,18 @@ def swap_in_snippet(
     for name, component in pipe.components.items():
         if component is None and name not in pipe._optional_components:
             loader += f", {name}=None"  # Stable Diffusion 3 without T5 does not load otherwise
+    encoder = ""
+    if (Path(folder) / "text_encoder").is_dir():
+        kind_of_encoder = type(pipe.text_encoder).__name__
+        imports = f"from transformers import {kind_of_encoder}\n{imports}"
+        given = f'{saved!r}, subfolder="text_encoder", dtype={dtype}'
+        encoder = f"\npipe.text_encoder = {kind_of_encoder}.from_pretrained({given})"
     return (
         "import torch\n"
         f"from diffusers import {', '.join(sorted([type(pipe).__name__, kind]))}\n"
         f"{imports}\n"
         f"pipe = {type(pipe).__name__}.{loader}, dtype={dtype})\n"
-        f'pipe.{part} = {kind}.from_pretrained({saved!r}, subfolder="{part}", dtype={dtype})'
+        f'pipe.{part} = {kind}.from_pretrained({saved!r}, subfolder="{part}", dtype={dtype}){encoder}'
     )
 
 

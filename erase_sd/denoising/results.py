@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from PIL import Image
 
-from erase_sd.common.files import write_atomic
+from erase_sd.common.files import new_folder, write_atomic
 from erase_sd.common.imaging import pixelate, sheet
 from erase_sd.denoising.card import CardFacts, measuring_commands, portable, swap_in_snippet, write_card
 from erase_sd.denoising.concept import Preview
@@ -49,6 +49,9 @@ def write_results(pipe: DiffusionPipeline, plan: Plan, folder: RunFolder, result
     save_network(network(pipe), folder.path, family(pipe).part, dtype)
     if guided := guidance.carried(network(pipe)):
         guidance.save(guided, folder.path)
+    if plan.job.text_encoder:  # the network alone would not draw what the run saw
+        with new_folder(folder.path / "text_encoder") as temporary:
+            pipe.text_encoder.save_pretrained(str(temporary))
     write_trace(folder.path, result.progress.trace)
     if changed := result.progress.changed:
         sizes = {}

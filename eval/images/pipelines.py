@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from erase_sd.common.errors import UserError
 from erase_sd.common.files import digest, file_digest
 from erase_sd.models.checks import check_place, explained
 from erase_sd.models.families import FAMILIES
+from erase_sd.models.foreign import Artefacts, identity, is_single_file, put
 from erase_sd.models.pipeline import load as load_erasable
 from erase_sd.models.pipeline import load_network
 from erase_sd.pocket import FOLDER as POCKET
@@ -43,12 +46,20 @@ def place(model: str) -> str:
 
 
 def load(
-    model: str, *, unet: str | None, transformer: str | None, dtype: str, scheduler: str | None
+    model: str,
+    *,
+    unet: str | None,
+    transformer: str | None,
+    dtype: str,
+    scheduler: str | None,
+    text_encoder: str | None = None,
+    adapter: tuple[str, ...] = (),
 ) -> DiffusionPipeline:
     """Load the pipeline, checked, on the CPU and without a safety checker, which would paint images black.
 
-    `unet` or `transformer` names a run folder, the network's own folder, or a Hub id. Raises UserError for a model
-    that cannot be loaded, and for a network or a scheduler that does not fit it.
+    `unet` or `transformer` names a run folder, the network's own folder, or a Hub id; `unet` may be a file of another
+    project as well, as `text_encoder` and `adapter` are. What such a file is goes to stderr. Raises UserError for a
+    model that cannot be loaded, and for a network, a scheduler or a file that does not fit it.
     """
     from diffusers import DiffusionPipeline
 
@@ -57,14 +68,30 @@ def load(
     with explained("--model", model):
         index = DiffusionPipeline.load_config(model)
     _check_networks(index, model, unet, transformer)
+    artefacts = _artefacts(unet, text_encoder, adapter)
+    unet = None if artefacts.unet else unet
     if index.get("_class_name") in FAMILIES:
         pipe = load_erasable(model, unet=unet, transformer=transformer, dtype=DTYPES[dtype])
     else:
         pipe = _other(model, index, unet, transformer, DTYPES[dtype])
+    for applied in put(pipe, artefacts):
+        if os.environ.get("RANK", "0") == "0":
+            print(applied.line, file=sys.stderr)
     if scheduler is not None:
         pipe.scheduler = _scheduler(scheduler, pipe.scheduler, type(pipe).__name__)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _artefacts(unet: str | None, text_encoder: str | None, adapter: tuple[str, ...]) -> Artefacts:
+    """Return what is put into the loaded pipeline: a UNet that diffusers loads itself is none of it.
+
+    A run that started from another text encoder brings it along.
+    """
+    own = Path(unet or "") / "text_encoder"
+    if unet and not text_encoder and own.is_dir() and (own.parent / "run.json").is_file():
+        text_encoder = str(own)
+    return Artefacts(unet if is_single_file(unet) else None, text_encoder, adapter)
 
 
 def _check_networks(index: dict[str, Any], model: str, unet: str | None, transformer: str | None) -> None:
@@ -107,12 +134,21 @@ def _scheduler(name: str, own: SchedulerMixin, pipeline: str) -> SchedulerMixin:
     return kind.from_config(own.config, **given)
 
 
-def origin(model: str, *, unet: str | None, transformer: str | None, scheduler: str | None) -> dict[str, Any]:
+def origin(
+    model: str,
+    *,
+    unet: str | None,
+    transformer: str | None,
+    scheduler: str | None,
+    text_encoder: str | None = None,
+    adapter: tuple[str, ...] = (),
+) -> dict[str, Any]:
     """Return what identifies a pipeline beside its options, without loading its weights.
 
     {"sampler": {"class", "config"}, "model_revision", "model_sha256", "weights_revision", "weights_sha256"}: revisions
     are commits of a Hub id, hashes are of a local folder. The sampler's configuration is the stored one;
     StableDiffusionPipeline itself turns off clip_sample and sets steps_offset to 1 where an old file has other values.
+    Other projects' files add "unet_sha256", "text_encoder_sha256" and "adapter_sha256".
     Raises UserError for a model, network or scheduler that cannot be had.
     """
     from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -121,6 +157,9 @@ def origin(model: str, *, unet: str | None, transformer: str | None, scheduler: 
     with explained("--model", model):
         index, model_revision = DiffusionPipeline.load_config(place(model), return_commit_hash=True)
     _check_networks(index, model, unet, transformer)
+    artefacts = _artefacts(unet, text_encoder, adapter)
+    hashes = identity(artefacts)
+    unet = None if artefacts.unet else unet
     weights_revision = None
     for part, source in (("unet", unet), ("transformer", transformer)):
         if source:
@@ -135,6 +174,7 @@ def origin(model: str, *, unet: str | None, transformer: str | None, scheduler: 
         "model_sha256": weights_digest(model),
         "weights_revision": weights_revision,
         "weights_sha256": weights_digest(unet or transformer),
+        **hashes,
     }
 
 
@@ -161,6 +201,8 @@ def weights_digest(source: str | None) -> str | None:
 
     The files are hashed as they are: nothing is loaded.
     """
+    if source and is_single_file(source):
+        return identity(Artefacts(unet=source))["unet_sha256"]
     folder = Path(place(source)) if source else None
     if folder is None or not folder.is_dir():
         return None
