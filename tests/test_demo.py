@@ -202,7 +202,7 @@ def test_the_page_in_a_browser(address: str, width: int, tmp_path: Path) -> None
         )
         assert tops[0] == tops[1]  # side by side
         assert min(widths) > width / 4
-        assert browser.run("document.documentElement.scrollWidth") == width  # nothing to scroll sideways
+        assert browser.run("document.documentElement.scrollWidth") <= width  # nothing to scroll sideways
         assert browser.said == []
         away = []
         for asked in browser.asked:
