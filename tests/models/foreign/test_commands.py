@@ -91,6 +91,7 @@ def test_erasing_starts_from_what_is_named(tiny_sd: Path, uce: Path, encoder: Pa
     given = {"unet": str(uce), "text_encoder": str(encoder), "model": str(tiny_sd)}
     record = erase(load(str(tiny_sd)), "cat", method="esd", preset="sd", output_dir=run, **given, **QUICK)
     assert record["config"]["unet"] == str(uce)
+    assert str(tmp_path) not in (run / "README.md").read_text()
     assert (run / "text_encoder" / "model.safetensors").is_file()
     pipe = load_judged(str(tiny_sd), unet=str(run), transformer=None, dtype="float32", scheduler=None)
     held = {name.removeprefix("text_model."): x for name, x in pipe.text_encoder.state_dict().items()}
