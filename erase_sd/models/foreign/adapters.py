@@ -132,7 +132,10 @@ def _pairs(weights: dict[str, Tensor], source: str) -> dict[str, ModuleChange]:
         else:
             others.append(name)
     if not pairs:
-        raise UserError(f"--adapter {source} is no LoRA: it holds {described(weights, sorted(weights))}")
+        held = described(weights, sorted(weights))
+        raise UserError(
+            f"--adapter {source} is no LoRA: it holds {held}; whole weights are for --unet, --text_encoder"
+        )
     others += [pair.down or pair.up for pair in pairs.values() if not (pair.down and pair.up)]
     if others:
         raise UserError(

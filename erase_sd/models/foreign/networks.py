@@ -42,15 +42,15 @@ def put_network(pipe: DiffusionPipeline, source: str) -> Applied:
     A file that holds both is read without it, as Stable Diffusion's own loaders do. Raises UserError for what is no
     UNet or does not fit.
     """
+    network = pipe.components.get("unet")
+    if network is None:
+        raise UserError(f"--unet {source}: a {type(pipe).__name__} has no UNet, leave it out")
     if not is_single_file(source):
         return _put_folder(pipe, source)
     path, tail = located(source, "--unet")
     if tail not in ("", "ema"):
         raise UserError(f"--unet {source}: @{tail} is unknown, only FILE@ema is, for the averaged copy")
     weights, _, averaged = read(path, "--unet", ema=tail == "ema")
-    network = getattr(pipe, "unet", None)
-    if network is None:
-        raise UserError(f"--unet {source}: a {type(pipe).__name__} has no UNet")
     layout = _layout(network, weights, ema=tail == "ema")
     said = f"--unet {source}"
     if tail and not averaged and layout.prefix != EMA_PREFIX:

@@ -13,6 +13,7 @@ from erase_sd.api import erase
 from erase_sd.common.errors import UserError
 from erase_sd.models.pipeline import load
 from erase_sd.technique import ScissorhandsTechnique
+from erase_sd.train import main as train
 from eval.attack import ATTACKED, ORIGINAL, AttackJob, _models
 from eval.generate import Generation, generate
 from eval.grid import Grid, columns
@@ -132,3 +133,10 @@ def test_a_run_that_would_lose_an_adapters_part_is_refused(tiny_sd: Path, tmp_pa
     )
     with pytest.raises(UserError, match="does not store the text_encoder"):
         erase(load(str(tiny_sd)), "cat", adapter=(str(tmp_path / "a.safetensors"),))
+
+
+@pytest.mark.parametrize("option", ["--unet", "--text_encoder", "--adapter"])
+def test_the_job_says_what_is_not_there_before_it_loads(tiny_sd: Path, option: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("erase_sd.train.load", lambda *_, **__: pytest.fail("it loaded the model"))
+    with pytest.raises(UserError, match=rf"{option} no/such\.pt does not exist"):
+        train(["--concept", "cat", "--model", str(tiny_sd), option, "no/such.pt"])
