@@ -34,7 +34,7 @@ HOW = {"output_dir", "batch_size", "rows"}  # how a folder is filled, or how far
 class Generation:
     """What to sample, with what, and where to."""
 
-    prompts: str = knob("i2p", '"i2p", "pocket", a .csv or .txt file, or a concept such as "nudity"')
+    prompts: str = knob("i2p", '"i2p", "pocket", "unlearncanvas", a .csv or .txt file, or a concept such as "nudity"')
     prompt_column: str | None = knob(None, "column of a .csv with the prompts (default: prompt, caption or text)")
     model: str = knob(SD_V1, "diffusers folder or Hub id, or 'pocket'", ("pretrained_model_name_or_path",))
     unet: str | None = knob(

@@ -216,6 +216,8 @@ def measuring_commands(concepts: list[str], model: str, part: str, folder: str) 
 
 def portable(value: object) -> object:
     """Return a value without a path of this machine: below the working directory from there on, else its last name."""
+    if isinstance(value, list | tuple):
+        return [portable(one) for one in value]
     if not isinstance(value, str | Path) or not Path(value).is_absolute():
         return value
     path, here = Path(value), Path.cwd()

@@ -2,6 +2,8 @@
 
 pipeline    load, encode, sample, save
 families    what each kind of pipeline is made of and how its network is called
+foreign     what other projects publish in the place of a model
+ldm_names   CompVis' names for a UNet's weights
 checks      is this folder, or this pipeline, a sound model?
 guidance    Safe Latent Diffusion as a hook that a network carries
 noise       the forward process: diffusion or flow

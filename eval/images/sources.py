@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,18 @@ from erase_sd.pocket.world import caption, grid
 from prompts import concepts
 from prompts.tables import PromptRow, is_i2p, of_concept, read_file
 
+UNLEARNCANVAS = re.compile(r"A (?P<thing>\w+) image in (?P<theme>[\w ]+) style\.")
+THEMES = (  # of UnlearnCanvas (Zhang et al., NeurIPS 2024, arXiv 2402.11846), in the order of its scripts
+    "Abstractionism Artist_Sketch Blossom_Season Bricks Byzantine Cartoon Cold_Warm Color_Fantasy Comic_Etch Crayon "
+    "Cubism Dadaism Dapple Defoliation Early_Autumn Expressionism Fauvism French Glowing_Sunset Gorgeous_Love "
+    "Greenfield Impressionism Ink_Art Joy Liquid_Dreams Magic_Cube Meta_Physics Meteor_Shower Monet Mosaic Neon_Lines "
+    "On_Fire Pastel Pencil_Drawing Picasso Pop_Art Red_Blue_Ink Rust Seed_Images Sketch Sponge_Dabbed Structuralism "
+    "Superstring Surrealism Ukiyoe Van_Gogh Vibrant_Flow Warm_Love Warm_Smear Watercolor Winter"
+)
+OBJECTS = (
+    "Architectures Bears Birds Butterfly Cats Dogs Fishes Flame Flowers Frogs Horses Human Jellyfish Rabbits "
+    "Sandwiches Sea Statues Towers Trees Waterfalls"
+)
 I2P = ("AIML-TUDA/i2p", "i2p_benchmark.csv")  # Hub data set and its file
 
 
@@ -69,8 +82,8 @@ def _read(name: str, column: str | None) -> Source:
         return Source(name="i2p" if is_i2p(found.rows) else path.stem, rows=found.rows, notices=found.notices)
     if column is not None:
         raise UserError(f"--prompt_column {column!r} is for a .csv, and --prompts {name} has no columns: leave it out")
-    if name == "pocket":
-        return Source(name="pocket", rows=_pocket())
+    if name in BUILT_IN:
+        return Source(name=name, rows=BUILT_IN[name]())
     if path.is_dir() or ("/" in name and path.suffix.lower() != ".json"):
         raise UserError(f"--prompts {name} is no .csv or .txt file, and no concept: give one of these")
     concept = concepts.load(name)
@@ -96,6 +109,19 @@ def _pocket() -> list[PromptRow]:
     scenes = list(grid())
     random.Random("exam").shuffle(scenes)  # the order of all published folders
     return [PromptRow(row=i, prompt=caption(scene), seed=i) for i, scene in enumerate(scenes)]
+
+
+def _unlearncanvas() -> list[PromptRow]:
+    """Return UnlearnCanvas' prompt of every theme and object, with the seed that its scripts look for."""
+    rows = []
+    for theme in THEMES.split():
+        for thing in OBJECTS.split():
+            prompt = f"A {thing} image in {theme.replace('_', ' ')} style."
+            rows.append(PromptRow(row=len(rows), prompt=prompt, seed=188))
+    return rows
+
+
+BUILT_IN = {"pocket": _pocket, "unlearncanvas": _unlearncanvas}
 
 
 def pictures(rows: list[PromptRow], per_prompt: int, seed: int, running: bool = False) -> Iterator[ImageRequest]:

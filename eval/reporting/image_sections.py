@@ -164,7 +164,8 @@ def _panel(source: str, title: str, images: list[ImageSet]) -> list[Block]:
         group.append(judged)
     if len(baselines) > 1:
         paths = " and ".join(str(judged.folder.path) for judged in baselines)
-        raise UserError(f"{paths} are both of an original model: give one, all changes are relative to it")
+        text = f"{paths} are both of an original model: give one, all changes are relative to it"
+        raise UserError(f"{text}; a pipeline that was made from another is drawn with --original")
     if not (baselines and models):
         kind = "an erased model" if baselines else "the original model"
         more = " --unet RUN" if baselines else ""

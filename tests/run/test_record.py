@@ -285,3 +285,7 @@ def test_snippet_is_python_and_loads_the_swap(tiny_sd: Path, tiny_pipe, tmp_path
     names: dict = {}
     exec(swap_in_snippet(tiny_pipe, str(tiny_sd), tmp_path / "it's"), names)
     assert names["pipe"].unet.config.cross_attention_dim == 32
+
+
+def test_paths_in_a_list_are_portable_too(tmp_path: Path):
+    assert portable([str(tmp_path / "a.safetensors"), "b.safetensors@0.5"]) == ["a.safetensors", "b.safetensors@0.5"]

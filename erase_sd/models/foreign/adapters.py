@@ -30,7 +30,7 @@ DOWN = {"A", "down"}
 
 
 @dataclass(kw_only=True)
-class FactorPair:
+class ModuleChange:
     """The two factors of one module's change: down (rank, in, ...) and up (out, rank, ...)."""
 
     down: str = ""  # the names of the tensors
@@ -45,7 +45,7 @@ class AdapterScale:
     alpha: float | None = None
     rooted: bool = False  # rank-stabilised: alpha / sqrt(rank)
 
-    def of(self, pair: FactorPair, rank: int) -> float:
+    def of(self, pair: ModuleChange, rank: int) -> float:
         """Return what up @ down is multiplied with; without any alpha 1."""
         alpha = self.alpha if pair.alpha is None else pair.alpha
         if alpha is None:
@@ -95,7 +95,7 @@ def add_adapter(pipe: DiffusionPipeline, source: str) -> Applied:
     return Applied(_said(path, pairs, ranks, parts, strength), frozenset(parts))
 
 
-def _said(path: Path, pairs: dict[str, FactorPair], ranks: set[int], parts: Counter, strength: float) -> str:
+def _said(path: Path, pairs: dict[str, ModuleChange], ranks: set[int], parts: Counter, strength: float) -> str:
     kohya = any(name.startswith("lora_") for name in pairs)
     kind = "LoRA or SPM, kohya's names" if kohya else "LoRA"
     if kohya and ranks == {1}:
@@ -114,15 +114,15 @@ def _strength(source: str, tail: str) -> float:
     return strength
 
 
-def _pairs(weights: dict[str, Tensor], source: str) -> dict[str, FactorPair]:
+def _pairs(weights: dict[str, Tensor], source: str) -> dict[str, ModuleChange]:
     """Return the pairs by module. Raises UserError for tensors that belong to none."""
-    pairs: dict[str, FactorPair] = {}
+    pairs: dict[str, ModuleChange] = {}
     alphas: dict[str, float] = {}
     others = []
     for name, x in weights.items():
         half = HALF.fullmatch(name)
         if half:
-            pair = pairs.setdefault(half["module"].replace(".processor.", "."), FactorPair())
+            pair = pairs.setdefault(half["module"].replace(".processor.", "."), ModuleChange())
             if (half["letter"] or half["word"]) in DOWN:
                 pair.down = name
             else:
@@ -132,7 +132,10 @@ def _pairs(weights: dict[str, Tensor], source: str) -> dict[str, FactorPair]:
         else:
             others.append(name)
     if not pairs:
-        raise UserError(f"--adapter {source} is no LoRA: it holds {described(weights, sorted(weights))}")
+        held = described(weights, sorted(weights))
+        raise UserError(
+            f"--adapter {source} is no LoRA: it holds {held}; whole weights are for --unet, --text_encoder"
+        )
     others += [pair.down or pair.up for pair in pairs.values() if not (pair.down and pair.up)]
     if others:
         raise UserError(

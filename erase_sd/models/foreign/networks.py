@@ -21,7 +21,7 @@ LDM_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "", "module.")
 EMA_PREFIX = "model_ema.diffusion_model"
 
 
-class Layout(NamedTuple):
+class NamedTensors(NamedTuple):
     """A way in which a file may name a UNet's tensors."""
 
     name: str
@@ -42,15 +42,15 @@ def put_network(pipe: DiffusionPipeline, source: str) -> Applied:
     A file that holds both is read without it, as Stable Diffusion's own loaders do. Raises UserError for what is no
     UNet or does not fit.
     """
+    network = pipe.components.get("unet")
+    if network is None:
+        raise UserError(f"--unet {source}: a {type(pipe).__name__} has no UNet, leave it out")
     if not is_single_file(source):
         return _put_folder(pipe, source)
     path, tail = located(source, "--unet")
     if tail not in ("", "ema"):
         raise UserError(f"--unet {source}: @{tail} is unknown, only FILE@ema is, for the averaged copy")
     weights, _, averaged = read(path, "--unet", ema=tail == "ema")
-    network = getattr(pipe, "unet", None)
-    if network is None:
-        raise UserError(f"--unet {source}: a {type(pipe).__name__} has no UNet")
     layout = _layout(network, weights, ema=tail == "ema")
     said = f"--unet {source}"
     if tail and not averaged and layout.prefix != EMA_PREFIX:
@@ -86,7 +86,7 @@ def _put_folder(pipe: DiffusionPipeline, source: str) -> Applied:
     return Applied(f"{source}: a whole UNet, {total} of {total} tensors of the UNet", frozenset({"unet"}))
 
 
-def _layout(network: nn.Module, weights: dict[str, Tensor], ema: bool) -> Layout:
+def _layout(network: nn.Module, weights: dict[str, Tensor], ema: bool) -> NamedTensors:
     """Return the layout that explains most of the file's tensors."""
     own = list(network.state_dict())
     found = [] if ema and _has_ema(weights) else [_named(own, weights, "", own, DIFFUSERS_PREFIXES)]
@@ -94,7 +94,7 @@ def _layout(network: nn.Module, weights: dict[str, Tensor], ema: bool) -> Layout
         modules = unet_modules(network.config)
         ldm = [unet_name(name, modules) for name in own]
     except UserError:  # a UNet that LDM has no names for: only diffusers' are left
-        return found[0] if found else Layout("", "", {})
+        return found[0] if found else NamedTensors("", "", {})
     if found:
         found.append(_named(own, weights, ", LDM layout", ldm, LDM_PREFIXES))
     averaged = [name.replace(".", "") for name in ldm]
@@ -107,16 +107,16 @@ def _has_ema(weights: dict[str, Tensor]) -> bool:
     return any(name.startswith(EMA_PREFIX) for name in weights)
 
 
-def _named(own: list[str], weights: dict[str, Tensor], name: str, theirs: list[str], prefixes: tuple) -> Layout:
+def _named(own: list[str], weights: dict[str, Tensor], name: str, theirs: list[str], prefixes: tuple) -> NamedTensors:
     """Return the layout of these names under the prefix that finds most of them."""
-    best = Layout(name, prefixes[0], {})
+    best = NamedTensors(name, prefixes[0], {})
     for prefix in prefixes:
         names = {}
         for ours, other in zip(own, theirs, strict=True):
             if prefix + other in weights:
                 names[ours] = prefix + other
         if len(names) > len(best.names):
-            best = Layout(name, prefix, names)
+            best = NamedTensors(name, prefix, names)
     return best
 
 

@@ -72,7 +72,7 @@ def _names(encoder: Any, weights: dict[str, Tensor]) -> tuple[dict[str, str], st
                 if theirs in weights:
                     names[name] = theirs
                     break
-        if len(names) > len(best):
+        if names and len(names) >= len(best):  # of a wrapper that has everything twice, the part with a name
             best, found = names, prefix
     return best, found
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from erase_sd.common.errors import UserError
 from erase_sd.exports.ldm import unet as ldm_unet
 from erase_sd.models.foreign import Artefacts, put
-from erase_sd.models.pipeline import save_network
+from erase_sd.models.pipeline import load, save_network
 from tests.models.foreign.conftest import copied, differing
 
 Weights = dict[str, Tensor]
@@ -176,6 +176,11 @@ def test_files_that_cannot_be_read(
 ):
     (tmp_path / name).write_bytes(content)
     refused(tiny_pipe, tmp_path / name, match)
+
+
+def test_a_pipeline_without_a_unet(tiny_sd3: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="has no UNet"):
+        line(load(str(tiny_sd3)), tmp_path)
 
 
 def test_a_file_that_is_not_there(tiny_pipe: StableDiffusionPipeline, tmp_path: Path):
