@@ -30,7 +30,7 @@ DOWN = {"A", "down"}
 
 
 @dataclass(kw_only=True)
-class ModuleChange:
+class FactorPair:
     """The two factors of one module's change: down (rank, in, ...) and up (out, rank, ...)."""
 
     down: str = ""  # the names of the tensors
@@ -45,7 +45,7 @@ class AdapterScale:
     alpha: float | None = None
     rooted: bool = False  # rank-stabilised: alpha / sqrt(rank)
 
-    def of(self, pair: ModuleChange, rank: int) -> float:
+    def of(self, pair: FactorPair, rank: int) -> float:
         """Return what up @ down is multiplied with; without any alpha 1."""
         alpha = self.alpha if pair.alpha is None else pair.alpha
         if alpha is None:
@@ -95,7 +95,7 @@ def add_adapter(pipe: DiffusionPipeline, source: str) -> Applied:
     return Applied(_said(path, pairs, ranks, parts, strength), frozenset(parts))
 
 
-def _said(path: Path, pairs: dict[str, ModuleChange], ranks: set[int], parts: Counter, strength: float) -> str:
+def _said(path: Path, pairs: dict[str, FactorPair], ranks: set[int], parts: Counter, strength: float) -> str:
     kohya = any(name.startswith("lora_") for name in pairs)
     kind = "LoRA or SPM, kohya's names" if kohya else "LoRA"
     if kohya and ranks == {1}:
@@ -114,15 +114,15 @@ def _strength(source: str, tail: str) -> float:
     return strength
 
 
-def _pairs(weights: dict[str, Tensor], source: str) -> dict[str, ModuleChange]:
+def _pairs(weights: dict[str, Tensor], source: str) -> dict[str, FactorPair]:
     """Return the pairs by module. Raises UserError for tensors that belong to none."""
-    pairs: dict[str, ModuleChange] = {}
+    pairs: dict[str, FactorPair] = {}
     alphas: dict[str, float] = {}
     others = []
     for name, x in weights.items():
         half = HALF.fullmatch(name)
         if half:
-            pair = pairs.setdefault(half["module"].replace(".processor.", "."), ModuleChange())
+            pair = pairs.setdefault(half["module"].replace(".processor.", "."), FactorPair())
             if (half["letter"] or half["word"]) in DOWN:
                 pair.down = name
             else:
