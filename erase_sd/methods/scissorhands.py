@@ -51,8 +51,9 @@ OURS = {
 }
 PRESETS = {
     # Algorithm 1: signed Eq. 2 over all weights, plain SGD, ascent, projection at each step. The paper prints no rate;
-    # this one repairs best of 1e-3 to 1e-1 on the pocket model's "cat", and is not validated on SD. Not to
-    # the letter: norms are never re-initialised, biases become 0, gradients are averaged over 10 batches.
+    # this one has the best losses of 1e-3 to 1e-1 on two of the pocket model's three tuning concepts (docs/methods.md),
+    # and is not validated on SD. Not to the letter: norms are never re-initialised, biases become 0, gradients are
+    # averaged over 10 batches.
     "paper": {
         "saliency": "signed",
         "trim_scope": "full",
