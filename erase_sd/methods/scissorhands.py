@@ -51,8 +51,9 @@ OURS = {
 }
 PRESETS = {
     # Algorithm 1: signed Eq. 2 over all weights, plain SGD, ascent, projection at each step. The paper prints no rate;
-    # this one repairs best of 1e-3 to 1e-1 on the pocket model's "cat", and is not validated on SD. Not to
-    # the letter: norms are never re-initialised, biases become 0, gradients are averaged over 10 batches.
+    # this one has the best losses of 1e-3 to 1e-1 on two of the pocket model's three tuning concepts (docs/methods.md),
+    # and is not validated on SD. Not to the letter: norms are never re-initialised, biases become 0, gradients are
+    # averaged over 10 batches.
     "paper": {
         "saliency": "signed",
         "trim_scope": "full",
@@ -66,8 +67,8 @@ PRESETS = {
         "drop_captions": 0.0,
     },
     # SD/shs_nsfw.py: global rank, two attention blocks re-initialised, redirect to the current network's anchor. Not
-    # theirs: the retain set, whose one caption is "a photo of a person wearing clothes" there, and 125 steps, five
-    # epochs of 400 images in batches of 16, of which step 79 is among those that were exported.
+    # theirs: the retain set, whose one caption is "a photo of a person wearing clothes" there, and 125 steps, where
+    # they save steps 89, 99, 109 and the last.
     "authors-nsfw": AUTHORS
     | {
         "fraction": 0.005,
@@ -78,7 +79,8 @@ PRESETS = {
         "batch_size": 16,
         "steps": 125,
     },
-    # SD/shs_cls.py: ascent instead, other initial values, saliency of the loss under guidance.
+    # SD/shs_cls.py: ascent instead, other initial values, saliency of the loss under guidance. Not theirs: 125 steps,
+    # where they export step 79.
     "authors-cls": AUTHORS
     | {
         "saliency": "guided",

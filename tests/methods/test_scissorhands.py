@@ -227,7 +227,7 @@ def test_a_fraction_of_the_unets_attention(tiny_pipe: StableDiffusionPipeline, t
 
 
 @pytest.mark.slow
-def test_the_paper_preset_repairs_what_its_trim_ruined(tmp_path: Path) -> None:
+def test_the_paper_preset_has_a_rate_at_which_sgd_moves_the_weights(tmp_path: Path) -> None:
     """On the embedded model; at Adam's rate of 1e-5 the retain loss stays where the trim left it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     sizes = {"steps": 25, "forget_images": 32, "retain_images": 48, "sample_steps": 10, "sensitivity_batches": 2}
