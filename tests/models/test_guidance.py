@@ -172,6 +172,6 @@ def test_other_families_are_guided_too(model: str, request: pytest.FixtureReques
 
 
 def test_flux_has_nothing_to_guide() -> None:
-    flux = SimpleNamespace(model=SimpleNamespace(config={"guidance_embeds": False}))
+    flux = SimpleNamespace(config={"guidance_embeds": False})
     with pytest.raises(UserError, match="Flux"):
-        next(SLD()(flux))
+        SLD().check_network(flux, ())

@@ -95,5 +95,5 @@ def test_pickles_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
 
 def test_a_file_cut_short(single: Path, tiny_sd: Path) -> None:
     single.write_bytes(single.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="--model .*model.safetensors"):
+    with pytest.raises(UserError, match="model.safetensors is damaged or incomplete"):
         load(str(single), config=str(tiny_sd))
