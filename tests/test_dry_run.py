@@ -61,7 +61,7 @@ PEAKS: list[tuple[dict, float]] = [  # fp32 copies of the network that a step ho
     ({"objective": "redirect", "optimizer": "sgd", "anchor_model": "current"}, 3),
     ({"objective": "ascent", "optimizer": "sgd", "weights_dtype": "bfloat16", "rounding": "kahan"}, 2.5),
     ({"projection": "off", "objective": "redirect", "optimizer": "sgd"}, 3),  # nothing waits for another gradient
-    ({"objective": "redirect", "optimizer": "adamw", "low_memory": True}, 3),  # halves, bf16 g_f, 8 bits, no teacher
+    ({"preset": "sd", "low_memory": True}, 3),  # halves, bf16 g_f, 8 bits, no teacher
 ]
 
 
