@@ -101,7 +101,7 @@ class _Ledger:
         if storage._cdata not in self.seen:
             self.seen.add(storage._cdata)
             self._alive.append(x)
-            kind = self.fixed if x.ndim > 1 and tuple(x.shape) in self.shapes else self.sample
+            kind = self.fixed if tuple(x.shape) in self.shapes and _from_weight(x) else self.sample
             kind.add(storage.nbytes(), self.blocks)
         return x
 
@@ -117,6 +117,17 @@ class _Ledger:
     def leave(self, block: nn.Module, args: tuple, output: Any) -> None:
         """Note that a block is through."""
         self.blocks.pop()
+
+
+def _from_weight(x: Tensor) -> bool:
+    """Return whether a tensor with a gradient was made of a parameter alone; True for what has none."""
+    node = x.grad_fn
+    while node is not None and type(node).__name__ != "AccumulateGrad":
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        if len(parents) != 1:
+            return False
+        node = parents[0]
+    return x.ndim > 1
 
 
 def _give_back(x: Tensor) -> Tensor:

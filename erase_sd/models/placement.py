@@ -49,13 +49,16 @@ def drawing(network: nn.Module, parts: list[nn.Module], device: torch.device) ->
         yield
         return
     stage = Stage(device, together=_size(network, half, parts) <= ROOM * free_memory(device))
+    replaced = [part.__dict__.get("forward") for part in parts]
     for part in parts:
         add_hook_to_module(part, Lending(stage, part, half if part is network else None))
     try:
         yield
     finally:
-        for part in parts:
+        for part, forward in zip(parts, replaced, strict=True):
             remove_hook_from_module(part)
+            if forward is None:
+                part.__dict__.pop("forward", None)  # accelerate leaves the method there
         stage.clear()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ SMALL = (8, 8, 16, 16)  # channels of a network with which the libraries load th
 def lines(suite: TimingSuite, network: Network) -> Iterator[str]:
     """Yield prediction / measurement at each size of latents and micro-batch, and with checkpointing."""
     widths = network.channels()
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)  # glibc gives freed tensors back instead of collecting holes
     for side in network.latents:
         for n in MICRO_BATCHES:
             for checkpointing in (False, True) if n == 1 else (False,):
