@@ -51,7 +51,7 @@ OURS = {
 }
 PRESETS = {
     # Algorithm 1: signed Eq. 2 over all weights, plain SGD, ascent, projection at each step. The paper prints no rate;
-    # this one has the best losses of 1e-3 to 1e-1 on two of the three tuning concepts (docs/methods.md),
+    # this one has the best losses of 1e-3 to 1e-1 on two of the three tuning concepts (docs/methods.md, pocket model)
     # and is not validated on SD. Not to the letter: norms are never re-initialised, biases become 0, gradients are
     # averaged over 10 batches.
     "paper": {
