@@ -204,7 +204,7 @@ def test_the_tables(tmp_path: Path):
     assert lines[2]["ua"] == "90"
     assert lines[2]["ua_std"] == "14.1421"
     assert lines[2]["fid"] == "" == lines[0]["memory"]
-    assert lines[2]["ua_low"] == "81.49"  # Wilson, 72 of 80
+    assert lines[2]["ua_low"] == "81.49"  # Wilson of 72 of 80
     plots.leaderboard(board, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
