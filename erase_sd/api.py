@@ -27,10 +27,10 @@ from erase_sd.denoising.sharded import wanted
 from erase_sd.denoising.task import LESS, DenoisingTask
 from erase_sd.models import guidance
 from erase_sd.models.checks import check_editable
-from erase_sd.models.families import drawing_defaults, family, modules, network
+from erase_sd.models.families import family, modules, network, sampling_defaults
 from erase_sd.models.foreign import Artefacts, put
 from erase_sd.models.pipeline import load_network
-from erase_sd.models.placement import drawing, half_precision, parking, placed, training
+from erase_sd.models.placement import half_precision, parking, placed, sampling_on, training
 from erase_sd.plan import FREE, Plan, make
 from erase_sd.pocket import FOLDER as POCKET
 from erase_sd.run.folder import Progress, RunFolder
@@ -150,9 +150,9 @@ class Erasure:
             hashes.append(weights_hash(part))
         self.base_hash = digest(hashes + guidance.identity(network(pipe)))
         own = {"mixed_precision": accelerator.mixed_precision, "base_hash": self.base_hash}
-        drawing = drawing_defaults(family(pipe), network(pipe))
-        usual = {"sample_guidance": drawing.guidance, "sample_steps": drawing.steps}
-        usual["picture_steps"] = drawing.shown_steps
+        defaults = sampling_defaults(family(pipe), network(pipe))
+        usual = {"sample_guidance": defaults.guidance, "sample_steps": defaults.steps}
+        usual["picture_steps"] = defaults.shown_steps
         if plan.job.has_own_data():
             own["own_data"] = self.target.sources.identity()
         self.config = plan.config(usual) | own
@@ -168,7 +168,7 @@ class Erasure:
             drawn += f" {half}"  # other pictures than in fp32
         cache = self.folder and self.folder.path.parent / ".cache"
         with tracked(self.accelerator, self.config):
-            with drawing(network(pipe), parts, device):
+            with sampling_on(network(pipe), parts, device):
                 self.before = self.target.preview(pipe, drawn, cache, "before")
                 sources, only_words = self.target.sources, self.plan.method.words_only
                 samples = collect(pipe, sources, self.plan.sampling, job.seed, drawn, cache, only_words)
@@ -189,7 +189,7 @@ class Erasure:
 
     def finish(self, progress: Progress) -> dict:
         """Write the results of a run that came to its end, and return its record."""
-        with drawing(network(self.pipe), list(modules(self.pipe).values()), self.accelerator.device):
+        with sampling_on(network(self.pipe), list(modules(self.pipe).values()), self.accelerator.device):
             after = self.target.preview(self.pipe, self.base_hash + " erased", None, "after")
         parameters = 0
         for p in network(self.pipe).parameters():

@@ -18,7 +18,7 @@ from erase_sd.denoising.task import trimmed
 from erase_sd.methods.base import Sizes
 from erase_sd.models.activations import Activations, count, largest_micro_batch
 from erase_sd.models.checks import check_index, check_place, check_single_file, explained
-from erase_sd.models.families import DrawingDefaults, Family, drawing_defaults, family
+from erase_sd.models.families import Family, SamplingDefaults, family, sampling_defaults
 from erase_sd.models.parameters import select
 from erase_sd.models.placement import ROOM
 from erase_sd.plan import Plan
@@ -74,7 +74,7 @@ def describe(plan: Plan, model: str) -> str:
     if plan.method.trims():
         rows.append(("trimmed", _trim(n, plan)))
     rows += [
-        ("pictures", _images(plan, target, drawing_defaults(pipe.kind, pipe.network))),
+        ("pictures", _images(plan, target, sampling_defaults(pipe.kind, pipe.network))),
         ("steps", _steps(plan)),
         ("checkpoints", _checkpoints(n, plan)),
     ]
@@ -230,7 +230,7 @@ def _trim(n: Sizes, plan: Plan) -> str:
     return f"of the top {k:,} of {n.ranked:,} ranked entries those in the {n.trimmable:,} trimmable: {share}"
 
 
-def _images(plan: Plan, target: Target, usual: DrawingDefaults) -> str:
+def _images(plan: Plan, target: Target, usual: SamplingDefaults) -> str:
     """Say how many images are sampled to learn from, and to look at the model before and after."""
     s, own = plan.sampling, target.sources
     forget = len(own.forget_pictures) or s.forget_images

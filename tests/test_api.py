@@ -311,6 +311,7 @@ def test_a_defect_of_ours_is_told_apart_from_the_users(
     assert "KeyError" in status["message"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_unet_bit_for_bit(
     finished: Path, tiny_pipe, tiny_sd: Path, tmp_path: Path
 ) -> None:

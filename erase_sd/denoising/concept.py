@@ -13,7 +13,7 @@ from erase_sd.common.errors import UserError, asked_by_the_user
 from erase_sd.common.processes import sample_shared
 from erase_sd.denoising import own_data
 from erase_sd.denoising.samples import Sources
-from erase_sd.models.families import drawing_defaults, family, network
+from erase_sd.models.families import family, network, sampling_defaults
 from erase_sd.models.pipeline import sample
 from erase_sd.pocket import prompt_sets, score, world
 from erase_sd.settings import Job
@@ -76,7 +76,7 @@ class Target:
     def preview(self, pipe: DiffusionPipeline, model_hash: str, cache: Path | None, when: str) -> Preview:
         """Sample the prompts that before_after.png shows, and have a judge, if there is one, answer its questions."""
 
-        usual = drawing_defaults(family(pipe), network(pipe))
+        usual = sampling_defaults(family(pipe), network(pipe))
         steps = self.steps or usual.shown_steps
         guidance = usual.guidance if self.guidance is None else self.guidance
 

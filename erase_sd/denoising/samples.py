@@ -19,7 +19,7 @@ from erase_sd.common.errors import UserError
 from erase_sd.common.files import digest, file_digest, write_atomic
 from erase_sd.common.processes import sample_shared
 from erase_sd.denoising.own_data import opened
-from erase_sd.models.families import Cond, drawing_defaults, family, network
+from erase_sd.models.families import Cond, family, network, sampling_defaults
 from erase_sd.models.pipeline import encode, encode_pictures, sample
 from erase_sd.settings import Sampling
 from prompts import Example
@@ -147,7 +147,7 @@ def collect(
 
 def filled_in(pipe: DiffusionPipeline, settings: Sampling) -> Sampling:
     """Return the settings with the guidance and steps of the pipeline's family where none were asked for."""
-    usual = drawing_defaults(family(pipe), network(pipe))
+    usual = sampling_defaults(family(pipe), network(pipe))
     guidance = usual.guidance if settings.sample_guidance is None else settings.sample_guidance
     return replace(settings, sample_guidance=guidance, sample_steps=settings.sample_steps or usual.steps)
 

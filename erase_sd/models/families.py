@@ -30,7 +30,7 @@ def _unpacked(z: Tensor) -> Tensor:
     return z
 
 
-class DrawingDefaults(NamedTuple):
+class SamplingDefaults(NamedTuple):
     """How a family's pictures are drawn unless told otherwise."""
 
     guidance: float  # classifier-free scale; of Flux dev the distilled one, which training gives its network as well
@@ -48,7 +48,7 @@ class Family:
     call: Callable[[Callable, Tensor, Tensor, Cond], Tensor]  # (network, x_t, t, cond) -> shaped like x_t
     shapes: Callable[[Any], dict[str, tuple[int, ...]]]  # network's configuration -> those of one caption's cond
     widths: tuple[str, str, tuple[str, ...]]  # network's key = sum of the encoders' key: they fit each other
-    drawing: DrawingDefaults
+    sampling: SamplingDefaults
     side: int | None = None  # of the latents that the model was made for, where its configuration does not say
     patch: int = 1  # latent pixels in one input of the network
     unpacked: Callable[[Tensor], Tensor] = _unpacked  # latents as the pipeline returns them -> (n, C, H, W)
@@ -153,7 +153,7 @@ def _shapes_flux(config: Any) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-SCHNELL = DrawingDefaults(0.0, 4, 4)  # Flux without an input for guidance: distilled to four steps
+SCHNELL = SamplingDefaults(0.0, 4, 4)  # Flux without an input for guidance: distilled to four steps
 _ONE = ("vae", "text_encoder", "tokenizer", "scheduler")
 _TWO = (*_ONE, "text_encoder_2", "tokenizer_2")  # Stable Diffusion 3 may have a third, T5, or not
 _BOTH = ("text_encoder", "text_encoder_2")
@@ -165,7 +165,7 @@ FAMILIES: dict[str, Family] = {
         call=_call_sd,
         shapes=_shapes_sd,
         widths=("cross_attention_dim", "hidden_size", ("text_encoder",)),
-        drawing=DrawingDefaults(7.5, 20, 30),
+        sampling=SamplingDefaults(7.5, 20, 30),
     ),
     "StableDiffusionXLPipeline": Family(
         part="unet",
@@ -174,7 +174,7 @@ FAMILIES: dict[str, Family] = {
         call=_call_sdxl,
         shapes=_shapes_sdxl,
         widths=("cross_attention_dim", "hidden_size", _BOTH),
-        drawing=DrawingDefaults(5.0, 25, 30),
+        sampling=SamplingDefaults(5.0, 25, 30),
     ),
     "StableDiffusion3Pipeline": Family(
         part="transformer",
@@ -183,7 +183,7 @@ FAMILIES: dict[str, Family] = {
         call=_call_sd3,
         shapes=_shapes_sd3,
         widths=("pooled_projection_dim", "projection_dim", _BOTH),
-        drawing=DrawingDefaults(7.0, 28, 28),
+        sampling=SamplingDefaults(7.0, 28, 28),
     ),
     "FluxPipeline": Family(
         part="transformer",
@@ -193,7 +193,7 @@ FAMILIES: dict[str, Family] = {
         shapes=_shapes_flux,
         widths=("joint_attention_dim", "hidden_size", ("text_encoder_2",)),
         side=128,
-        drawing=DrawingDefaults(3.5, 28, 28),
+        sampling=SamplingDefaults(3.5, 28, 28),
         patch=4,
         unpacked=_unpack_flux,
     ),
@@ -209,13 +209,13 @@ def family(pipe: DiffusionPipeline | str) -> Family:
     return FAMILIES[name]
 
 
-def drawing_defaults(kind: Family, network: nn.Module) -> DrawingDefaults:
+def sampling_defaults(kind: Family, network: nn.Module) -> SamplingDefaults:
     """Return how pictures of a network of this family are drawn unless told otherwise.
 
     Guidance and steps of SDXL, 3 and Flux are those of diffusers' pipelines, SDXL's 50 steps being fewer here.
     """
     distilled = network.config.get("guidance_embeds") is False
-    return SCHNELL if distilled else kind.drawing
+    return SCHNELL if distilled else kind.sampling
 
 
 def resolution(pipe: DiffusionPipeline) -> int:

@@ -37,7 +37,7 @@ def parking(device: torch.device) -> torch.device:
 
 
 @contextmanager
-def drawing(network: nn.Module, parts: list[nn.Module], device: torch.device) -> Iterator[None]:
+def sampling_on(network: nn.Module, parts: list[nn.Module], device: torch.device) -> Iterator[None]:
     """Have the parts compute on the device, the network in its half precision; afterwards they are as they were.
 
     Text encoders and the autoencoder keep their own precision: captions are encoded for training too, and SDXL's

@@ -68,6 +68,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, bool], boo
     return limited
 
 
+@pytest.mark.slow
 def test_a_small_card_finds_its_micro_batch_and_ends_in_the_same_weights(
     tiny_sd: Path, tmp_path: Path, card: Callable
 ) -> None:

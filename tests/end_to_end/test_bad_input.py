@@ -214,7 +214,7 @@ def test_what_a_model_cannot_do_is_refused_by_the_run_and_by_the_dry_run(
     refused([*what, "--model", str(tiny_sd), *given, *more], part)
 
 
-@pytest.mark.parametrize("method", ["esd", "finetune"])
+@pytest.mark.parametrize("method", [pytest.param("esd", marks=pytest.mark.slow), "finetune"])
 def test_a_method_that_reads_no_anchor_takes_any(tiny_sd: Path, method: str, capsys: pytest.CaptureFixture) -> None:
     words = ["--concept", "red car", "--anchor", "a red sports car on a road", "--method", method, "--dry_run"]
     assert train.main([*words, "--model", str(tiny_sd)]) == 0

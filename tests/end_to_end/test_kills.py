@@ -108,9 +108,8 @@ def test_killed_anywhere_twenty_times(
     same(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize(
-    "stage", ["previews", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("sampling", "results"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["previews", "sampling", "results"])
 def test_a_signal_at_any_moment_stops_and_the_same_command_goes_on(
     job: Job, whole: Path, events: dict[str, int], tmp_path: Path, stage: str
 ) -> None:

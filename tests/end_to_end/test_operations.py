@@ -57,7 +57,7 @@ def counted(unet: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch, **knobs
 @pytest.mark.parametrize(
     ("objective", "constraint", "forwards", "backwards"),
     [
-        ("ascent", "forget", 2, 2),  # L_f, L_r
+        pytest.param("ascent", "forget", 2, 2, marks=pytest.mark.slow),  # L_f, L_r
         # L_f, L_r, the concept's answer; the anchor's, which has no backward
         pytest.param("redirect", "forget", 4, 3, marks=pytest.mark.slow),
         ("redirect", "contrast", 5, 4),  # and L_f under the anchor's caption

@@ -86,6 +86,7 @@ def test_bf16_under_accelerate_from_a_clone_that_is_not_installed(train: str, ti
     assert "Warning" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_the_snippet_that_it_prints_works(clone: Path, tiny_sd: Path, tmp_path: Path) -> None:
     """As a module, with dashes; a second call only prints the same again, and another configuration is refused."""
     words = [word.replace("_", "-") if word.startswith("--") else word for word in QUICK]
@@ -239,6 +240,7 @@ def test_bad_input_of_the_script_is_one_sentence(train: str, tmp_path: Path) -> 
     check_refused(Refusal(done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())), "--fraction 1.5")
 
 
+@pytest.mark.slow
 def test_under_the_launcher_status_json_keeps_the_true_code(train: str, tiny_sd: Path, tmp_path: Path) -> None:
     words = ["--concept", "cat", "--model", tiny_sd, *QUICK, "--lr", "1e38", "--optimizer", "sgd"]
     done = run(*started(train, "--cpu", "--mixed_precision", "no"), *words, cwd=tmp_path)

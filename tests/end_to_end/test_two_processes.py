@@ -207,7 +207,8 @@ def main_job(tiny_sd: Path, folder: Path, *more: str, launcher: tuple[str, ...] 
     return UNet2DConditionModel.from_pretrained(str(folder), subfolder="unet").state_dict()
 
 
-@pytest.mark.parametrize("more", [(), pytest.param(("--fsdp",), marks=pytest.mark.slow)], ids=["ddp", "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--fsdp",)], ids=["ddp", "fsdp"])
 def test_the_main_job_on_two_processes_finds_what_one_finds(tiny_sd: Path, tmp_path: Path, more: tuple[str, ...]):
     one = main_job(tiny_sd, tmp_path / "one", launcher=())
     before = UNet2DConditionModel.from_pretrained(str(tiny_sd), subfolder="unet").state_dict()

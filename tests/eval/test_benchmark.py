@@ -117,6 +117,7 @@ def test_the_original_model_is_the_floor_of_distances(finished: tuple[Path, int,
     assert line["n"] == "7"
 
 
+@pytest.mark.slow
 def test_finished_rows_stay_missing_and_stale_ones_are_run(
     finished: tuple[Path, int, str], capsys: pytest.CaptureFixture
 ):

@@ -313,7 +313,7 @@ def many(folder: Path, count: int) -> None:
         image.rotate(number / 4).save(folder / f"turned-{number:03}.png", compress_level=1)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_stopped_leaves_what_is_done_and_goes_on(folder: Path, signum: signal.Signals):
     many(folder, 150)
     file = folder / "detections.jsonl"

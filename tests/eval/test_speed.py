@@ -61,7 +61,11 @@ def ratios(run: subprocess.CompletedProcess) -> list[tuple[str, float]]:
     [
         (["topk", "--scores", "50000", "--tensors", "7"], ["topk"] * 4),
         (["projection", "--parameters", "50000", "--parts", "7"], ["projection"] * 2),
-        (["step", "caching", *TOY, "--latents", "16", "8", "--cached_latents", "8"], ["step"] * 4 + ["caching"]),
+        pytest.param(
+            ["step", "caching", *TOY, "--latents", "16", "8", "--cached_latents", "8"],
+            ["step"] * 4 + ["caching"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["memory", *TOY, "--job_latents", "8"], ["memory"] * 2, marks=pytest.mark.slow),
     ],
 )
@@ -142,6 +146,7 @@ def three_times(x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"c": a + b}
 
 
+@pytest.mark.slow
 def test_extra_memory_is_what_was_held_beside_inputs_and_results():
     """Two temporaries of 40 MiB; the result, as large, is not counted."""
     n = 10 * 2**20
@@ -149,6 +154,7 @@ def test_extra_memory_is_what_was_held_beside_inputs_and_results():
     assert n > SMALL
 
 
+@pytest.mark.slow
 def test_redirect_counts_three_backward_passes_and_the_anchors_forward(capsys: pytest.CaptureFixture):
     """Forwards count 1 and backwards 2: 3 + 3 + 3 + 1 against 6."""
     network = Network(widths=(16, 16, 16, 16), latents=(8,))
@@ -181,6 +187,7 @@ def test_without_a_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch):
     assert line.startswith("gpu: left out")
 
 
+@pytest.mark.slow
 def test_what_is_measured_on_a_gpu_runs(monkeypatch: pytest.MonkeyPatch):
     """On the CPU, without compiling, and in fewer steps: a rehearsal of everything but the numbers."""
     compiled = []

@@ -71,7 +71,7 @@ def alive(n: int, side: int, scope: str, checkpointing: bool) -> int:
 
 
 @pytest.mark.parametrize(("scope", "checkpointing"), [("full", False), ("xattn", False), ("full", True)])
-@pytest.mark.parametrize("side", [32, 64])
+@pytest.mark.parametrize("side", [32, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("n", [1, 2])
 def test_the_prediction_is_what_a_step_has_alive(n: int, side: int, scope: str, checkpointing: bool) -> None:
     with torch.device("meta"):

@@ -16,7 +16,7 @@ from erase_sd.common.errors import UserError
 from erase_sd.denoising import concept
 from erase_sd.denoising.samples import Samples, Sources, collect, filled_in
 from erase_sd.denoising.task import DenoisingTask
-from erase_sd.models.families import FAMILIES, drawing_defaults, family, network, resolution
+from erase_sd.models.families import FAMILIES, family, network, resolution, sampling_defaults
 from erase_sd.models.parameters import GROUPS, select, without_norms
 from erase_sd.models.pipeline import encode, load, sample
 from erase_sd.settings import Sampling, TaskSettings
@@ -62,7 +62,7 @@ DRAWING = {"tiny_sd": (7.5, 20, 30), "tiny_sdxl": (5.0, 25, 30), "tiny_sd3": (7.
 @pytest.mark.parametrize("name", ALL)
 def test_guidance_and_steps_are_the_familys_unless_asked_for(name: str, request: pytest.FixtureRequest) -> None:
     pipe = load(str(request.getfixturevalue(name)))
-    found = drawing_defaults(family(pipe), network(pipe))
+    found = sampling_defaults(family(pipe), network(pipe))
     assert found == DRAWING[name]
     usual = filled_in(pipe, Sampling())
     assert (usual.sample_guidance, usual.sample_steps) == found[:2]
@@ -81,7 +81,7 @@ def test_flux_is_trained_at_the_guidance_it_is_drawn_with(tiny_flux: Path) -> No
 def test_flux_schnell_has_four_steps_and_no_guidance(tiny_flux: Path) -> None:
     pipe = load(str(tiny_flux))
     pipe.transformer.register_to_config(guidance_embeds=False)
-    assert drawing_defaults(family(pipe), pipe.transformer) == (0.0, 4, 4)
+    assert sampling_defaults(family(pipe), pipe.transformer) == (0.0, 4, 4)
 
 
 def test_the_network_answers_as_in_its_pipeline(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from erase_sd.denoising.task import DenoisingTask
 from erase_sd.models import placement
 from erase_sd.models.families import modules, network
 from erase_sd.models.pipeline import encode, load, sample
-from erase_sd.models.placement import drawing, half_precision, placed, training
+from erase_sd.models.placement import half_precision, placed, sampling_on, training
 from erase_sd.plan import make
 from erase_sd.run import loop
 from erase_sd.run.record import weights_hash
@@ -99,6 +99,7 @@ def test_gradient_checkpointing_changes_memory_and_no_gradient(tiny_pipe: Stable
     assert fewer < 0.2 * kept
 
 
+@pytest.mark.slow
 def test_the_job_trains_with_checkpointing_and_the_result_is_the_same(
     tiny_sd: Path, tiny_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +199,7 @@ def test_bf16_weights_are_trained_stored_and_resumed_bit_for_bit(
     assert weights_hash(again.unet) == weights_hash(whole.unet)
 
 
+@pytest.mark.slow
 def test_roundings_differ_and_a_bf16_pipeline_stays_one(tiny_sd: Path) -> None:
     results = []
     for rounding in ("nearest", "stochastic", "kahan"):
@@ -244,7 +246,7 @@ def test_a_device_draws_in_half_precision_and_leaves_every_part_as_it_was(
         assert (dtype == torch.bfloat16) == (part is network(pipe))
 
     monkeypatch.setattr(placement.Stage, "enter", spied)
-    with drawing(network(pipe), parts, CPU):
+    with sampling_on(network(pipe), parts, CPU):
         half = sample(pipe, ["a cat", "a dog"], [1, 2], **how)
         images = sample(pipe, ["a cat"], [1], steps=2, guidance=2.0, size=64)
         narrow = encode(pipe, ["a cat"])
@@ -275,5 +277,5 @@ def test_a_run_draws_in_half_and_trains_in_full(tiny_sd: Path, monkeypatch: pyte
 
 def test_nothing_is_lent_where_there_is_no_half_precision(tiny_pipe: StableDiffusionPipeline) -> None:
     assert half_precision(CPU) is None
-    with drawing(tiny_pipe.unet, list(modules(tiny_pipe).values()), CPU):
+    with sampling_on(tiny_pipe.unet, list(modules(tiny_pipe).values()), CPU):
         assert not hasattr(tiny_pipe.unet, "_hf_hook")

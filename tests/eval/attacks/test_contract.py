@@ -172,6 +172,7 @@ def test_a_result_states_all_that_a_reader_needs(whole: Path):
 
 
 @pytest.mark.usefixtures("by_brightness")
+@pytest.mark.slow
 def test_a_killed_command_goes_on_and_leaves_the_same(
     tiny_sd: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
