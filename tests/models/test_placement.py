@@ -243,8 +243,8 @@ def test_a_run_draws_in_half_and_trains_in_full(tiny_sd: Path, monkeypatch: pyte
     record = erase(half, "cat", fraction=0.0, **QUICK)
     assert record["trace"]["steps"] == QUICK["steps"]
     assert half.unet.dtype == torch.float32
-    for p, q in zip(plain.unet.parameters(), half.unet.parameters(), strict=True):
-        assert (p - q).norm() < 0.1 * p.norm()  # learned from pictures that are a little different
+    one, two = (torch.cat([p.detach().flatten() for p in pipe.unet.parameters()]) for pipe in (plain, half))
+    assert (one - two).norm() < 0.1 * one.norm()  # learned from pictures that are a little different
 
 
 def test_nothing_is_lent_where_there_is_no_half_precision(tiny_pipe: StableDiffusionPipeline) -> None:
