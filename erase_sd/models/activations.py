@@ -43,66 +43,63 @@ def count(
     that of the weights; `autocast` is a GPU's, to bf16. Saved tensors are counted where autograd saves them, each
     storage once, parameters left out.
     """
+    one, twice_one = _kept(network, kind, trained, latents, dtype, autocast, 1)
+    if not autocast:
+        return Activations(0, one, (0, twice_one))
+    two, twice_two = _kept(network, kind, trained, latents, dtype, autocast, 2)
+    return Activations(2 * one - two, two - one, (2 * twice_one - twice_two, twice_two - twice_one))
+
+
+def _kept(
+    network: nn.Module,
+    kind: Family,
+    trained: Collection[str],
+    latents: tuple[int, ...],
+    dtype: torch.dtype,
+    autocast: bool,
+    n: int,
+) -> tuple[int, int]:
+    """Return the bytes that the graph of n samples keeps, and those with checkpointing."""
     ledger, network = _Ledger(), nn.Module.to(copy.deepcopy(network), dtype)  # whose parameters are replaced
     with FakeTensorMode(allow_non_fake_inputs=True), _observed(network, ledger, autocast):
         network.to_empty(device="cpu")
         for name, p in network.named_parameters():
             p.requires_grad_(name in trained)
             ledger.seen.add(p.untyped_storage()._cdata)
-            if autocast:
-                ledger.shapes |= {tuple(p.shape), tuple(p.shape[::-1])}
-        x_t = torch.zeros(1, *latents, dtype=dtype)
-        cond = _conditioning(kind, network, dtype)
+        x_t = torch.zeros(n, *latents, dtype=dtype)
+        cond = _conditioning(kind, network, dtype, n)
         with torch.autograd.graph.saved_tensors_hooks(ledger.keep, _give_back):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                predicted = kind.call(network, x_t, torch.ones(1), cond).float()
+                predicted = kind.call(network, x_t, torch.ones(n), cond).float()
             nn.functional.mse_loss(predicted, torch.zeros_like(predicted))
-    fixed, sample = ledger.fixed, ledger.sample
-    twice = fixed.outside() + fixed.largest(), sample.outside() + sum(ledger.borders.values()) + sample.largest()
-    return Activations(fixed.total, sample.total, (twice[0], min(twice[1], sample.total)))
-
-
-class _Tally:
-    """Bytes, those of each block apart."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self.inside: dict[int, int] = {}
-
-    def add(self, size: int, blocks: list[int]) -> None:
-        """Count bytes that the innermost of these blocks keeps."""
-        self.total += size
-        for block in blocks[-1:]:
-            self.inside[block] = self.inside.get(block, 0) + size
-
-    def outside(self) -> int:
-        """Return the bytes of no block."""
-        return self.total - sum(self.inside.values())
-
-    def largest(self) -> int:
-        """Return the bytes of the largest block."""
-        return max(self.inside.values(), default=0)
+    return ledger.total, min(ledger.total, ledger.twice())
 
 
 class _Ledger:
-    """Bytes of saved storages: rounded weights, all else, and what enters the blocks."""
+    """Bytes of saved storages, by the block that saved them, and of what enters the blocks."""
 
     def __init__(self) -> None:
-        self.shapes: set[tuple[int, ...]] = set()  # of weights, where autocast rounds them
         self.seen: set[int] = set()  # storages that are counted, or are parameters
-        self.fixed, self.sample = _Tally(), _Tally()
+        self.total = 0
+        self.inside: dict[int, int] = {}
         self.borders: dict[int, int] = {}
         self.blocks: list[int] = []  # those that are being computed, the innermost last
         self._alive: list[Tensor] = []  # so that no address is given away twice
 
+    def twice(self) -> int:
+        """Return the bytes with checkpointing: what no block keeps, what enters the blocks, and the largest block."""
+        outside = self.total - sum(self.inside.values())
+        return outside + sum(self.borders.values()) + max(self.inside.values(), default=0)
+
     def keep(self, x: Tensor) -> Tensor:
-        """Count what autograd saves: a weight's rounded copy apart, which the samples share."""
+        """Count what autograd saves, for the innermost block."""
         storage = x.untyped_storage()
         if storage._cdata not in self.seen:
             self.seen.add(storage._cdata)
             self._alive.append(x)
-            kind = self.fixed if tuple(x.shape) in self.shapes and _from_weight(x) else self.sample
-            kind.add(storage.nbytes(), self.blocks)
+            self.total += storage.nbytes()
+            for block in self.blocks[-1:]:
+                self.inside[block] = self.inside.get(block, 0) + storage.nbytes()
         return x
 
     def enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -117,17 +114,6 @@ class _Ledger:
     def leave(self, block: nn.Module, args: tuple, output: Any) -> None:
         """Note that a block is through."""
         self.blocks.pop()
-
-
-def _from_weight(x: Tensor) -> bool:
-    """Return whether a tensor with a gradient was made of a parameter alone; True for what has none."""
-    node = x.grad_fn
-    while node is not None and type(node).__name__ != "AccumulateGrad":
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
-        if len(parents) != 1:
-            return False
-        node = parents[0]
-    return x.ndim > 1
 
 
 def _give_back(x: Tensor) -> Tensor:
@@ -167,11 +153,11 @@ def _blocks(network: nn.Module) -> Iterator[nn.Module]:
                         yield member
 
 
-def _conditioning(kind: Family, network: nn.Module, dtype: torch.dtype) -> Cond:
-    """Return the conditioning of one caption, of the family's shapes."""
+def _conditioning(kind: Family, network: nn.Module, dtype: torch.dtype, n: int) -> Cond:
+    """Return the conditioning of n captions, of the family's shapes."""
     cond: Cond = {}
     for name, shape in kind.shapes(network.config).items():
-        cond[name] = torch.zeros(1, *shape, dtype=dtype)
+        cond[name] = torch.zeros(n, *shape, dtype=dtype)
     return cond
 
 
